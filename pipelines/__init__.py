@@ -1,0 +1,1 @@
+"""A model as its user holds it: open, generate, edit, export."""
