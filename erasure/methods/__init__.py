@@ -1,0 +1,1 @@
+"""One eraser per file; the file's name is the method's name."""
