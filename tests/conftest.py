@@ -1,0 +1,216 @@
+"""Tiny checkpoints of every supported family: real diffusers and transformers classes, saved as real folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
+    DDIMPipeline,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from tokenizers import pre_tokenizers
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+WORDS = ("a", "cat", "dog", "gogh", "in", "of", "painting", "photo", "red", "seven", "style", "the", "van")
+"""Words that are one token each in the tiny vocabularies; anything else falls into characters."""
+MODEL_MAX_LENGTH = 16
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    """CLIP's layout at tiny size: characters, the same at the end of a word, the merges, start, end."""
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges: dict[tuple[str, str], None] = {}
+    for word in WORDS:
+        *pieces, last = word
+        pieces.append(last + "</w>")
+        left = pieces[0]
+        for piece in pieces[1:]:
+            merges[left, piece] = None
+            left += piece
+    tokens = [*characters, *(c + "</w>" for c in characters), *("".join(pair) for pair in merges)]
+    vocabulary = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
+    return CLIPTokenizer(vocab=vocabulary, merges=list(merges), model_max_length=MODEL_MAX_LENGTH)
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """A unigram vocabulary of the same words and the letters."""
+    letters = [chr(i) for i in range(ord("a"), ord("z") + 1)]
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces = [(f"▁{word}", -3.0) for word in WORDS] + [(letter, -6.0) for letter in letters]
+    return T5Tokenizer(vocab=special + pieces, extra_ids=0, model_max_length=512)
+
+
+def _clip_config(tokenizer: CLIPTokenizer, **options: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=MODEL_MAX_LENGTH,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **options,
+    )
+
+
+def _autoencoder(**options: float) -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+        **options,
+    )
+
+
+def _stable_diffusion(prediction_type: str) -> StableDiffusionPipeline:
+    tokenizer = clip_tokenizer()
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=prediction_type,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        clip_sample=False,
+    )
+    return StableDiffusionPipeline(
+        vae=_autoencoder(),
+        text_encoder=CLIPTextModel(_clip_config(tokenizer)),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _unconditional_unet() -> UNet2DModel:
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stable Diffusion 1.x: noise prediction, 4x8x8 latents, 16x16 images, 16 tokens of width 16."""
+    return _saved(lambda: _stable_diffusion("epsilon"), tmp_path_factory, "tiny_sd")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stable Diffusion 2.x: the same with v-prediction."""
+    return _saved(lambda: _stable_diffusion("v_prediction"), tmp_path_factory, "tiny_sd_v")
+
+
+@pytest.fixture(scope="session")
+def tiny_unconditional(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An unconditional pixel model, 3x8x8, noise prediction."""
+
+    def build() -> DDIMPipeline:
+        return DDIMPipeline(unet=_unconditional_unet(), scheduler=DDIMScheduler())
+
+    return _saved(build, tmp_path_factory, "tiny_unconditional")
+
+
+@pytest.fixture(scope="session")
+def tiny_edm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An unconditional pixel model, 3x8x8, with EDM's preconditioning."""
+
+    def build() -> ConsistencyModelPipeline:
+        scheduler = CMStochasticIterativeScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5)
+        return ConsistencyModelPipeline(unet=_unconditional_unet(), scheduler=scheduler)
+
+    return _saved(build, tmp_path_factory, "tiny_edm")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stable Diffusion 3: flow matching, two CLIPs and a T5, 4x8x8 latents, 16x16 images."""
+
+    def build() -> StableDiffusion3Pipeline:
+        tokenizer = clip_tokenizer()
+        transformer = SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            caption_projection_dim=16,
+            pooled_projection_dim=32,
+            pos_embed_max_size=8,
+        )
+        t5 = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0)
+        return StableDiffusion3Pipeline(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=_autoencoder(
+                scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False
+            ),
+            text_encoder=CLIPTextModelWithProjection(_clip_config(tokenizer, projection_dim=16)),
+            tokenizer=tokenizer,
+            text_encoder_2=CLIPTextModelWithProjection(_clip_config(tokenizer, projection_dim=16)),
+            tokenizer_2=clip_tokenizer(),
+            text_encoder_3=T5EncoderModel(t5),
+            tokenizer_3=t5_tokenizer(),
+        )
+
+    return _saved(build, tmp_path_factory, "tiny_sd3")
+
+
+def _saved(build, tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
+    """Builds with a fixed seed, without touching the global random state, and saves."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipeline = build()
+    folder = tmp_path_factory.mktemp(name)
+    pipeline.save_pretrained(folder)
+    return folder
