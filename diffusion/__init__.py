@@ -1,0 +1,1 @@
+"""The mathematics of noise: schedules, predictions, conditions, denoisers, guidance and samplers; torch only."""

@@ -1,0 +1,107 @@
+"""Conditions: what a network is told besides x_t and t, as one mapping of batch-first tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Condition(dict[str, Tensor]):
+    """What a network is told, by name; every tensor is batch first. Without keys: unconditional.
+
+    "text" and every "text.<part>" ("text.pooled", "text.mask"; class labels sit in "text") are what the null condition
+    replaces. Reserved besides: "negative" (a negative prompt), "target_time" (the time a consistency trajectory jumps
+    to), "guidance" (the scale, where it is an input), "extra" and "extra.<part>" (masks, small images, sizes).
+
+    Raises:
+        TypeError: for a value that is not a tensor.
+        ValueError: for tensors without a batch dimension or of different batch sizes.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor] | None = None, /, **more: Tensor) -> None:
+        super().__init__(dict(values or {}), **more)
+        for key, value in self.items():
+            if not isinstance(value, Tensor):
+                raise TypeError(f"A condition holds tensors, but {key!r} is a {type(value).__name__}.")
+            if value.ndim == 0:
+                raise ValueError(f"A condition's tensors are batch first, but {key!r} has no dimensions.")
+        sizes = {key: len(value) for key, value in self.items()}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"A condition's tensors need one batch size, but have {sizes}.")
+
+    @property
+    def batch_size(self) -> int | None:
+        """The number of samples, None without keys."""
+        return next((len(value) for value in self.values()), None)
+
+    @property
+    def text_keys(self) -> tuple[str, ...]:
+        """The keys that the null condition replaces."""
+        return tuple(key for key in self if key == "text" or key.startswith("text."))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
+        """Moved to a device; floating-point tensors also converted to a dtype."""
+        return Condition(
+            {key: v.to(device=device, dtype=dtype if v.is_floating_point() else None) for key, v in self.items()}
+        )
+
+    def index(self, rows: int | slice | Sequence[int] | Tensor) -> Condition:
+        """The samples chosen by a slice, indices or a mask; a single index keeps a batch of 1."""
+        chosen: Any = rows
+        if isinstance(rows, int):
+            chosen = [rows]
+        return Condition({key: value[chosen] for key, value in self.items()})
+
+    def expand(self, n: int) -> Condition:
+        """A batch of 1 repeated n times, without copying.
+
+        Raises:
+            ValueError: for a batch that is neither 1 nor n.
+        """
+        if self.batch_size in (None, n):
+            return self
+        if self.batch_size != 1:
+            raise ValueError(f"A condition of batch size {self.batch_size} cannot serve {n} samples.")
+        return Condition({key: value.expand(n, *value.shape[1:]) for key, value in self.items()})
+
+    def replace(self, **values: Tensor) -> Condition:
+        """A copy with some entries exchanged or added; pass keys with a dot as **{"text.pooled": value}."""
+        return Condition({**self, **values})
+
+    def with_null(self, null: Condition) -> Condition:
+        """A copy whose text is the null condition's.
+
+        Args:
+            null: of batch size 1 or this one's; its other keys are not used.
+
+        Raises:
+            ValueError: if there is no text to replace, or the two do not have the same text keys.
+        """
+        if set(self.text_keys) != set(null.text_keys) or not self.text_keys:
+            raise ValueError(
+                f"The null condition's text keys {sorted(null.text_keys)} cannot replace {sorted(self.text_keys)}: "
+                "both need the same ones, and at least one."
+            )
+        text = Condition({key: null[key] for key in self.text_keys}).expand(self.batch_size or 1)
+        return Condition({**self, **text})
+
+    @staticmethod
+    def cat(conditions: Sequence[Condition]) -> Condition:
+        """Several batches as one.
+
+        Raises:
+            ValueError: if the keys or the shapes of the samples differ.
+        """
+        keys = [set(condition) for condition in conditions]
+        if any(other != keys[0] for other in keys):
+            raise ValueError(f"Conditions with different keys cannot be joined: {[sorted(k) for k in keys]}.")
+        joined = {}
+        for key in conditions[0] if conditions else ():
+            parts = [condition[key] for condition in conditions]
+            if len({part.shape[1:] for part in parts}) > 1:
+                raise ValueError(f"{key!r} has samples of different shapes: {[tuple(part.shape) for part in parts]}.")
+            joined[key] = torch.cat(parts)
+        return Condition(joined)

@@ -1,0 +1,89 @@
+"""The denoiser: a network together with what it is told and what its output stands for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sublimate.diffusion.conditions import Condition
+from sublimate.diffusion.predictions import Parametrization, Prediction, per_sample
+from sublimate.diffusion.schedules import Schedule
+
+NetworkCall = Callable[[nn.Module, Tensor, Tensor, Condition, Sequence[str]], tuple[Tensor, dict[str, Tensor]]]
+"""How a family's network is called: (network, input (batch, ...), time (batch,) float32, condition, feature names) ->
+(output shaped like the input, features by name)."""
+
+
+class Denoiser(nn.Module):
+    """(x_t, t, condition) -> Prediction, whatever the network predicts.
+
+    A deep copy copies the network and shares the rest; a memo that maps parameters to themselves is respected.
+
+    Args:
+        network: the weights.
+        call: how to call it.
+        schedule: what t means.
+        parametrization: what the output means.
+
+    Raises:
+        ValueError: if the output does not determine x0 and eps at every time of the schedule.
+    """
+
+    def __init__(
+        self, network: nn.Module, call: NetworkCall, schedule: Schedule, parametrization: Parametrization
+    ) -> None:
+        super().__init__()
+        parametrization.check(schedule)
+        self.network = network
+        self.call = call
+        self.schedule = schedule
+        self.parametrization = parametrization
+
+    def forward(
+        self, x_t: Tensor, t: Tensor | float, condition: Condition | None = None, *, features: Sequence[str] = ()
+    ) -> Prediction:
+        """The network's prediction, differentiable in x_t and t.
+
+        Args:
+            x_t: (batch, ...), the noised data.
+            t: schedule time; a number, () or (batch,).
+            condition: of batch size 1 or batch; None is unconditional.
+            features: names of inner activations to return.
+
+        Returns:
+            the prediction, with the named features.
+
+        Raises:
+            ValueError: for a condition of another batch size.
+        """
+        batch = len(x_t)
+        c = self.schedule.at(time_tensor(t, x_t))
+        told = self.schedule.network_time(time_tensor(t, x_t)).to(torch.float32).expand(batch)
+        x_in = x_t
+        if self.parametrization.kind in ("edm", "trigflow"):
+            scale = per_sample(self.parametrization.input_scale(c), x_t)
+            x_in = x_t * scale.to(torch.promote_types(x_t.dtype, torch.float32))
+            x_in = x_in.to(x_t.dtype)
+        condition = (Condition() if condition is None else condition).expand(batch)
+        output, taps = self.call(self.network, x_in, told, condition, features)
+        return Prediction(x_t, output, c, self.parametrization, taps)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Denoiser:
+        # `call` is often a method of a backbone, which must not be copied along.
+        for shared in (self.call, self.schedule, self.parametrization):
+            memo[id(shared)] = shared
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__ = {name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()}
+        return twin
+
+
+def time_tensor(t: Tensor | float, x: Tensor) -> Tensor:
+    """A time as a float64 tensor on x's device; a number is written there by a kernel, without a transfer."""
+    if isinstance(t, Tensor):
+        return t.to(x.device, torch.float64)
+    return torch.full((), float(t), dtype=torch.float64, device=x.device)
