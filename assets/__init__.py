@@ -1,0 +1,1 @@
+"""The Ink teacher and detector: data only."""

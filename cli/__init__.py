@@ -1,0 +1,1 @@
+"""The `sublimate` command: thin, one file per subcommand."""

@@ -1,0 +1,1 @@
+"""Packaged run configurations, one YAML file per run, found by name."""

@@ -1,0 +1,1 @@
+"""Distillation runs: a teacher becomes a one-step student."""

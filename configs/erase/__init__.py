@@ -1,0 +1,1 @@
+"""Erasure runs: concepts are removed from a model."""

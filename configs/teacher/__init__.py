@@ -1,0 +1,1 @@
+"""Teacher runs: the models the other runs start from."""

@@ -1,0 +1,1 @@
+"""How a student or a teacher is made: objectives, players, trainer and data."""
