@@ -46,7 +46,7 @@ def cross_moment(values: Tensor, rows: Tensor, weights: Tensor, total: Tensor | 
 def solve_ridge(cc: Tensor, vc: Tensor, lam: float, weight: Tensor) -> Tensor:
     """The minimiser of (1) from accumulated sums, for when there are too many rows to hold.
 
-    W = (sum w v c^T + lam W0) (sum w c c^T + lam I)^-1                                    (UCE, arXiv 2308.14761, Eq. 7)
+    W = (sum w v c^T + lam W0) (sum w c c^T + lam I)^-1          (UCE's closed form, arXiv 2308.14761, with its ridge)
 
     Args:
         cc: `second_moment` of all rows, preserved ones included.

@@ -1,0 +1,179 @@
+"""What a user asks for: concepts to erase, concepts to preserve, and the words that name them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A concept as text (and, for methods that learn from pictures, as images).
+
+    Attributes:
+        name: how prompts call it, "van gogh".
+        anchor: what takes its place when it is erased, "art"; the empty string stands for nothing in particular.
+        synonyms: other names that go with it.
+        prompts: whole prompts that show it, for methods that train on prompts; each contains one of its names.
+        images: pictures that show it.
+
+    Raises:
+        ValueError: when a name is empty or doubled, the anchor is the concept itself, or a prompt does not name it.
+    """
+
+    name: str
+    anchor: str = ""
+    synonyms: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
+    images: tuple[Path, ...] = ()
+
+    def __post_init__(self) -> None:
+        for group in ("synonyms", "prompts"):
+            if isinstance(getattr(self, group), str):
+                raise TypeError(f"{group} must be a sequence of texts, got the single text {getattr(self, group)!r}.")
+            object.__setattr__(self, group, tuple(getattr(self, group)))
+        object.__setattr__(self, "images", tuple(Path(image) for image in self.images))
+        names = [_folded(name) for name in self.names]
+        if not all(names):
+            raise ValueError(f"A concept's names must not be empty, got {self.names}.")
+        if len(set(names)) < len(names):
+            raise ValueError(f"The concept {self.name!r} has a name twice: {self.names}.")
+        if _folded(self.anchor) in names:
+            raise ValueError(f"The anchor of {self.name!r} is the concept itself: choose what should take its place.")
+        for prompt in self.prompts:
+            self.name_in(prompt)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name and its synonyms."""
+        return (self.name, *self.synonyms)
+
+    def name_in(self, prompt: str) -> str:
+        """Which of the concept's names a prompt contains, as the prompt writes it; the longest if there are several.
+
+        Raises:
+            ValueError: when it contains none.
+        """
+        found = [name for name in self.names if _folded(name) in prompt.lower()]
+        if not found:
+            raise ValueError(f"The prompt {prompt!r} contains none of the names {self.names}.")
+        name = max(found, key=len)
+        start = prompt.lower().index(_folded(name))
+        return prompt[start : start + len(_folded(name))]
+
+    def phrases(self, templates: Iterable[str]) -> list[tuple[str, str]]:
+        """Every prompt that names the concept, with the name it uses: names in templates, then `prompts`.
+
+        Args:
+            templates: prompts with `{}` where the name goes.
+        """
+        filled = [(fill(template, name), name) for template in templates for name in self.names]
+        return filled + [(prompt, self.name_in(prompt)) for prompt in self.prompts]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to erase from a model and what to leave alone. Plain texts stand for concepts of that name.
+
+    Attributes:
+        erase: the concepts to remove, at least one.
+        preserve: concepts a method must protect, usually the nearest siblings.
+        within: erase only where this concept is asked for: "glasses" within "scientist".
+
+    Raises:
+        ValueError: when nothing is to be erased, or a concept is asked for twice or in contradictory roles.
+    """
+
+    erase: tuple[Concept, ...]
+    preserve: tuple[Concept, ...] = ()
+    within: Concept | None = None
+
+    def __post_init__(self) -> None:
+        for group in ("erase", "preserve"):
+            given = getattr(self, group)
+            concepts = (given,) if isinstance(given, str | Concept) else tuple(given)
+            object.__setattr__(self, group, tuple(map(_concept, concepts)))
+        if self.within is not None:
+            object.__setattr__(self, "within", _concept(self.within))
+        if not self.erase:
+            raise ValueError("Nothing to erase: name at least one concept.")
+        roles: dict[str, str] = {}
+        within = () if self.within is None else (self.within,)
+        for role, group in (("erased", self.erase), ("preserved", self.preserve), ("the context", within)):
+            for name in (name for concept in group for name in concept.names):
+                if (other := roles.setdefault(_folded(name), role)) != role:
+                    raise ValueError(f"{name!r} is both {other} and {role}: it can only be one of them.")
+            names = [_folded(name) for concept in group for name in concept.names]
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(f"{twice[0]!r} is {role} twice: name it once.")
+        for concept in self.erase:
+            if roles.get(_folded(concept.anchor)) == "erased":
+                raise ValueError(f"The anchor {concept.anchor!r} of {concept.name!r} is to be erased itself.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The request as JSON values."""
+        return {
+            "erase": [_to_dict(concept) for concept in self.erase],
+            "preserve": [_to_dict(concept) for concept in self.preserve],
+            "within": None if self.within is None else _to_dict(self.within),
+        }
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> Request:
+        """Reads what `to_dict` wrote, or a hand-written mapping where texts stand for concepts.
+
+        Raises:
+            ValueError: when a field is unknown or the request contradicts itself.
+        """
+        _known(values, Request)
+        within = values.get("within")
+        return Request(
+            erase=tuple(map(_read, _listed(values.get("erase", ())))),
+            preserve=tuple(map(_read, _listed(values.get("preserve", ())))),
+            within=None if within is None else _read(within),
+        )
+
+
+def fill(template: str, name: str) -> str:
+    """The template with `name` in place of `{}`, without the space an empty name leaves behind.
+
+    Raises:
+        ValueError: when the template has no place for the name, or several.
+    """
+    if template.count("{}") != 1:
+        raise ValueError(f"A template needs exactly one {{}} where the concept's name goes, got {template!r}.")
+    return " ".join(template.replace("{}", name).split())
+
+
+def _folded(text: str) -> str:
+    return text.strip().lower()
+
+
+def _concept(given: Concept | str) -> Concept:
+    if not isinstance(given, str | Concept):
+        raise TypeError(f"A concept is a text or a Concept, got {type(given).__name__}.")
+    return Concept(given) if isinstance(given, str) else given
+
+
+def _to_dict(concept: Concept) -> dict[str, Any]:
+    values = {field.name: getattr(concept, field.name) for field in fields(concept)}
+    return values | {k: [str(v) for v in values[k]] for k in ("synonyms", "prompts", "images")}
+
+
+def _read(given: Mapping[str, Any] | str) -> Concept:
+    if isinstance(given, str):
+        return Concept(given)
+    _known(given, Concept)
+    return Concept(**given)
+
+
+def _listed(given: Any) -> Iterable[Any]:
+    return (given,) if isinstance(given, str | Mapping) else given
+
+
+def _known(values: Mapping[str, Any], kind: type) -> None:
+    known = [field.name for field in fields(kind)]
+    if unknown := sorted(values.keys() - set(known)):
+        raise ValueError(f"Unknown field {unknown[0]!r} of a {kind.__name__.lower()}: it has {', '.join(known)}.")
