@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from sublimate.evaluation.intervals import Rate
 from sublimate.pipelines.detector import Detector
 
+_MANY = 40  # labels that still fit into a sentence
 Expected = Mapping[str, str | None]
 """What one prompt asks for: group -> label. A group that is absent or None was not mentioned."""
 
@@ -70,8 +72,17 @@ def check_label(groups: Mapping[str, tuple[str, ...]], group: str, label: str) -
     if group not in groups:
         raise ValueError(f"the detector knows no group {group!r}; it knows {', '.join(groups)}")
     if label not in groups[group]:
-        raise ValueError(f"the detector knows no {group} {label!r}; it knows {', '.join(groups[group])}")
+        raise ValueError(f"the detector knows no {group} {label!r}; it knows {_listed(groups[group], label)}")
     return groups[group].index(label)
+
+
+def _listed(labels: tuple[str, ...], wanted: str) -> str:
+    """All labels, or of very many those that look like the one that was wanted."""
+    if len(labels) <= _MANY:
+        return ", ".join(labels)
+    containing = [label for label in labels if wanted.lower() in label.lower()]
+    alike = (containing or difflib.get_close_matches(wanted, labels, cutoff=0.4))[:5]
+    return f"{len(labels)} labels" + (f", among them {'; '.join(alike)}" if alike else "")
 
 
 @torch.no_grad()

@@ -226,7 +226,7 @@ def run(
         The result.
 
     Raises:
-        ValueError: if the detector does not know the concept, or a model returns another number of images than prompts.
+        ValueError: if the detector does not know the concept, or a model returns too few or too many images.
     """
     study.check(detector.groups)
     total, done = 2 * len(study.roles) * len(study.seeds), 0

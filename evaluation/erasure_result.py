@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from sublimate.evaluation.criteria import Criterion, verdict_sentence
-from sublimate.evaluation.intervals import Difference, Rate, paired_difference
+from sublimate.evaluation.intervals import Difference, Rate, paired_difference, plain
 from sublimate.evaluation.studies import ErasureStudy
 
 
@@ -29,11 +29,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, dict[str, float]]:
         """Counts, values and limits as plain numbers."""
-        parts = {"before": self.before, "after": self.after, "change": self.change}
-        return {
-            name: {**asdict(part), "value": part.value, "low": part.low, "high": part.high}
-            for name, part in parts.items()
-        }
+        return {"before": plain(self.before), "after": plain(self.after), "change": plain(self.change)}
 
 
 @dataclass(frozen=True)

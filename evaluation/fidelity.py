@@ -1,4 +1,4 @@
-"""How close a set of generated images is to a reference set: FID, KID, precision and recall on any feature extractor."""
+"""How close generated images are to reference images: FID, KID, precision and recall on any feature extractor."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from sublimate.evaluation.studies import Bars, ErasureStudy, PromptSet
 from sublimate.training.ink.captions import Caption, prompts
@@ -40,14 +41,14 @@ def ink_study(
     """
     group, index = locate(concept)
     name = GROUPS[group][index]
-    unrelated = _without(group, n, seed + 3)
+    asking: dict[str, Any] = {group: name}
     return ErasureStudy(
         concept=name,
         group=group,
-        target=ink_prompts(prompts(n, seed, **{group: name})),
-        synonyms=ink_prompts(prompts(n, seed + 1, paraphrased=True, **{group: name})),
+        target=ink_prompts(prompts(n, seed, **asking)),
+        synonyms=ink_prompts(prompts(n, seed + 1, paraphrased=True, **asking)),
         siblings=ink_prompts(prompts(n, seed + 2, naming=(group,), exclude=(name,))),
-        unrelated=ink_prompts(unrelated),
+        unrelated=ink_prompts(_without(group, n, seed + 3)),
         seeds=seeds,
         bars=bars or Bars(),
     )

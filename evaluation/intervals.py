@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 
 def _quantile(confidence: float) -> float:
@@ -187,6 +187,11 @@ def paired_difference(first: Sequence[bool], second: Sequence[bool], confidence:
         neither=pairs.count((False, False)),
         confidence=confidence,
     )
+
+
+def plain(measured: Rate | Difference) -> dict[str, float]:
+    """Counts, value and limits as plain numbers, for JSON."""
+    return {**asdict(measured), "value": measured.value, "low": measured.low, "high": measured.high}
 
 
 @dataclass(frozen=True)

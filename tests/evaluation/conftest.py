@@ -1,4 +1,4 @@
-"""A world small enough to compute by hand: flat pictures whose first two channels say which digit and ink they show."""
+"""A world small enough to compute by hand: flat pictures whose first two channels say what they show."""
 
 from __future__ import annotations
 

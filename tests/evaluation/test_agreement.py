@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sublimate.evaluation.agreement import agreement, read
+from sublimate.evaluation.agreement import agreement, check_label, read
 from sublimate.evaluation.intervals import Rate
 
 SHOWN = [
@@ -64,3 +64,13 @@ def test_expectations_that_cannot_be_judged_are_refused(palette, asked, sentence
 def test_no_images_are_refused(palette):
     with pytest.raises(ValueError, match="no image to read"):
         read(palette, torch.zeros(0, 3, 2, 2))
+
+
+def test_among_very_many_labels_those_alike_are_named():
+    labels = (*(f"thing {index}" for index in range(1000)), "tench, Tinca tinca")
+    with pytest.raises(ValueError, match=r"it knows 1001 labels, among them tench, Tinca tinca$"):
+        check_label({"class": labels}, "class", "Tench")
+    with pytest.raises(ValueError, match="among them tench, Tinca tinca"):
+        check_label({"class": labels}, "class", "tinca tenca")
+    with pytest.raises(ValueError, match=r"knows 1001 labels$"):
+        check_label({"class": labels}, "class", "zzz")

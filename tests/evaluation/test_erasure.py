@@ -91,7 +91,7 @@ def test_every_role_is_counted(palette):
         "zero": Rate(2, 2),
     }
     assert dict(result.drawn_instead) == {"one": 5, "none of them": 2, "seven": 1, "zero": 0, "two": 0}
-    assert list(result.drawn_instead)[0] == "one"
+    assert next(iter(result.drawn_instead)) == "one"
 
 
 def test_generated_images_and_given_images_are_judged_alike(palette):
