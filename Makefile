@@ -1,0 +1,53 @@
+# Every target does its own set-up: a fresh clone needs nothing but make and a Python of 3.11 or newer.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# Small networks on small batches: more threads only wait for each other.
+export OMP_NUM_THREADS ?= 2
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test quick check lint format demo wheel clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+venv: $(INSTALLED)  ## create .venv with the pinned dependencies and an editable install
+
+# torch first and alone: pinned, it resolves to a CPU wheel where one is offered.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+test: $(INSTALLED)  ## run every test
+	@$(BIN)/python -m pytest
+
+quick: $(INSTALLED)  ## run the quick suite
+	@$(BIN)/python -m pytest -m "not slow"
+
+lint: $(INSTALLED)  ## formatting, lint and types
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+check: lint test  ## what continuous integration runs
+
+format: $(INSTALLED)  ## rewrite the files as the formatter wants them
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+demo: $(INSTALLED)  ## erase a concept, distil, and judge both, on the embedded world
+	@$(BIN)/sublimate demo
+
+# sdist first: a wheel built in the tree would ship whatever an old build/ still holds.
+wheel: $(INSTALLED)  ## build the source distribution and, from it, the wheel
+	@$(BIN)/python -m build
+
+clean:  ## remove what was built, the environment included
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
