@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sublimate.diffusion.conditions import Condition
-from sublimate.diffusion.predictions import Parametrization, Prediction, per_sample
+from sublimate.diffusion.noise import as_double
+from sublimate.diffusion.predictions import Parametrization, Prediction, scaled
 from sublimate.diffusion.schedules import Schedule
 
 NetworkCall = Callable[[nn.Module, Tensor, Tensor, Condition, Sequence[str]], tuple[Tensor, dict[str, Tensor]]]
@@ -61,13 +62,10 @@ class Denoiser(nn.Module):
             ValueError: for a condition of another batch size.
         """
         batch = len(x_t)
-        c = self.schedule.at(time_tensor(t, x_t))
-        told = self.schedule.network_time(time_tensor(t, x_t)).to(torch.float32).expand(batch)
-        x_in = x_t
-        if self.parametrization.kind in ("edm", "trigflow"):
-            scale = per_sample(self.parametrization.input_scale(c), x_t)
-            x_in = x_t * scale.to(torch.promote_types(x_t.dtype, torch.float32))
-            x_in = x_in.to(x_t.dtype)
+        t = as_double(t, x_t.device)
+        c = self.schedule.at(t)
+        told = self.schedule.network_time(t).to(torch.float32).expand(batch)
+        x_in = scaled(self.parametrization.input_scale(c), x_t) if self.parametrization.scales_input else x_t
         condition = (Condition() if condition is None else condition).expand(batch)
         output, taps = self.call(self.network, x_in, told, condition, features)
         return Prediction(x_t, output, c, self.parametrization, taps)
@@ -80,10 +78,3 @@ class Denoiser(nn.Module):
         memo[id(self)] = twin
         twin.__dict__ = {name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()}
         return twin
-
-
-def time_tensor(t: Tensor | float, x: Tensor) -> Tensor:
-    """A time as a float64 tensor on x's device; a number is written there by a kernel, without a transfer."""
-    if isinstance(t, Tensor):
-        return t.to(x.device, torch.float64)
-    return torch.full((), float(t), dtype=torch.float64, device=x.device)

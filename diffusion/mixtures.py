@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sublimate.diffusion.conditions import Condition
-from sublimate.diffusion.denoisers import Denoiser, time_tensor
+from sublimate.diffusion.denoisers import Denoiser
+from sublimate.diffusion.noise import as_double
 from sublimate.diffusion.predictions import Parametrization, Prediction
 from sublimate.diffusion.schedules import Schedule
 
@@ -76,10 +77,10 @@ class GaussianMixture(nn.Module):
             alpha, sigma: numbers or (), or (batch,) for one mixture per sample.
         """
         like = self.means
-        alpha, sigma = (torch.as_tensor(v, dtype=like.dtype, device=like.device).unsqueeze(-1) for v in (alpha, sigma))
-        batch = alpha.shape[:-1]
-        stds = ((alpha * self.stds).square() + sigma.square()).sqrt().expand(*batch, *self.stds.shape[-1:])
-        return GaussianMixture(self.weights, alpha.unsqueeze(-1) * self.means, stds)
+        a, s = (torch.as_tensor(value, dtype=like.dtype, device=like.device) for value in (alpha, sigma))
+        # (..., 1) beside the components; expanded, so that one of the two may be a number.
+        a, s = (value.unsqueeze(-1) for value in torch.broadcast_tensors(a, s))
+        return GaussianMixture(self.weights, a.unsqueeze(-1) * like, ((a * self.stds).square() + s.square()).sqrt())
 
 
 class MixtureDenoiser(Denoiser):
@@ -120,7 +121,7 @@ class MixtureDenoiser(Denoiser):
         """
         if features:
             raise ValueError(f"A mixture has no features, but {list(features)} were asked for.")
-        c = self.schedule.at(time_tensor(t, x_t))
+        c = self.schedule.at(as_double(t, x_t.device))
         x = x_t.flatten(1).to(torch.float64)
         x0 = self._posterior_mean(x, c.alpha, c.sigma, condition)
         eps = (x - c.alpha.unsqueeze(-1) * x0) / c.sigma.unsqueeze(-1)

@@ -25,9 +25,17 @@ class Coefficients(NamedTuple):
     d_sigma: Tensor
 
 
-def as_double(t: Tensor | float) -> Tensor:
-    """A time as a float64 tensor of its own shape, on its own device (the CPU for a number)."""
-    return t.to(torch.float64) if isinstance(t, Tensor) else torch.tensor(float(t), dtype=torch.float64)
+def as_double(t: Tensor | float, device: torch.device | None = None) -> Tensor:
+    """A time as a float64 tensor of its own shape.
+
+    Args:
+        t: a number or a tensor.
+        device: where to put it; a tensor stays where it is unless given. A number is written there by a kernel:
+            copying it from the host would stall a GPU.
+    """
+    if isinstance(t, Tensor):
+        return t.to(device=device, dtype=torch.float64)
+    return torch.full((), float(t), dtype=torch.float64, device=device)
 
 
 class Schedule(ABC):
@@ -41,6 +49,7 @@ class Schedule(ABC):
         t_min: the cleanest time a network is called at.
         t_clean: the time at which sigma is 0.
         noise_scale: x at t_max is noise_scale * N(0, I).
+        spacings: the kinds of grid it has.
     """
 
     t_max: float

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from sublimate.diffusion.schedules import Coefficients, Schedule
+from sublimate.diffusion.noise import Coefficients, Schedule, as_double
 
 Kind = Literal["epsilon", "sample", "v_prediction", "flow", "edm", "trigflow"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -21,20 +21,24 @@ def per_sample(scalars: Tensor, x: Tensor) -> Tensor:
     return scalars.to(x.device).reshape(scalars.shape + (1,) * (x.ndim - scalars.ndim) if scalars.ndim else ())
 
 
-def weighted_sum(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
-    """a x + b y with scalars per sample.
+def scaled(a: Tensor, x: Tensor) -> Tensor:
+    """a x with one scalar per sample.
 
     Args:
-        a, b: float64, () or (batch,).
-        x, y: (batch, ...).
+        a: float64, () or (batch,).
+        x: (batch, ...).
 
     Returns:
         shaped like x, in x's dtype; half precision is multiplied in float32, since a rounded scalar would shift the
         whole image.
     """
+    return (per_sample(a, x).to(torch.promote_types(x.dtype, torch.float32)) * x).to(x.dtype)
+
+
+def weighted_sum(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """a x + b y with scalars per sample; arguments and precision as in `scaled`, the result in x's dtype."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    total = per_sample(a, x).to(dtype) * x + per_sample(b, y).to(dtype) * y
-    return total.to(x.dtype)
+    return (per_sample(a, x).to(dtype) * x + per_sample(b, y).to(dtype) * y).to(x.dtype)
 
 
 def add_noise(schedule: Schedule, x0: Tensor, eps: Tensor, t: Tensor | float) -> Tensor:
@@ -48,7 +52,7 @@ def add_noise(schedule: Schedule, x0: Tensor, eps: Tensor, t: Tensor | float) ->
     Returns:
         x_t, shaped like x0, in its dtype.
     """
-    c = schedule.at(t)
+    c = schedule.at(as_double(t, x0.device))
     return weighted_sum(c.alpha, x0, c.sigma, eps)
 
 
@@ -76,9 +80,14 @@ class Parametrization:
         if self.sigma_data <= 0:
             raise ValueError(f"sigma_data must be positive, but is {self.sigma_data}.")
 
+    @property
+    def scales_input(self) -> bool:
+        """Whether `input_scale` is anything but 1."""
+        return self.kind in ("edm", "trigflow")
+
     def coefficients(self, c: Coefficients) -> tuple[Tensor, Tensor]:
         """(p, q) of y = p x0 + q eps, each shaped like c.alpha."""
-        if self.kind in ("edm", "trigflow"):
+        if self.scales_input:
             # Karras et al. 2022, eq. 7 and table 1 with x0 = c_skip x + c_out F, for x = x_t/alpha at the noise level
             # sigma/alpha, solved for F; written so that neither alpha = 0 nor sigma = 0 divides by zero.
             sign = 1.0 if self.kind == "edm" else -1.0
@@ -88,7 +97,7 @@ class Parametrization:
 
     def input_scale(self, c: Coefficients) -> Tensor:
         """What x_t is multiplied by before the network sees it, shaped like c.alpha: 1, or EDM's c_in."""
-        if self.kind in ("edm", "trigflow"):
+        if self.scales_input:
             # c_in of Karras et al. 2022, table 1, at the noise level sigma/alpha.
             return torch.rsqrt(c.sigma**2 + (c.alpha * self.sigma_data) ** 2)
         return torch.ones_like(c.alpha)
@@ -114,8 +123,11 @@ class Parametrization:
             needs: the quantities that will be asked for: "x0", "eps", "v", "flow".
 
         Raises:
-            ValueError: if one is undetermined at some time, as x0 is for an eps network where alpha is 0.
+            ValueError: if one is undetermined at some time, as x0 is for an eps network where alpha is 0, or unknown.
         """
+        unknown = [need for need in needs if need not in _QUANTITIES]
+        if unknown:
+            raise ValueError(f"There is no quantity {unknown[0]!r}; use some of {list(_QUANTITIES)}.")
         t = torch.linspace(schedule.t_min, schedule.t_max, 1001, dtype=torch.float64)
         c = schedule.at(t)
         p, q = self.coefficients(c)
@@ -124,7 +136,7 @@ class Parametrization:
         angle = determinant.abs() / (torch.hypot(c.alpha, c.sigma) * torch.hypot(p, q))
         lost = angle < 1e-12
         for need in needs:
-            if _QUANTITY_KINDS[need] != self.kind and bool(lost.any()):
+            if _QUANTITIES[need] != self.kind and bool(lost.any()):
                 raise ValueError(
                     f"A network that predicts {self.kind!r} does not determine {need} at t={float(t[lost][0]):g} of "
                     f"{type(schedule).__name__}: use 'v_prediction', or a schedule that keeps some signal there."
@@ -134,15 +146,14 @@ class Parametrization:
         return self
 
 
-_QUANTITY_KINDS = {"x0": "sample", "eps": "epsilon", "v": "v_prediction", "flow": "flow"}
+_QUANTITIES = {"x0": "sample", "eps": "epsilon", "v": "v_prediction", "flow": "flow"}
 
 
 def _combination(kind: str, c: Coefficients) -> tuple[Tensor, Tensor]:
     """(p, q) of p x0 + q eps for the kinds that need no sigma_data."""
     zero, one = torch.zeros_like(c.alpha), torch.ones_like(c.alpha)
-    return {"epsilon": (zero, one), "sample": (one, zero), "v_prediction": (-c.sigma, c.alpha), "flow": (-one, one)}[
-        kind
-    ]
+    table = {"epsilon": (zero, one), "sample": (one, zero), "v_prediction": (-c.sigma, c.alpha), "flow": (-one, one)}
+    return table[kind]
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,6 +225,4 @@ class Prediction:
     @cached_property
     def score(self) -> Tensor:
         """grad_x log p_t(x_t) = -eps / sigma."""
-        eps = self.eps
-        dtype = torch.promote_types(eps.dtype, torch.float32)
-        return (eps * per_sample(-1 / self.coefficients.sigma, eps).to(dtype)).to(eps.dtype)
+        return scaled(-1 / self.coefficients.sigma, self.eps)

@@ -138,7 +138,8 @@ def consistency(denoise: Denoise, z: Tensor, schedule: Schedule, times: Grid, no
     start, *rest = _floats(times, 1)
     x0 = one_step(denoise, z, schedule, start)
     for t in rest:
-        x0 = denoise(add_noise(schedule, x0, noise(x0), t), _times(z, t)).x0
+        t_all = _times(z, t)
+        x0 = denoise(add_noise(schedule, x0, noise(x0), t_all), t_all).x0
     return x0
 
 

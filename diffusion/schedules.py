@@ -71,7 +71,9 @@ class DiscreteVP(Schedule):
     def _log_levels(self, device: torch.device) -> Tensor:
         """log alphas_cumprod from t = -1 on, (N + 1,), copied to a device once."""
         if device not in self._logs:
-            self._logs[device] = self._logs[torch.device("cpu")].to(device)
+            # A copy made under inference_mode could not be used by a later backward pass.
+            with torch.inference_mode(False):
+                self._logs[device] = self._logs[torch.device("cpu")].to(device)
         return self._logs[device]
 
     def at(self, t: Tensor | float) -> Coefficients:
@@ -110,10 +112,6 @@ class DiscreteVP(Schedule):
     def _time_at(self, u: Tensor) -> Tensor:
         # Every whole time is equally likely, t_min and t_max too.
         return (u * (self.t_max + 1)).floor().clamp(max=self.t_max)
-
-    def uniform_time(self, u: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """As in `Schedule`; the times are whole numbers."""
-        return super().uniform_time(u, low, high)
 
     def _grid(self, steps: int, spacing: str) -> Tensor:
         """The timesteps of diffusers' schedulers (Lin et al. 2024, arXiv 2305.08891, table 2)."""
