@@ -192,3 +192,10 @@ def test_inks_detector_is_found_by_name(tmp_path, monkeypatch):
     opened = open_detector("ink")
     assert opened.groups == GROUPS and isinstance(opened, Detector)
     assert torch.equal(opened(images(size=32))["digit"], made(images(size=32))["digit"])
+
+
+def test_a_cubic_kernel_does_not_leave_the_range_of_pixels():
+    checkered = torch.zeros(1, 3, 8, 8)
+    checkered[..., ::4] = 1
+    enlarged = Preprocessing((32, 32), mode="bicubic")(checkered)
+    assert enlarged.min() == 0 and enlarged.max() == 1

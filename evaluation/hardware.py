@@ -1,0 +1,47 @@
+"""What a number was measured on: one line about the machine, and the versions of what computed it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("sublimate", "torch", "diffusers", "transformers")
+
+
+def hardware_line() -> str:
+    """The processor, the threads that torch computes with, the accelerators if any, and the torch version."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parts = [f"{_processor()}, {torch.get_num_threads()} threads of {cores} cores", *_accelerators()]
+    return f"{'; '.join(parts)}; torch {torch.__version__}"
+
+
+def versions() -> dict[str, str]:
+    """The installed versions of this package, of what computes and of what models are saved as, and of Python."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in ("model name", "Model"):
+                return " ".join(value.split())
+    return platform.processor() or platform.machine()
+
+
+def _accelerators() -> list[str]:
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        return [f"{names.count(name)} x {name}" for name in dict.fromkeys(names)]
+    return ["Apple GPU"] if torch.backends.mps.is_available() else []

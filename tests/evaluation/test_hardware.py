@@ -1,0 +1,31 @@
+"""The hardware line names what is there and nothing about the place."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+from sublimate.evaluation import hardware
+from sublimate.evaluation.hardware import hardware_line, versions
+
+
+def test_the_line_names_processor_threads_and_torch():
+    line = hardware_line()
+    assert "\n" not in line and f"torch {torch.__version__}" in line
+    assert f"{torch.get_num_threads()} threads of " in line
+    assert platform.node() not in line
+
+
+def test_accelerators_are_counted_by_name(monkeypatch):
+    names = ["H200", "H200", "L4"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", names.__getitem__)
+    assert "; 2 x H200; 1 x L4; torch" in hardware_line()
+
+
+def test_versions_survive_a_package_that_is_not_installed(monkeypatch):
+    assert versions()["torch"].startswith(torch.__version__.split("+")[0]) and "python" in versions()
+    monkeypatch.setattr(hardware, "PACKAGES", ("no-such-package",))
+    assert versions()["no-such-package"] == "not installed"
