@@ -1,0 +1,77 @@
+"""Which weights an eraser may change: name rules per architecture."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Literal
+
+from torch import nn
+
+Rule = Literal["x", "x-strict", "u", "self", "full"]
+"""Which weights train; see `select`."""
+
+# Parts of a network's parameter names, dots included, for networks with cross-attention (UNets, PixArt): text enters
+# through attn2. The paper's "u" leaves out cross-attention, the output convolution and the embedding of time.
+_CROSS: Mapping[str, Callable[[str], bool]] = MappingProxyType(
+    {
+        "x": lambda name: ".attn2." in name,
+        "x-strict": lambda name: ".attn2.to_k." in name or ".attn2.to_v." in name,
+        "u": lambda name: not (".attn2." in name or re.match(r"conv_(norm_)?out\.|(time|add)_embedding\.", name)),
+        "self": lambda name: ".attn1." in name,
+    }
+)
+
+# For joint attention (SD3, FLUX) text is a second stream with projections of its own; what SD3 calls attn2 is a second
+# self-attention of the image. "u" leaves out the whole text stream, the output layers and the embeddings of time.
+_TEXT_PROJECTIONS = re.compile(r"\.(add_[qkv]_proj|to_add_out)\.")
+_TEXT_STREAM = re.compile(
+    r"\.(add_[qkv]_proj|to_add_out|norm_added_[qk]|norm1_context|ff_context)\.|context_embedder\."
+)
+_JOINT: Mapping[str, Callable[[str], bool]] = MappingProxyType(
+    {
+        "x": lambda name: bool(_TEXT_PROJECTIONS.search(name)),
+        "x-strict": lambda name: ".add_k_proj." in name or ".add_v_proj." in name,
+        "u": lambda name: not (_TEXT_STREAM.search(name) or re.match(r"(norm|proj)_out\.|time_text_embed\.", name)),
+        "self": lambda name: bool(re.search(r"\.attn2?\.to_(q|k|v|out)\b", name)),
+    }
+)
+
+
+def select(network: nn.Module, rule: Rule) -> frozenset[str]:
+    """Names of the parameters that a rule lets train.
+
+    - "x": the linear layers of cross-attention (q, k, v, out), for what is asked for by name: styles, persons. With
+      joint attention: the text stream's projections.
+    - "x-strict": its keys and values alone, the only layers that see text.
+    - "u": everything but cross-attention, the output layers and the time embedding, for what must go whatever the
+      prompt: objects, nudity (the paper's rule; the authors' rewrite of 2025 also trains the layers left out here).
+    - "self": self-attention.
+    - "full": everything.
+
+    Args:
+        network: a denoising network of diffusers.
+        rule: the rule's name.
+
+    Raises:
+        ValueError: for an unknown rule, or when the network has no such weights.
+    """
+    names = [name for name, _ in network.named_parameters()]
+    linear = {f"{name}." for name, module in network.named_modules() if isinstance(module, nn.Linear)}
+    joint = any(".add_k_proj." in name for name in names)
+    if rule == "full":
+        chosen = frozenset(names)
+    elif rule not in _CROSS:
+        raise ValueError(f"There is no weights rule {rule!r}: use x, x-strict, u, self or full.")
+    else:
+        matches = (_JOINT if joint else _CROSS)[rule]
+        attention = rule != "u"
+        chosen = frozenset(
+            name for name in names if matches(name) and (not attention or f"{name.rpartition('.')[0]}." in linear)
+        )
+    if not chosen:
+        raise ValueError(
+            f"{type(network).__name__} has no weights of the rule {rule!r}: use 'full', or 'u' for networks without text."
+        )
+    return chosen
