@@ -39,6 +39,11 @@ _DISCRETE_SCHEDULERS = frozenset(
 )
 
 
+def _entries(table: Tensor, index: Tensor) -> Tensor:
+    """table[index]; indexing by a tensor without dimensions would read it back from the device."""
+    return table.index_select(0, index.reshape(-1)).reshape(index.shape)
+
+
 class DiscreteVP(Schedule):
     """Variance preserving noise given by a table: t = 0 ... N-1, and t = -1 is clean.
 
@@ -81,7 +86,8 @@ class DiscreteVP(Schedule):
         levels = self._log_levels(position.device)
         left = position.detach().floor().clamp(0, len(levels) - 2).long()
         weight = position - left
-        start, slope = levels[left], levels[left + 1] - levels[left]
+        start = _entries(levels, left)
+        slope = _entries(levels, left + 1) - start
         if self.zero_terminal:
             last = left == len(levels) - 2
             slope = torch.where(last, 0.0, slope)
@@ -102,8 +108,8 @@ class DiscreteVP(Schedule):
         log_level = torch.nn.functional.logsigmoid(as_double(log_snr))
         levels = self._log_levels(log_level.device)
         left = torch.searchsorted(-levels, -log_level.detach(), right=True).sub(1).clamp(0, len(levels) - 2)
-        start = levels[left]
-        weight = (log_level - start) / (levels[left + 1] - start)
+        start = _entries(levels, left)
+        weight = (log_level - start) / (_entries(levels, left + 1) - start)
         if self.zero_terminal:
             linear_alpha = 1 - (0.5 * (log_level - start)).exp()
             weight = torch.where(left == len(levels) - 2, linear_alpha, weight)
@@ -118,6 +124,8 @@ class DiscreteVP(Schedule):
         n = len(self.alphas_cumprod)
         if steps > n:
             raise ValueError(f"A table of {n} times has no grid of {steps} steps; use at most {n}.")
+        if steps == 1 and spacing != "trailing":
+            raise ValueError(f"One step of spacing {spacing!r} would start at t=0, without noise; use 'trailing'.")
         i = torch.arange(steps, dtype=torch.float64)
         if spacing == "trailing":
             return (n - i * (n / steps)).round() - 1
