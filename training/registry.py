@@ -1,0 +1,104 @@
+"""Methods found by their file names: listing, describing (both without importing them) and loading."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import inspect
+import pkgutil
+from dataclasses import dataclass
+from importlib import resources
+from typing import TypeVar
+
+Base = TypeVar("Base")
+
+
+@dataclass(frozen=True)
+class MethodCard:
+    """What a method's file says of itself.
+
+    Attributes:
+        name: the file's name, which is the method's.
+        paper: the value of its class attribute `paper`, an arXiv id; empty when it has none.
+        summary: the first sentence of its docstring.
+    """
+
+    name: str
+    paper: str
+    summary: str
+
+
+def available(package: str) -> list[str]:
+    """The names of the methods in a package, sorted; none is imported.
+
+    Args:
+        package: its import name, such as "sublimate.training.objectives".
+    """
+    path = importlib.import_module(package).__path__
+    return sorted(
+        module.name for module in pkgutil.iter_modules(path) if not module.ispkg and module.name[0] != "_"
+    )
+
+
+def load(package: str, name: str, base: type[Base]) -> type[Base]:
+    """The one public class deriving from `base` that the method's file defines.
+
+    Raises:
+        ValueError: when there is no such method, naming the nearest and all others.
+        TypeError: when the file does not define exactly one such class.
+    """
+    check_name(package, name)
+    module = importlib.import_module(f"{package}.{name}")
+    classes = [
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value)
+        and issubclass(value, base)
+        and value.__module__ == module.__name__
+        and not value.__name__.startswith("_")
+    ]
+    if len(classes) != 1:
+        found = ", ".join(value.__name__ for value in classes) or "none"
+        raise TypeError(f"{module.__name__} must define exactly one public {base.__name__}, and defines {found}.")
+    return classes[0]
+
+
+def check_name(package: str, name: str) -> None:
+    """Refuses a name that is no method of the package.
+
+    Raises:
+        ValueError: naming the nearest method and all others.
+    """
+    names = available(package)
+    if name in names:
+        return
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    suggestion = f"did you mean '{near[0]}'? Available" if near else "available"
+    raise ValueError(f"There is no method '{name}' in {package}; {suggestion}: {', '.join(names) or 'none'}.")
+
+
+def card(package: str, name: str) -> MethodCard:
+    """What a method's file says of itself, read from its source without importing it.
+
+    Raises:
+        ValueError: when there is no such method.
+    """
+    check_name(package, name)
+    tree = ast.parse(resources.files(package).joinpath(f"{name}.py").read_text(encoding="utf-8"))
+    docstring = ast.get_docstring(tree) or ""
+    return MethodCard(name=name, paper=_paper(tree), summary=docstring.split("\n\n")[0].replace("\n", " "))
+
+
+def _paper(tree: ast.Module) -> str:
+    for node in tree.body:
+        if not isinstance(node, ast.ClassDef) or node.name.startswith("_"):
+            continue
+        for statement in node.body:
+            target = statement.target if isinstance(statement, ast.AnnAssign) else None
+            if isinstance(statement, ast.Assign):
+                target = statement.targets[0]
+            if isinstance(target, ast.Name) and target.id == "paper":
+                value = getattr(statement, "value", None)
+                return str(value.value) if isinstance(value, ast.Constant) else ""
+    return ""
