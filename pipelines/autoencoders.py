@@ -1,0 +1,35 @@
+"""Between images and latents, differentiable both ways."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+def encode_images(vae: Any, images: Tensor) -> Tensor:
+    """Latents as the denoiser sees them: the posterior's mode, shifted and scaled.
+
+    Args:
+        vae: a diffusers `AutoencoderKL`.
+        images: (batch, 3, height, width) in [0, 1].
+
+    Returns:
+        (batch, channels, height / factor, width / factor), differentiable in the images.
+    """
+    mode = vae.encode(2 * images.to(vae.dtype) - 1).latent_dist.mode()
+    return (mode - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+
+def decode_latents(vae: Any, latents: Tensor) -> Tensor:
+    """Images of latents, not clamped.
+
+    Args:
+        vae: a diffusers `AutoencoderKL`.
+        latents: (batch, channels, height, width) as the denoiser sees them.
+
+    Returns:
+        (batch, 3, height * factor, width * factor), about [0, 1], differentiable in the latents.
+    """
+    unscaled = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+    return vae.decode(unscaled).sample / 2 + 0.5

@@ -1,0 +1,224 @@
+"""What the library must know of a model family, and nothing else: one adapter per family."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from sublimate.diffusion.conditions import Condition
+from sublimate.diffusion.predictions import KINDS, Parametrization
+from sublimate.diffusion.schedules import Schedule, from_scheduler
+from sublimate.pipelines import backbones
+from sublimate.pipelines.tokens import TokenSpan
+
+Pipeline = Any
+"""An open `diffusers.DiffusionPipeline` of one of the backbone's classes."""
+
+
+@dataclass(frozen=True)
+class EntryPoint:
+    """A linear layer through which text enters the denoiser.
+
+    Attributes:
+        component: the pipeline's component that holds it.
+        module_name: the layer's name within the component.
+        key: the condition's entry that reaches it.
+        columns: the columns of its weight that multiply that entry.
+        bias: whether it adds a bias.
+    """
+
+    component: str
+    module_name: str
+    key: str
+    columns: slice
+    bias: bool
+
+
+@dataclass(frozen=True)
+class OneStep:
+    """How a stock pipeline makes a one-step student's x0.
+
+    Attributes:
+        pipeline_class: name of the diffusers class to save.
+        scheduler: a stock scheduler.
+        call: options of the pipeline's call.
+    """
+
+    pipeline_class: str
+    scheduler: Any
+    call: Mapping[str, Any]
+
+
+class Backbone(ABC):
+    """A model family. Stateless: everything is read from the pipeline that is passed in.
+
+    Attributes:
+        pipeline_classes: the `_class_name`s of `model_index.json` that this adapter serves.
+        network_attribute: the pipeline's component that denoises.
+        text_components: its text encoders.
+        guidance_scale: the family's usual guidance; 1 is none.
+        sampler: the family's usual sampler.
+        no_guidance: options of the stock pipeline's call that mean no guidance.
+    """
+
+    pipeline_classes: ClassVar[tuple[str, ...]]
+    network_attribute: ClassVar[str]
+    text_components: ClassVar[tuple[str, ...]] = ()
+    guidance_scale: ClassVar[float] = 1.0
+    sampler: ClassVar[str] = "ddim"
+    no_guidance: ClassVar[Mapping[str, Any]] = {}
+
+    def components(self, pipe: Pipeline) -> dict[str, nn.Module]:
+        """The networks a checkpoint consists of, by name: denoiser, text encoders, autoencoder."""
+        names = (self.network_attribute, *self.text_components, "vae")
+        found = {name: getattr(pipe, name, None) for name in names}
+        return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+
+    def schedule(self, pipe: Pipeline) -> Schedule:
+        """The noise schedule the network was trained with."""
+        return from_scheduler(pipe.scheduler, self.latent_shape(pipe))
+
+    def parametrization(self, pipe: Pipeline) -> Parametrization:
+        """What the network predicts.
+
+        Raises:
+            ValueError: for a prediction type that is not known.
+        """
+        kind = pipe.scheduler.config.get("prediction_type", "epsilon")
+        if kind not in KINDS:
+            raise ValueError(f"The scheduler's prediction_type {kind!r} is not one of {', '.join(KINDS)}.")
+        return Parametrization(kind)
+
+    @staticmethod
+    @abstractmethod
+    def call(
+        network: nn.Module, x_in: Tensor, t_net: Tensor, condition: Condition, features: Sequence[str]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Runs the network.
+
+        Args:
+            network: the family's denoiser, or a player made from it.
+            x_in: (batch, *latent_shape), scaled as the parametrization asks.
+            t_net: (batch,) float32, what the schedule says the network is told.
+            condition: of batch size batch, or without keys.
+            features: names of modules whose output to return.
+
+        Returns:
+            the output, shaped like x_in, and the features by name: maps (batch, channels, height, width) or tokens
+            (batch, tokens, channels).
+
+        Raises:
+            ValueError: when the condition lacks what the network needs, or holds what it cannot use.
+        """
+
+    @abstractmethod
+    def latent_shape(
+        self, pipe: Pipeline, height: int | None = None, width: int | None = None
+    ) -> tuple[int, int, int]:
+        """(channels, height, width) of one x_t.
+
+        Args:
+            pipe: the pipeline.
+            height, width: of the image in pixels; the checkpoint's own size unless given.
+
+        Raises:
+            ValueError: for a size the family cannot make.
+        """
+
+    @abstractmethod
+    def encode_prompts(self, pipe: Pipeline, prompts: Sequence[str]) -> Condition:
+        """What the network is told for each prompt; differentiable in the text encoders' weights.
+
+        Raises:
+            ValueError: for a prompt longer than the tokenizer's limit, naming it: nothing is cut off silently.
+        """
+
+    @abstractmethod
+    def null_condition(self, pipe: Pipeline) -> Condition:
+        """The condition, of batch size 1, that stands for no text; without keys for an unconditional model."""
+
+    @abstractmethod
+    def encode(self, pipe: Pipeline, images: Tensor) -> Tensor:
+        """Images (batch, 3, height, width) in [0, 1] -> latents as x0, the mode of the posterior; differentiable."""
+
+    @abstractmethod
+    def decode(self, pipe: Pipeline, latents: Tensor) -> Tensor:
+        """Latents -> images, about [0, 1], not clamped; differentiable."""
+
+    @abstractmethod
+    def one_step(self, pipe: Pipeline, t: float | None = None) -> OneStep:
+        """What makes the stock pipeline return exactly the x0 that the network predicts from pure noise at t.
+
+        Args:
+            pipe: the pipeline, with the scheduler it was trained with.
+            t: where the one-step student starts, in schedule time; t_max unless given.
+
+        Raises:
+            ValueError: when no stock scheduler does it.
+        """
+
+    def feature_taps(self, network: nn.Module) -> tuple[str, ...]:
+        """Modules whose output makes a good feature; the first `discriminator_taps` of them serve a discriminator."""
+        return ()
+
+    discriminator_taps: ClassVar[int] = 1
+
+    def text_entry_points(self, pipe: Pipeline) -> list[EntryPoint]:
+        """Every linear layer through which text enters the denoiser; none for an unconditional model."""
+        return []
+
+    def prompt_rows(self, pipe: Pipeline, prompt: str) -> tuple[TokenSpan, ...]:
+        """Where a prompt's own tokens sit, once per tokenizer whose tokens are rows of the condition.
+
+        Raises:
+            ValueError: for a prompt that does not fit.
+        """
+        return ()
+
+    def find_concept(self, pipe: Pipeline, prompt: str, concept: str) -> tuple[TokenSpan, ...]:
+        """Where a concept's tokens sit in a prompt, once per tokenizer whose tokens are rows of the condition.
+
+        Raises:
+            ValueError: for a prompt that does not fit or does not mention the concept.
+        """
+        return ()
+
+
+def refuse_unknown(condition: Condition, known: Sequence[str], network: nn.Module) -> None:
+    """Makes sure that nothing a network is told gets lost. A "negative" prompt is the caller's affair.
+
+    Raises:
+        ValueError: for an entry that the network cannot use.
+    """
+    if unused := sorted(condition.keys() - {*known, "negative"}):
+        raise ValueError(f"{type(network).__name__} cannot use the condition's {unused}: leave them out.")
+
+
+@cache
+def known_backbones() -> dict[str, Backbone]:
+    """Every adapter in this folder, by the pipeline classes it serves."""
+    found: dict[str, Backbone] = {}
+    for module in pkgutil.iter_modules(backbones.__path__, backbones.__name__ + "."):
+        for value in vars(importlib.import_module(module.name)).values():
+            if isinstance(value, type) and issubclass(value, Backbone) and value.__module__ == module.name:
+                found |= {name: value() for name in getattr(value, "pipeline_classes", ())}
+    return found
+
+
+def backbone_for(pipeline_class: str) -> Backbone:
+    """The adapter of a pipeline class.
+
+    Raises:
+        ValueError: for a family without adapter, naming those that have one.
+    """
+    found = known_backbones()
+    if pipeline_class not in found:
+        raise ValueError(f"{pipeline_class} is not supported; the known pipelines are {', '.join(sorted(found))}.")
+    return found[pipeline_class]

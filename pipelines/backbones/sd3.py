@@ -1,0 +1,136 @@
+"""Stable Diffusion 3 and 3.5: a rectified flow with a joint-attention transformer and three text encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sublimate.diffusion.conditions import Condition
+from sublimate.diffusion.predictions import Parametrization
+from sublimate.pipelines.autoencoders import decode_latents, encode_images
+from sublimate.pipelines.backbones.base import Backbone, EntryPoint, OneStep, Pipeline, refuse_unknown
+from sublimate.pipelines.features import tapped
+from sublimate.pipelines.one_step import flow_at
+from sublimate.pipelines.tokens import TokenSpan, concept_span, prompt_span, tokenize
+
+T5_LENGTH = 256
+"""T5 tokens per prompt, the stock pipeline's `max_sequence_length`."""
+
+
+class StableDiffusion3(Backbone):
+    """`StableDiffusion3Pipeline`.
+
+    "text" is a sequence: the two CLIPs' tokens side by side, padded with zeros to T5's width, then T5's tokens.
+    "text.pooled" is the two CLIPs' pooled embeddings. Keys and values of the joint attention see mixed states, so text
+    enters where both are projected first.
+    """
+
+    pipeline_classes = ("StableDiffusion3Pipeline",)
+    network_attribute = "transformer"
+    text_components = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    guidance_scale = 7.0
+    sampler = "euler"
+    no_guidance: ClassVar[Mapping[str, Any]] = {"guidance_scale": 1.0}
+    discriminator_taps = 4
+
+    def parametrization(self, pipe: Pipeline) -> Parametrization:
+        return Parametrization("flow")
+
+    @staticmethod
+    def call(
+        network: nn.Module, x_in: Tensor, t_net: Tensor, condition: Condition, features: Sequence[str]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if not {"text", "text.pooled"} <= condition.keys():
+            raise ValueError("Stable Diffusion 3 needs a text condition: encode a prompt, '' for none.")
+        refuse_unknown(condition, ("text", "text.pooled"), network)
+        # A joint block returns (text tokens, image tokens).
+        with tapped(network, features, item=1) as taps:
+            y = network(
+                hidden_states=x_in,
+                timestep=t_net,
+                encoder_hidden_states=condition["text"],
+                pooled_projections=condition["text.pooled"],
+            ).sample
+        return y, taps
+
+    def latent_shape(
+        self, pipe: Pipeline, height: int | None = None, width: int | None = None
+    ) -> tuple[int, int, int]:
+        config, factor = pipe.transformer.config, pipe.vae_scale_factor
+        unit = factor * config.patch_size
+        for pixels in (height, width):
+            if pixels is not None and (pixels <= 0 or pixels % unit):
+                raise ValueError(f"Images must measure a multiple of {unit} pixels, not {pixels}.")
+        return (
+            config.in_channels,
+            config.sample_size if height is None else height // factor,
+            config.sample_size if width is None else width // factor,
+        )
+
+    def encode_prompts(self, pipe: Pipeline, prompts: Sequence[str]) -> Condition:
+        first, pooled_first = _clip(pipe.tokenizer, pipe.text_encoder, prompts)
+        second, pooled_second = _clip(pipe.tokenizer_2, pipe.text_encoder_2, prompts)
+        clip = torch.cat([first, second], dim=-1)
+        width = pipe.transformer.config.joint_attention_dim
+        if pipe.text_encoder_3 is None:
+            t5 = clip.new_zeros(len(clip), T5_LENGTH, width)
+        else:
+            ids, _ = tokenize(pipe.tokenizer_3, prompts, T5_LENGTH)
+            t5 = pipe.text_encoder_3(ids.to(pipe.text_encoder_3.device)).last_hidden_state
+        clip = nn.functional.pad(clip, (0, width - clip.shape[-1]))
+        text = torch.cat([clip, t5], dim=1)
+        return Condition({"text": text, "text.pooled": torch.cat([pooled_first, pooled_second], dim=-1)})
+
+    def null_condition(self, pipe: Pipeline) -> Condition:
+        return self.encode_prompts(pipe, [""])
+
+    def encode(self, pipe: Pipeline, images: Tensor) -> Tensor:
+        return encode_images(pipe.vae, images)
+
+    def decode(self, pipe: Pipeline, latents: Tensor) -> Tensor:
+        return decode_latents(pipe.vae, latents)
+
+    def one_step(self, pipe: Pipeline, t: float | None = None) -> OneStep:
+        scheduler, call = flow_at(pipe.scheduler, t)
+        return OneStep("StableDiffusion3Pipeline", scheduler, {**call, **self.no_guidance})
+
+    def feature_taps(self, network: nn.Module) -> tuple[str, ...]:
+        # A discriminator looks at blocks spread over the whole depth (LADD, Sauer et al. 2024, arXiv 2403.12015).
+        count = len(network.transformer_blocks)
+        spread = [round((i + 1) * (count - 1) / self.discriminator_taps) for i in range(self.discriminator_taps)]
+        order = dict.fromkeys([*spread, *range(count)])
+        return tuple(f"transformer_blocks.{i}" for i in order)
+
+    def text_entry_points(self, pipe: Pipeline) -> list[EntryPoint]:
+        sequence = pipe.transformer.context_embedder
+        pooled = pipe.transformer.time_text_embed.text_embedder.linear_1
+        return [
+            EntryPoint("transformer", name, key, slice(0, layer.in_features), layer.bias is not None)
+            for name, key, layer in (
+                ("context_embedder", "text", sequence),
+                ("time_text_embed.text_embedder.linear_1", "text.pooled", pooled),
+            )
+        ]
+
+    def prompt_rows(self, pipe: Pipeline, prompt: str) -> tuple[TokenSpan, ...]:
+        return tuple(prompt_span(tokenizer, prompt, n, offset=at) for tokenizer, n, at in _parts(pipe))
+
+    def find_concept(self, pipe: Pipeline, prompt: str, concept: str) -> tuple[TokenSpan, ...]:
+        return tuple(concept_span(tokenizer, prompt, concept, n, offset=at) for tokenizer, n, at in _parts(pipe))
+
+
+def _parts(pipe: Pipeline) -> list[tuple[Any, int, int]]:
+    """(tokenizer, rows, first row) of each part of the sequence; the two CLIPs share their rows."""
+    clip = pipe.tokenizer.model_max_length
+    parts = [(pipe.tokenizer, clip, 0)]
+    return parts if pipe.text_encoder_3 is None else [*parts, (pipe.tokenizer_3, T5_LENGTH, clip)]
+
+
+def _clip(tokenizer: Any, encoder: Any, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """The states before the last layer (batch, tokens, width) and the projected pooled state (batch, width)."""
+    ids, _ = tokenize(tokenizer, prompts)
+    states = encoder(ids.to(encoder.device), output_hidden_states=True)
+    return states.hidden_states[-2], states.text_embeds

@@ -1,0 +1,162 @@
+"""Checkpoints on disk: whether a folder or file is complete, safe and of a known family, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+from safetensors import SafetensorError, safe_open
+
+PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
+
+# What diffusers calls the families of single files, and their pipelines.
+_SINGLE_FILE_FAMILIES = {
+    "v1": "StableDiffusionPipeline",
+    "v2": "StableDiffusionPipeline",
+    "sd3": "StableDiffusion3Pipeline",
+    "sd35_large": "StableDiffusion3Pipeline",
+    "sd35_medium": "StableDiffusion3Pipeline",
+}
+
+
+def refuse_pickle(path: Path) -> None:
+    """Pickles run code when they are opened.
+
+    Raises:
+        ValueError: for one, saying how to convert it.
+    """
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        raise ValueError(
+            f"{path} is a pickle, which can run code when opened: convert it with torch.load(path, weights_only=True) "
+            "and safetensors.torch.save_file, and open the .safetensors file."
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ValueError: when the file is not one.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): download or export the checkpoint again.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} does not hold a JSON object: download or export the checkpoint again.")
+    return value
+
+
+def check_folder(folder: Path, variant: str | None = None) -> str:
+    """Makes sure that a diffusers folder is complete, undamaged and free of pickles, reading headers only.
+
+    Args:
+        folder: with a `model_index.json`.
+        variant: of the weights' files ("fp16"), None for the plain ones.
+
+    Returns:
+        The pipeline's class name.
+
+    Raises:
+        ValueError: when something is missing, damaged or a pickle, naming it.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ValueError(f"{folder} has no model_index.json: it is not a diffusers pipeline, or only half written.")
+    contents = read_json(index)
+    if not isinstance(contents.get("_class_name"), str):
+        raise ValueError(f"{index} names no pipeline class: download or export the checkpoint again.")
+    for name, kind in contents.items():
+        if not name.startswith("_") and isinstance(kind, list) and kind[1:] != [None]:
+            _check_component(folder / name, str(kind[1]), variant)
+    return contents["_class_name"]
+
+
+def check_safetensors(path: Path) -> list[str]:
+    """Makes sure that a safetensors file is whole, from its header and its size.
+
+    Returns:
+        The names of its tensors.
+
+    Raises:
+        ValueError: when it is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}): download or export the checkpoint again.") from error
+
+
+def single_file_family(path: Path) -> str:
+    """The pipeline class of a single-file checkpoint, from the names and shapes in its header.
+
+    Raises:
+        ValueError: when the file is damaged or of no known family.
+    """
+    names = check_safetensors(path)
+    with safe_open(path, framework="pt") as file:
+        header = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
+    family = infer_diffusers_model_type(header)
+    # Files that match nothing are reported as "v1" by diffusers.
+    if family not in _SINGLE_FILE_FAMILIES or (family == "v1" and not any(_is_unet(name) for name in names)):
+        raise ValueError(
+            f"{path} is not a whole Stable Diffusion 1, 2 or 3 checkpoint: give one, or a diffusers folder "
+            "(LoRA files and edits are applied to an open model)."
+        )
+    return _SINGLE_FILE_FAMILIES[family]
+
+
+def _is_unet(name: str) -> bool:
+    return name.startswith("model.diffusion_model.")
+
+
+def _check_component(folder: Path, kind: str, variant: str | None) -> None:
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is missing, so the checkpoint is only half written: get it again.")
+    # Tokenizers, schedulers and image processors have no weights.
+    if kind.endswith(("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "FeatureExtractor")):
+        if not any(folder.glob("*.json")):
+            raise ValueError(f"{folder} is empty, so the checkpoint is only half written: get it again.")
+        return
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder / 'config.json'} is missing, so the checkpoint is only half written: get it again.")
+    read_json(folder / "config.json")
+    for path in _weights(folder, variant):
+        check_safetensors(path)
+
+
+def _weights(folder: Path, variant: str | None) -> list[Path]:
+    """The safetensors files that `variant` of a component consists of."""
+    names = (f"{base}.{variant}" if variant else base for base in ("diffusion_pytorch_model", "model"))
+    stems = tuple(names)
+    for stem in stems:
+        if (whole := folder / f"{stem}.safetensors").is_file():
+            return [whole]
+    base_names = ("diffusion_pytorch_model", "model")
+    suffix = f".{variant}" if variant else ""
+    for base in base_names:
+        for index in (
+            folder / f"{base}.safetensors.index{suffix}.json",
+            folder / f"{base}{suffix}.safetensors.index.json",
+        ):
+            if index.is_file():
+                return _shards(folder, read_json(index))
+    if any(path.suffix in PICKLE_SUFFIXES for path in folder.iterdir()):
+        raise ValueError(
+            f"{folder} holds its weights as a pickle only, which can run code when opened: convert them with "
+            "pipeline.save_pretrained(folder, safe_serialization=True) in an environment you trust."
+        )
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    hint = f"it has {', '.join(others)}: pass their variant" if others else "get the checkpoint again"
+    raise ValueError(f"The weights of {folder} are missing ({hint}).")
+
+
+def _shards(folder: Path, index: dict[str, Any]) -> list[Path]:
+    shards = [folder / name for name in sorted(set(index.get("weight_map", {}).values()))]
+    if missing := [path for path in shards if not path.is_file()]:
+        raise ValueError(f"{missing[0]} is missing, so the checkpoint is only half written: get it again.")
+    return shards

@@ -1,0 +1,52 @@
+"""Feature taps: what inner modules of a network return during one call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@contextmanager
+def tapped(network: nn.Module, names: Sequence[str], *, item: int = 0) -> Iterator[dict[str, Tensor]]:
+    """Collects the outputs of named modules while the network runs within this context.
+
+    Every use has its own hooks and its own result, so calls of one network may nest and follow each other; the hooks
+    are gone afterwards, also when the call fails. Gradients flow through what is collected.
+
+    Args:
+        network: whose modules.
+        names: as in `named_modules`.
+        item: which one to take where a module returns several.
+
+    Yields:
+        name -> output, filled once the network has run.
+
+    Raises:
+        ValueError: for a name the network does not have.
+    """
+    features: dict[str, Tensor] = {}
+    handles = []
+    try:
+        for name in names:
+            handles.append(_module(network, name).register_forward_hook(_keep(features, name, item)))
+        yield features
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _module(network: nn.Module, name: str) -> nn.Module:
+    try:
+        return network.get_submodule(name)
+    except AttributeError as error:
+        raise ValueError(f"{type(network).__name__} has no module {name!r} to read features from.") from error
+
+
+def _keep(features: dict[str, Tensor], name: str, item: int) -> Any:
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        features[name] = output if isinstance(output, Tensor) else output[item]
+
+    return hook

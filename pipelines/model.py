@@ -1,0 +1,273 @@
+"""Model: an open checkpoint, the one type that training, erasure and evaluation take; and how to open one."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from torch import Tensor, nn
+
+from sublimate.diffusion.conditions import Condition
+from sublimate.diffusion.denoisers import Denoiser
+from sublimate.diffusion.schedules import Schedule
+from sublimate.pipelines.backbones.base import Backbone, EntryPoint, backbone_for
+from sublimate.pipelines.checkpoints import check_folder, read_json, refuse_pickle, single_file_family
+from sublimate.pipelines.tokens import TokenSpan
+
+DEFAULTS_FILE = "sublimate.json"
+"""Beside `model_index.json`: how a checkpoint wants to be sampled, and where it comes from."""
+
+
+class Model:
+    """An open checkpoint: a stock pipeline seen through its family's backbone.
+
+    Attributes:
+        pipeline: the stock diffusers pipeline; its networks are frozen and in evaluation mode.
+        backbone: what is known of its family.
+        denoiser: its network as (x_t, t, condition) -> Prediction.
+        schedule: the noise schedule it was trained with.
+        source: what it was opened from.
+        defaults: "guidance_scale", "steps" and "start" from the checkpoint's `sublimate.json`, as far as given.
+    """
+
+    def __init__(self, pipeline: Any, source: str, defaults: Mapping[str, Any] | None = None) -> None:
+        self.pipeline = pipeline
+        self.backbone: Backbone = backbone_for(type(pipeline).__name__)
+        self.source = source
+        self.defaults = dict(defaults or {})
+        for module in self.components().values():
+            module.requires_grad_(False).eval()
+        self.schedule: Schedule = self.backbone.schedule(pipeline)
+        self.denoiser = Denoiser(
+            self.component(self.backbone.network_attribute),
+            self.backbone.call,
+            self.schedule,
+            self.backbone.parametrization(pipeline),
+        )
+        self._hash: tuple[Any, str] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        return next(self.denoiser.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of all weights."""
+        return next(self.denoiser.parameters()).dtype
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one x_t at the checkpoint's own size."""
+        return self.backbone.latent_shape(self.pipeline)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Model:
+        """Moves every network, in place."""
+        for module in self.components().values():
+            module.to(device=device)
+            # diffusers warns about every conversion, so only what needs one is converted.
+            if dtype is not None and any(p.dtype != dtype for p in module.parameters()):
+                module.to(dtype=dtype)
+        return self
+
+    def components(self) -> dict[str, nn.Module]:
+        """The networks, by name: denoiser, text encoders, autoencoder."""
+        return self.backbone.components(self.pipeline)
+
+    def component(self, name: str) -> nn.Module:
+        """One network.
+
+        Raises:
+            ValueError: for a name the model does not have.
+        """
+        components = self.components()
+        if name not in components:
+            raise ValueError(f"{self.source} has no network {name!r}; it has {', '.join(components)}.")
+        return components[name]
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Every parameter by its full key, "unet/down_blocks.0.….weight"."""
+        return {
+            f"{component}/{name}": parameter
+            for component, module in self.components().items()
+            for name, parameter in module.named_parameters()
+        }
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
+        """What the denoiser is told for each prompt.
+
+        Raises:
+            ValueError: for a prompt longer than the tokenizer's limit, naming it.
+        """
+        return self.backbone.encode_prompts(self.pipeline, prompts)
+
+    def null_condition(self) -> Condition:
+        """The condition, of batch size 1, that stands for no text; without keys for an unconditional model."""
+        return self.backbone.null_condition(self.pipeline)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (batch, 3, height, width) in [0, 1] -> x0 (batch, *latent_shape); differentiable."""
+        return self.backbone.encode(self.pipeline, images)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """x0 -> images, about [0, 1], not clamped; differentiable."""
+        return self.backbone.decode(self.pipeline, latents)
+
+    def feature_taps(self) -> tuple[str, ...]:
+        """The modules whose outputs serve a discriminator by default; `backbone.feature_taps` knows more."""
+        return self.backbone.feature_taps(self.denoiser.network)[: self.backbone.discriminator_taps]
+
+    def text_entry_points(self) -> list[EntryPoint]:
+        """Every linear layer through which text enters the denoiser."""
+        return self.backbone.text_entry_points(self.pipeline)
+
+    def prompt_rows(self, prompt: str) -> tuple[TokenSpan, ...]:
+        """Where a prompt's own tokens sit in its condition, once per tokenizer whose tokens are rows of it."""
+        return self.backbone.prompt_rows(self.pipeline, prompt)
+
+    def find_concept(self, prompt: str, concept: str) -> tuple[TokenSpan, ...]:
+        """Where a concept's tokens sit in a prompt's condition, once per tokenizer whose tokens are rows of it.
+
+        Raises:
+            ValueError: when the prompt does not mention the concept.
+        """
+        return self.backbone.find_concept(self.pipeline, prompt, concept)
+
+    def content_hash(self) -> str:
+        """SHA-256 over all weights in float32, by full key; the same on every device and for every file layout.
+
+        Kept until a weight changes. In-place changes are noticed by their version, and those that bypass it (through
+        `.data`) by a sample of each tensor's values.
+        """
+        tensors = self._tensors()
+        state = tuple((key, t.data_ptr(), t._version, _sample(t)) for key, t in tensors.items())
+        if self._hash is None or self._hash[0] != state:
+            digest = hashlib.sha256()
+            for key, tensor in tensors.items():
+                digest.update(f"{key}:{tuple(tensor.shape)}:".encode())
+                digest.update(tensor.to("cpu", torch.float32).contiguous().numpy().data)
+            self._hash = state, digest.hexdigest()
+        return self._hash[1]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Every parameter by its full key, sorted; independent of the wrapper that some releases of transformers
+        put around a text model."""
+        named = {key.replace("/text_model.", "/", 1): p.detach() for key, p in self.parameters().items()}
+        return dict(sorted(named.items()))
+
+
+def _sample(tensor: Tensor) -> float:
+    flat = tensor.flatten()
+    return float(flat[:: max(1, flat.numel() // 64)].double().sum())
+
+
+def open_model(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    token: str | bool | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Model:
+    """Opens a checkpoint; every network ends up in one precision, frozen and in evaluation mode.
+
+    Args:
+        source: a diffusers folder, a single `.safetensors` file, the name of a packaged model ("ink"), or a hub id
+            ("owner/name"). What exists on disk comes first.
+        revision: branch, tag or commit of a hub id.
+        variant: of the weights' files, such as "fp16".
+        token: for gated or private repositories of the hub.
+        dtype: precision of all weights.
+        device: where to put them.
+
+    Raises:
+        ValueError: when the checkpoint is missing, incomplete, damaged, a pickle or of an unknown family.
+    """
+    path, name = Path(source).expanduser(), str(source)
+    if path.is_file():
+        if revision or variant:
+            raise ValueError(f"{path} is one file: it has no revision and no variant.")
+        pipeline, defaults = _open_file(path, dtype, token), {}
+    else:
+        folder = _folder(path, name, revision, variant, token)
+        pipeline = _open_folder(folder, variant, dtype)
+        defaults = read_json(folder / DEFAULTS_FILE) if (folder / DEFAULTS_FILE).is_file() else {}
+    # transformers keeps the precision of a text encoder's file; a mixed pipeline would fail at its first step.
+    return Model(pipeline, name, defaults).to(device, dtype)
+
+
+def _folder(path: Path, name: str, revision: str | None, variant: str | None, token: str | bool | None) -> Path:
+    """The folder on disk that a source stands for, downloaded if need be."""
+    packaged = _packaged(name)
+    local = path if path.is_dir() and ((path / "model_index.json").exists() or packaged is None) else packaged
+    if local is not None:
+        if revision:
+            raise ValueError(f"{name} is a local folder: it has no revision {revision!r}.")
+        return local
+    refuse_pickle(path)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or path.suffix == ".safetensors":
+        raise ValueError(
+            f"There is no checkpoint {name}: give a diffusers folder, a .safetensors file, a hub id like owner/name "
+            f"or the name of a packaged model ({', '.join(packaged_names()) or 'none is installed'})."
+        )
+    return _download(name, revision, variant, token)
+
+
+def packaged_names() -> list[str]:
+    """The models that come with the library."""
+    assets = Path(str(importlib.resources.files("sublimate.assets")))
+    return sorted(path.parent.name for path in assets.glob("*/model_index.json"))
+
+
+def _packaged(name: str) -> Path | None:
+    return Path(str(importlib.resources.files("sublimate.assets"))) / name if name in packaged_names() else None
+
+
+def _download(name: str, revision: str | None, variant: str | None, token: str | bool | None) -> Path:
+    try:
+        return Path(
+            diffusers.DiffusionPipeline.download(
+                name, revision=revision, variant=variant, token=token, use_safetensors=True
+            )
+        )
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError) as error:
+        raise ValueError(
+            f"The hub cannot be reached and {name} is not in its cache: check the connection, or give a local folder."
+        ) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{name} cannot be fetched from the hub ({reason})") from error
+
+
+def _open_folder(folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
+    kind = check_folder(folder, variant)
+    backbone_for(kind)
+    try:
+        return getattr(diffusers, kind).from_pretrained(
+            folder, dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True
+        )
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{folder} cannot be opened as a {kind} ({reason})") from error
+
+
+def _open_file(path: Path, dtype: torch.dtype, token: str | bool | None) -> Any:
+    refuse_pickle(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path} is not a checkpoint: give a .safetensors file or a diffusers folder.")
+    kind = single_file_family(path)
+    try:
+        return getattr(diffusers, kind).from_single_file(path, dtype=dtype, token=token)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} cannot be opened as a {kind}: a single file needs its family's configuration from the hub "
+            f"({str(error).strip().splitlines()[0]})"
+        ) from error

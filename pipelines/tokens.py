@@ -1,0 +1,133 @@
+"""Prompts as tokens: limits that are kept, and which rows of a text condition hold which words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+Tokenizer = Any
+"""A Hugging Face tokenizer."""
+
+
+@dataclass(frozen=True)
+class TokenSpan:
+    """Where some tokens of a prompt sit in a text condition.
+
+    Attributes:
+        key: the condition's entry, "text" for a sequence.
+        start, stop: rows [start, stop) of that entry's sequence.
+        end: the row of the end-of-text token after the prompt.
+        last: one past the last row of this tokenizer's part, padding included.
+    """
+
+    key: str
+    start: int
+    stop: int
+    end: int
+    last: int
+
+    @property
+    def rows(self) -> slice:
+        """The tokens themselves."""
+        return slice(self.start, self.stop)
+
+    @property
+    def tail(self) -> slice:
+        """The tokens and everything after them: in a causal text encoder all these rows have seen them."""
+        return slice(self.start, self.last)
+
+
+def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, Tensor]:
+    """Token ids padded to one length; nothing is ever cut off.
+
+    Args:
+        tokenizer: of the model.
+        prompts: what to tokenise, at least one.
+        length: tokens per prompt; the tokenizer's limit unless given.
+
+    Returns:
+        ids and attention mask, both int64 (prompts, length).
+
+    Raises:
+        TypeError: when `prompts` is a single string.
+        ValueError: for no prompts, or a prompt that does not fit, naming it.
+    """
+    if isinstance(prompts, str):
+        raise TypeError(f"Give a list of prompts: [{prompts!r}].")
+    if not prompts:
+        raise ValueError("There is no prompt to encode: give at least one, '' for the empty one.")
+    limit = tokenizer.model_max_length if length is None else length
+    for prompt, ids in zip(prompts, tokenizer(list(prompts), verbose=False).input_ids, strict=True):
+        if len(ids) > limit:
+            raise ValueError(f"The prompt {prompt!r} has {len(ids)} tokens but the model reads {limit}: shorten it.")
+    encoded = tokenizer(list(prompts), padding="max_length", max_length=limit, return_tensors="pt")
+    return encoded.input_ids, encoded.attention_mask
+
+
+def prompt_span(tokenizer: Tokenizer, prompt: str, length: int, *, offset: int = 0, key: str = "text") -> TokenSpan:
+    """Where a prompt's own tokens sit, without start, end and padding.
+
+    Args:
+        tokenizer: of the model.
+        prompt: one prompt.
+        length: rows of this tokenizer's part.
+        offset: its first row within the whole sequence.
+        key: the condition's entry.
+
+    Raises:
+        ValueError: for a prompt that does not fit.
+    """
+    tokenize(tokenizer, [prompt], length)
+    ids = tokenizer(prompt).input_ids
+    content = tokenizer(prompt, add_special_tokens=False).input_ids
+    start = _find(ids, content)[0] if content else ids.index(tokenizer.eos_token_id)
+    stop = start + len(content)
+    return TokenSpan(key, offset + start, offset + stop, offset + stop, offset + length)
+
+
+def concept_span(
+    tokenizer: Tokenizer, prompt: str, concept: str, length: int, *, offset: int = 0, key: str = "text"
+) -> TokenSpan:
+    """Where a concept's tokens sit in a prompt; its first mention counts.
+
+    Whole words only: "car" is not found in "cartoon". Upper and lower case do not matter.
+
+    Args:
+        tokenizer: of the model.
+        prompt: one prompt.
+        concept: a word or phrase of it.
+        length: rows of this tokenizer's part.
+        offset: its first row within the whole sequence.
+        key: the condition's entry.
+
+    Raises:
+        ValueError: for an empty concept, or a prompt that does not fit or does not mention it.
+    """
+    span = prompt_span(tokenizer, prompt, length, offset=offset, key=key)
+    content = tokenizer(prompt, add_special_tokens=False).input_ids
+    # T5 tells upper from lower case: the prompt's own spelling counts.
+    spelled = re.search(re.escape(concept), prompt, re.IGNORECASE)
+    wanted = tokenizer(spelled.group() if spelled else concept, add_special_tokens=False).input_ids
+    if not wanted:
+        raise ValueError(f"The concept {concept!r} has no tokens: name it in words.")
+    tokens = tokenizer.convert_ids_to_tokens(content)
+    for first in _find(content, wanted):
+        if not _splits_a_word(tokens, first + len(wanted)):
+            start = span.start + first
+            return TokenSpan(key, start, start + len(wanted), span.end, span.last)
+    raise ValueError(f"The prompt {prompt!r} does not mention {concept!r}: its words must occur there as they are.")
+
+
+def _find(sequence: Sequence[int], part: Sequence[int]) -> list[int]:
+    """Every position at which `part` occurs in `sequence`."""
+    last = len(sequence) - len(part)
+    return [i for i in range(last + 1) if list(sequence[i : i + len(part)]) == list(part)]
+
+
+def _splits_a_word(tokens: Sequence[str], stop: int) -> bool:
+    """Whether the token at `stop` continues the word of the one before; byte-pair words end in "</w>"."""
+    return stop < len(tokens) and tokens[stop][0].isalnum() and not tokens[stop - 1].endswith("</w>")
