@@ -1,4 +1,4 @@
-"""Run configurations: YAML files and `key.sub=value` overrides become frozen pydantic models, or one clear sentence."""
+"""Run configurations: YAML and `key.sub=value` overrides become frozen pydantic models, or one clear sentence."""
 
 from __future__ import annotations
 
@@ -123,9 +123,9 @@ def describe_error(
         sentence = f"{name}: {first['ctx']['error']}" if name else str(first["ctx"]["error"])
     elif all(problem["msg"].startswith("Input should be ") for problem in found):
         expected = " or ".join(dict.fromkeys(_expected(problem["msg"]) for problem in found))
-        sentence = f"'{name}' must be {expected}, not {_shown(first['input'])}{where}."
+        sentence = f"'{name}'{where} must be {expected}, not {_shown(first['input'])}."
     else:
-        sentence = f"'{name}' is {_shown(first['input'])}{where}: {first['msg']}."
+        sentence = f"'{name}'{where} is {_shown(first['input'])}: {first['msg']}."
     others = len(problems) - 1
     return sentence + (f" ({others} more problem{'s' * (others > 1)} after this one.)" if others else "")
 
@@ -142,8 +142,9 @@ def _merge(default: Config, given: Mapping[str, Any]) -> dict[str, Any]:
     merged: dict[str, Any] = {name: getattr(default, name) for name in default.model_fields_set}
     for name, value in given.items():
         current = merged.get(name)
-        partial = isinstance(current, Config) and isinstance(value, Mapping)
-        merged[name] = _merge(current, value) if partial else value
+        if isinstance(current, Config) and isinstance(value, Mapping):
+            value = _merge(current, value)
+        merged[name] = value
     return merged
 
 
@@ -169,12 +170,11 @@ def _key_in(data: object, location: Iterable[str | int], missing: bool) -> Key:
     for position, part in enumerate(parts):
         if isinstance(data, BaseModel):
             data = {name: getattr(data, name) for name in type(data).model_fields}
-        if isinstance(data, Mapping) and part in data:
-            data = data[part]
-        elif isinstance(data, (list, tuple)) and isinstance(part, int) and part < len(data):
-            data = data[part]
-        elif not (missing and position == len(parts) - 1):
-            continue
+        try:
+            data = data[part]  # type: ignore[index]
+        except (TypeError, LookupError):
+            if not (missing and position == len(parts) - 1):
+                continue
         key.append(part)
     return tuple(key)
 

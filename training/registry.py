@@ -36,9 +36,7 @@ def available(package: str) -> list[str]:
         package: its import name, such as "sublimate.training.objectives".
     """
     path = importlib.import_module(package).__path__
-    return sorted(
-        module.name for module in pkgutil.iter_modules(path) if not module.ispkg and module.name[0] != "_"
-    )
+    return sorted(module.name for module in pkgutil.iter_modules(path) if not module.ispkg and module.name[0] != "_")
 
 
 def load(package: str, name: str, base: type[Base]) -> type[Base]:
@@ -50,18 +48,19 @@ def load(package: str, name: str, base: type[Base]) -> type[Base]:
     """
     check_name(package, name)
     module = importlib.import_module(f"{package}.{name}")
-    classes = [
-        value
+    # A dictionary, because a class may have a second name in its module.
+    classes = {
+        value: value.__name__
         for value in vars(module).values()
         if inspect.isclass(value)
         and issubclass(value, base)
         and value.__module__ == module.__name__
         and not value.__name__.startswith("_")
-    ]
+    }
     if len(classes) != 1:
-        found = ", ".join(value.__name__ for value in classes) or "none"
+        found = ", ".join(classes.values()) or "none"
         raise TypeError(f"{module.__name__} must define exactly one public {base.__name__}, and defines {found}.")
-    return classes[0]
+    return next(iter(classes))
 
 
 def check_name(package: str, name: str) -> None:
@@ -95,10 +94,9 @@ def _paper(tree: ast.Module) -> str:
         if not isinstance(node, ast.ClassDef) or node.name.startswith("_"):
             continue
         for statement in node.body:
-            target = statement.target if isinstance(statement, ast.AnnAssign) else None
-            if isinstance(statement, ast.Assign):
-                target = statement.targets[0]
-            if isinstance(target, ast.Name) and target.id == "paper":
-                value = getattr(statement, "value", None)
-                return str(value.value) if isinstance(value, ast.Constant) else ""
+            if not isinstance(statement, (ast.Assign, ast.AnnAssign)):
+                continue
+            target = statement.targets[0] if isinstance(statement, ast.Assign) else statement.target
+            if isinstance(target, ast.Name) and target.id == "paper" and isinstance(statement.value, ast.Constant):
+                return str(statement.value.value)
     return ""
