@@ -68,6 +68,11 @@ class Model:
         """(channels, height, width) of one x_t at the checkpoint's own size."""
         return self.backbone.latent_shape(self.pipeline)
 
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance this checkpoint is usually sampled with; 1 is none."""
+        return float(self.defaults.get("guidance_scale", self.backbone.guidance_scale))
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Model:
         """Moves every network, in place."""
         for module in self.components().values():

@@ -65,6 +65,7 @@ class Backbone(ABC):
         text_components: its text encoders.
         guidance_scale: the family's usual guidance; 1 is none.
         sampler: the family's usual sampler.
+        grid_spacing: the family's usual grid, of its schedule's `spacings`.
         no_guidance: options of the stock pipeline's call that mean no guidance.
     """
 
@@ -73,6 +74,7 @@ class Backbone(ABC):
     text_components: ClassVar[tuple[str, ...]] = ()
     guidance_scale: ClassVar[float] = 1.0
     sampler: ClassVar[str] = "ddim"
+    grid_spacing: ClassVar[str] = "trailing"
     no_guidance: ClassVar[Mapping[str, Any]] = {}
 
     def components(self, pipe: Pipeline) -> dict[str, nn.Module]:
@@ -163,6 +165,10 @@ class Backbone(ABC):
         Raises:
             ValueError: when no stock scheduler does it.
         """
+
+    def reads_guidance(self, network: nn.Module) -> bool:
+        """Whether the network is told the guidance scale, as the condition's "guidance", instead of being guided."""
+        return False
 
     def feature_taps(self, network: nn.Module) -> tuple[str, ...]:
         """Modules whose output makes a good feature; the first `discriminator_taps` of them serve a discriminator."""

@@ -33,6 +33,7 @@ class StableDiffusion3(Backbone):
     text_components = ("text_encoder", "text_encoder_2", "text_encoder_3")
     guidance_scale = 7.0
     sampler = "euler"
+    grid_spacing = "linspace"
     no_guidance: ClassVar[Mapping[str, Any]] = {"guidance_scale": 1.0}
     discriminator_taps = 4
 

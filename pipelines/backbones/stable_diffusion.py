@@ -76,6 +76,9 @@ class StableDiffusion(Backbone):
             "StableDiffusionPipeline", ddim_at(pipe.scheduler, t), {"num_inference_steps": 1, **self.no_guidance}
         )
 
+    def reads_guidance(self, network: nn.Module) -> bool:
+        return network.time_embedding.cond_proj is not None
+
     def feature_taps(self, network: nn.Module) -> tuple[str, ...]:
         downs = tuple(f"down_blocks.{i}" for i in range(len(network.down_blocks)))
         ups = tuple(f"up_blocks.{i}" for i in range(len(network.up_blocks)))
