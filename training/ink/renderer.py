@@ -76,8 +76,8 @@ class Pose(NamedTuple):
 def scans(split: Split) -> tuple[Tensor, Tensor]:
     """The scanned digits of one split: pictures (N, 8, 8) in [0, 1] and their labels (N,).
 
-    UCI's optical recognition set, as bundled with scikit-learn: 1,797 scans. Thirty of every digit are held out, the
-    same ones always.
+    UCI's optical recognition set, as bundled with scikit-learn: 1,797 scans, less the 24 that cannot be read as their
+    label (see `readable`). Thirty of every digit are held out, the same ones always.
 
     Raises:
         ValueError: when the split is not "train" or "held_out".
@@ -89,14 +89,37 @@ def scans(split: Split) -> tuple[Tensor, Tensor]:
     data = load_digits()
     pictures = torch.from_numpy(data.images).float() / 16
     labels = torch.from_numpy(data.target).long()
+    usable = readable(pictures, labels)
     generator = torch.Generator().manual_seed(_SPLIT_SEED)
     chosen = []
     for digit in range(len(DIGITS)):
-        members = torch.nonzero(labels == digit).flatten()
+        members = torch.nonzero((labels == digit) & usable).flatten()
         members = members[torch.randperm(len(members), generator=generator)]
         chosen.append(members[:HELD_OUT_PER_DIGIT] if split == "held_out" else members[HELD_OUT_PER_DIGIT:])
     indices = torch.cat(chosen).sort().values
     return pictures[indices], labels[indices]
+
+
+def readable(pictures: Tensor, labels: Tensor, neighbours: int = 5) -> Tensor:
+    """Which scans look like their label: most of a scan's nearest other scans must share it.
+
+    At eight by eight pixels a few scans look like another digit; a picture made of one would not show what its caption
+    says.
+
+    Args:
+        pictures: (N, 8, 8) in [0, 1], in sixteenths.
+        labels: (N,).
+        neighbours: how many others are asked.
+
+    Returns:
+        Booleans (N,).
+    """
+    levels = (pictures * 16).round().flatten(1)  # whole numbers: the distances are exact, the same on every machine
+    squares = levels.square().sum(dim=1)
+    distances = squares[:, None] + squares[None, :] - 2 * levels @ levels.T
+    distances.fill_diagonal_(torch.inf)
+    nearest = distances.sort(dim=1, stable=True).indices[:, :neighbours]
+    return 2 * (labels[nearest] == labels[:, None]).sum(dim=1) > neighbours
 
 
 def strokes(pictures: Tensor, pose: Pose) -> Tensor:
