@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 
+from sublimate.cli.app import run
+
 
 def main() -> None:
-    """Run the command line and exit with its status."""
-    print("sublimate: no subcommand is available yet", file=sys.stderr)
-    raise SystemExit(2)
+    """Runs the command line and exits with its status."""
+    run(sys.argv[1:])
 
 
 if __name__ == "__main__":

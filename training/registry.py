@@ -5,10 +5,11 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 from dataclasses import dataclass
-from importlib import resources
+from importlib.abc import InspectLoader
 from typing import TypeVar
 
 Base = TypeVar("Base")
@@ -84,9 +85,26 @@ def card(package: str, name: str) -> MethodCard:
         ValueError: when there is no such method.
     """
     check_name(package, name)
-    tree = ast.parse(resources.files(package).joinpath(f"{name}.py").read_text(encoding="utf-8"))
-    docstring = ast.get_docstring(tree) or ""
-    return MethodCard(name=name, paper=_paper(tree), summary=docstring.split("\n\n")[0].replace("\n", " "))
+    tree = read_source(f"{package}.{name}")
+    return MethodCard(name=name, paper=_paper(tree), summary=first_sentence(tree))
+
+
+def read_source(module: str) -> ast.Module:
+    """The syntax tree of a module that is found but not imported (its package is).
+
+    Raises:
+        ModuleNotFoundError: when there is no such module in source form.
+    """
+    spec = importlib.util.find_spec(module)
+    source = spec.loader.get_source(module) if spec and isinstance(spec.loader, InspectLoader) else None
+    if source is None:
+        raise ModuleNotFoundError(f"There is no source of {module}.", name=module)
+    return ast.parse(source)
+
+
+def first_sentence(tree: ast.Module) -> str:
+    """The first paragraph of a module's docstring on one line; empty when it has none."""
+    return (ast.get_docstring(tree) or "").split("\n\n")[0].replace("\n", " ")
 
 
 def _paper(tree: ast.Module) -> str:
