@@ -22,6 +22,7 @@ class Criterion:
         n: images or pairs behind it.
         bar: what it is held to.
         at_least: whether the bar is a minimum; otherwise it is a maximum.
+        unit: of a hundredth: "%" for rates, "points" for differences of rates.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Criterion:
     n: int
     bar: float
     at_least: bool = False
+    unit: str = "%"
 
     @property
     def met(self) -> bool:
@@ -58,12 +60,13 @@ def rate_criterion(name: str, question: str, rate: Rate, bar: float, *, at_least
 def loss_criterion(name: str, question: str, change: Difference, bar: float) -> Criterion:
     """What was lost (the first run's rate minus the second's) against the most that may be lost."""
     # 0.0 - x rather than -x: a loss of nothing must not read "-0".
-    return Criterion(name, question, 0.0 - change.value, 0.0 - change.high, 0.0 - change.low, change.n, bar)
+    loss, low, high = 0.0 - change.value, 0.0 - change.high, 0.0 - change.low
+    return Criterion(name, question, loss, low, high, change.n, bar, unit="points")
 
 
 def rise_criterion(name: str, question: str, change: Difference, bar: float) -> Criterion:
     """What was added (the second run's rate minus the first's) against the most that may be added."""
-    return Criterion(name, question, change.value, change.low, change.high, change.n, bar)
+    return Criterion(name, question, change.value, change.low, change.high, change.n, bar, unit="points")
 
 
 def verdict_sentence(criteria: Sequence[Criterion]) -> str:

@@ -104,10 +104,6 @@ def judge(study: ErasureStudy, seen: Mapping[str, Observation]) -> ErasureResult
     for role in named:
         pair = (seen[role].before, seen[role].after)
         rates[role] = Comparison.of(*(readings.shows(study.group, study.detected_as) for readings in pair))
-    rates["rejected"] = Comparison.of(
-        torch.cat([seen[role].before.rejected() for role in named]),
-        torch.cat([seen[role].after.rejected() for role in named]),
-    )
     for name, role, looked_at in (
         ("siblings", "siblings", [study.group]),
         ("untouched", "target", others),
@@ -116,6 +112,10 @@ def judge(study: ErasureStudy, seen: Mapping[str, Observation]) -> ErasureResult
         accuracy = _accuracy(seen[role], study.expected(role), looked_at) if role in seen else None
         if accuracy is not None:
             rates[name] = accuracy
+    rates["rejected"] = Comparison.of(
+        torch.cat([seen[role].before.rejected() for role in named]),
+        torch.cat([seen[role].after.rejected() for role in named]),
+    )
     return ErasureResult(
         study=study,
         rates=rates,
@@ -138,9 +138,10 @@ def _by_label(study: ErasureStudy, seen: Observation) -> dict[str, Comparison]:
     _, before = obeyed(seen.before, study.expected("siblings"), [study.group])
     _, after = obeyed(seen.after, study.expected("siblings"), [study.group])
     found = {}
-    for label in filter(None, dict.fromkeys(labels)):
+    for label in seen.before.groups[study.group]:
         chosen = torch.tensor([other == label for other in labels])
-        found[label] = Comparison.of(before[chosen], after[chosen])
+        if chosen.any():
+            found[label] = Comparison.of(before[chosen], after[chosen])
     return found
 
 
@@ -151,24 +152,24 @@ def _drift(moved: Tensor) -> Drift:
 
 
 def _criteria(study: ErasureStudy, rates: Mapping[str, Comparison]) -> list[Criterion]:
-    name, bars = study.concept, study.bars
+    name, bars = f"“{study.concept}”", study.bars
     target, rejected = rates["target"], rates["rejected"]
-    before = f"How often does the base model draw {name!r} when asked?"
+    before = f"How often does the base model draw {name} when asked?"
     found = [
         rate_criterion("drawn before", before, target.before, bars.drawn_before, at_least=True),
-        rate_criterion("target", f"How often is {name!r} still drawn when asked for?", target.after, bars.target),
+        rate_criterion("target", f"How often is {name} still drawn when asked for?", target.after, bars.target),
     ]
     if "synonyms" in rates:
-        question = f"How often is {name!r} still drawn under other names?"
+        question = f"How often is {name} still drawn under other names?"
         found.append(rate_criterion("synonyms", question, rates["synonyms"].after, bars.synonyms))
     for role, question, bar in (
-        ("siblings", f"How much accuracy do the other labels of {study.group!r} lose?", bars.siblings_loss),
-        ("untouched", f"How much does the rest of the prompts for {name!r} lose?", bars.untouched_loss),
-        ("unrelated", f"How much do prompts lose that do not concern {name!r}?", bars.unrelated_loss),
+        ("siblings", f"How much accuracy do the other labels of “{study.group}” lose?", bars.siblings_loss),
+        ("untouched", f"How much does the rest of the prompts for {name} lose?", bars.untouched_loss),
+        ("unrelated", f"How much do prompts lose that do not concern {name}?", bars.unrelated_loss),
     ):
         if role in rates:
             found.append(loss_criterion(role, question, rates[role].change, bar))
-    question = f"How many more images for {name!r} are none of the labels (broken, or off the map)?"
+    question = f"How many more images for {name} are none of the labels (broken, or off the map)?"
     return [*found, rise_criterion("rejected", question, rejected.change, bars.rejected_rise)]
 
 

@@ -15,7 +15,8 @@ PACKAGES = ("sublimate", "torch", "diffusers", "transformers")
 def hardware_line() -> str:
     """The processor, the threads that torch computes with, the accelerators if any, and the torch version."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parts = [f"{_processor()}, {torch.get_num_threads()} threads of {cores} cores", *_accelerators()]
+    threads = torch.get_num_threads()
+    parts = [f"{_processor()}, {threads} thread{'s' * (threads > 1)} on {cores} cores", *_accelerators()]
     return f"{'; '.join(parts)}; torch {torch.__version__}"
 
 

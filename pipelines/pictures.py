@@ -10,12 +10,13 @@ from PIL import Image
 from torch import Tensor
 
 
-def to_png(image: Tensor, *, scale: int = 1) -> bytes:
+def to_png(image: Tensor, *, scale: int = 1, largest: int | None = None) -> bytes:
     """One image as a PNG file.
 
     Args:
         image: (3, H, W), float in [0, 1]; values outside are clipped.
         scale: whole-number enlargement that keeps pixels square and sharp, for images of a few dozen pixels.
+        largest: the longer edge is shrunk to this many pixels where it has more.
 
     Returns:
         The file's bytes.
@@ -31,6 +32,8 @@ def to_png(image: Tensor, *, scale: int = 1) -> bytes:
     picture = Image.fromarray(pixels.numpy())
     if scale != 1:
         picture = picture.resize((scale * picture.width, scale * picture.height), Image.Resampling.NEAREST)
+    if largest is not None:
+        picture.thumbnail((largest, largest), Image.Resampling.LANCZOS)
     file = BytesIO()
     picture.save(file, format="PNG", optimize=True)
     return file.getvalue()

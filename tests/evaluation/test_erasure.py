@@ -198,7 +198,7 @@ def test_a_concept_unknown_to_the_detector_is_refused_before_anything_is_drawn(p
 
 def test_a_label_may_differ_from_the_concepts_name(palette):
     result = run(study(concept="the lucky number", label="seven"), Painter(palette), Painter(palette), palette)
-    assert result.rates["target"].after == Rate(8, 8) and "'the lucky number'" in result.criteria[0].question
+    assert result.rates["target"].after == Rate(8, 8) and "“the lucky number”" in result.criteria[0].question
 
 
 @pytest.mark.parametrize(

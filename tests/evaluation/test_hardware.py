@@ -13,7 +13,7 @@ from sublimate.evaluation.hardware import hardware_line, versions
 def test_the_line_names_processor_threads_and_torch():
     line = hardware_line()
     assert "\n" not in line and f"torch {torch.__version__}" in line
-    assert f"{torch.get_num_threads()} threads of " in line
+    assert f", {torch.get_num_threads()} thread" in line
     assert platform.node() not in line
 
 

@@ -28,6 +28,12 @@ def test_scaling_repeats_pixels():
     assert (opened(to_png(image, scale=4)) == opened(to_png(image)).repeat(4, axis=0).repeat(4, axis=1)).all()
 
 
+def test_large_pictures_are_shrunk_and_small_ones_are_not():
+    image = torch.rand(3, 20, 40, generator=torch.Generator().manual_seed(0))
+    assert opened(to_png(image, largest=10)).shape == (5, 10, 3)
+    assert (opened(to_png(image, largest=40)) == opened(to_png(image))).all()
+
+
 def test_grid_places_images_row_by_row():
     images = torch.arange(5.0)[:, None, None, None].expand(5, 3, 2, 3)
     grid = image_grid(images, columns=2, gap=1, background=9)
