@@ -134,11 +134,12 @@ def _sampler(model: Model, name: str, steps: int, start: float | None) -> Callab
         raise ValueError(f"There is no sampler {name!r}; use one of {', '.join(SAMPLERS)}.")
     if steps < 1:
         raise ValueError(f"Sampling needs at least 1 step, not {steps}.")
-    start = model.defaults.get("start") if start is None else start
-    if name == "one_step" or start is not None:
+    start = float(model.defaults.get("start", schedule.t_max)) if start is None else start
+    if name == "one_step" or start != schedule.t_max:
         if steps != 1:
-            why = "the one_step sampler" if start is None else f"starting at t={start:g}"
-            raise ValueError(f"{why[0].upper()}{why[1:]} takes 1 step, not {steps}.")
+            raise ValueError(
+                f"The one_step sampler, and any start before the schedule's end, takes 1 step, not {steps}."
+            )
         return lambda denoise, z: samplers.one_step(denoise, z, schedule, start)
     walk = {"ddim": samplers.ddim, "euler": samplers.euler, "heun": samplers.heun}[name]
     grid = schedule.grid(steps, model.backbone.grid_spacing)

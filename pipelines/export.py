@@ -1,0 +1,295 @@
+"""Writing students as artefacts that stock diffusers opens, with their provenance and a model card."""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import ModelMixin
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sublimate.diffusion.denoisers import Denoiser
+from sublimate.pipelines.backbones.base import OneStep
+from sublimate.pipelines.cards import inherited_license, model_card
+from sublimate.pipelines.folders import written_aside
+from sublimate.pipelines.model import DEFAULTS_FILE, Model
+
+INDEX = "model_index.json"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def export_student(
+    model: Model,
+    network: nn.Module,
+    folder: str | Path,
+    *,
+    t: float | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    title: str | None = None,
+    license: str | None = None,
+) -> Path:
+    """Writes a one-step student as a diffusers folder of stock classes.
+
+    A fresh process without this library opens it with `DiffusionPipeline.from_pretrained` and gets, with
+    `num_inference_steps=1` and the family's value for no guidance, exactly the student's x0 at time t from the
+    pipeline's own initial noise. Beside `model_index.json` lie `sublimate.json` and a model card.
+
+    Args:
+        model: the student's base: everything but the denoiser is taken from it.
+        network: the student, as a denoiser or as its network; adapters are merged into a copy.
+        folder: where to write; an earlier export there is replaced once the new one is complete.
+        t: the time the student starts at; the schedule's end unless given.
+        provenance: how it was made; JSON values. The base and the versions are added.
+        title: the card's headline.
+        license: the card's license; the base model's unless given.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: when no stock pipeline runs this student exactly, or the folder holds something else.
+    """
+    student = _stock_network(model, network)
+    one_step = model.backbone.one_step(model.pipeline, t)
+    pipeline = _stock_pipeline(model, student, one_step)
+    record = _record("weights", model, provenance, one_step, t)
+    call = _arguments({"prompt": "..."} if model.backbone.text_components else {}, one_step.call)
+    card = model_card(
+        title=title or "One-step student",
+        kind="weights",
+        summary=f"Draws an image in a single network pass, starting from pure noise at t = {record['start']:g}.",
+        usage="from diffusers import DiffusionPipeline\n\n"
+        'pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")\n'
+        f"image = pipeline({call}).images[0]",
+        base=model.source,
+        provenance=record["provenance"],
+        tags=("one-step", "distillation"),
+        license=license or inherited_license(Path(model.source)),
+    )
+    return _write(Path(folder), INDEX, record, card, lambda aside: pipeline.save_pretrained(aside))
+
+
+def export_lora(
+    model: Model,
+    network: nn.Module,
+    folder: str | Path,
+    *,
+    t: float | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    title: str | None = None,
+    license: str | None = None,
+) -> Path:
+    """Writes a student's adapters as a LoRA that `load_lora_weights` reads, with the scheduler that goes with it.
+
+    Scales are folded into the weights, and all layers get the largest rank, padded with zeros: loaders differ in what
+    they make of other scales and mixed ranks.
+
+    Args:
+        model: the student's base.
+        network: the student, as a denoiser or as its network, with LoRA layers.
+        folder: where to write; an earlier export there is replaced once the new one is complete.
+        t: the time the student starts at; the schedule's end unless given.
+        provenance: how it was made; JSON values. The base and the versions are added.
+        title: the card's headline.
+        license: the card's license; the base model's unless given.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: when the network has no LoRA layers, or the folder holds something else.
+    """
+    state = _lora_state(_unwrapped(model, network), model.backbone.network_attribute)
+    one_step = model.backbone.one_step(model.pipeline, t)
+    record = _record("lora", model, provenance, one_step, t)
+    scheduler = type(one_step.scheduler).__name__
+    call = _arguments({"prompt": "..."} if model.backbone.text_components else {}, one_step.call)
+    card = model_card(
+        title=title or "One-step LoRA",
+        kind="lora",
+        summary=f"Draws an image in a single network pass, starting from pure noise at t = {record['start']:g}.",
+        usage=f"from diffusers import {scheduler}, {one_step.pipeline_class}\n\n"
+        f'pipeline = {one_step.pipeline_class}.from_pretrained("path/to/the/base/model")\n'
+        'pipeline.load_lora_weights("path/to/this/folder")\n'
+        f'pipeline.scheduler = {scheduler}.from_pretrained("path/to/this/folder", subfolder="scheduler")\n'
+        f"image = pipeline({call}).images[0]",
+        base=model.source,
+        provenance=record["provenance"],
+        tags=("one-step", "distillation"),
+        license=license or inherited_license(Path(model.source)),
+    )
+
+    def save(aside: Path) -> None:
+        save_file(state, aside / LORA_FILE, {"format": "pt"})
+        one_step.scheduler.save_pretrained(aside / "scheduler")
+
+    return _write(Path(folder), LORA_FILE, record, card, save)
+
+
+def save_model(
+    model: Model,
+    folder: str | Path,
+    *,
+    provenance: Mapping[str, Any] | None = None,
+    title: str | None = None,
+    license: str | None = None,
+) -> Path:
+    """Writes a model as it is now, edits included, as a diffusers folder with its own scheduler.
+
+    Args:
+        model: what to write.
+        folder: where to; an earlier export there is replaced once the new one is complete.
+        provenance: how it was made; JSON values. The base and the versions are added.
+        title: the card's headline.
+        license: the card's license; the base model's unless given.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: when the folder holds something else.
+    """
+    record = {"kind": "weights", **model.defaults, "provenance": _provenance(model, provenance)}
+    prompt = '"..."' if model.backbone.text_components else ""
+    card = model_card(
+        title=title or "Edited model",
+        kind="weights",
+        summary="A diffusers pipeline with changed weights.",
+        usage="from diffusers import DiffusionPipeline\n\n"
+        'pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")\n'
+        f"image = pipeline({prompt}).images[0]",
+        base=model.source,
+        provenance=record["provenance"],
+        license=license or inherited_license(Path(model.source)),
+    )
+    return _write(Path(folder), INDEX, record, card, lambda aside: model.pipeline.save_pretrained(aside))
+
+
+def _unwrapped(model: Model, network: nn.Module) -> nn.Module:
+    """The network of a student, if a stock pipeline would read its output as the student does."""
+    if not isinstance(network, Denoiser):
+        return network
+    ours = model.denoiser
+    for name in ("call", "parametrization", "schedule"):
+        if getattr(network, name) is not getattr(ours, name) and getattr(network, name) != getattr(ours, name):
+            raise ValueError(
+                f"The student's {name} differs from its base's, so no stock pipeline runs it: export an attachment."
+            )
+    return network.network
+
+
+def _stock_network(model: Model, network: nn.Module) -> ModelMixin:
+    """The student as a plain network of a diffusers class, adapters merged.
+
+    Raises:
+        ValueError: when it has parameters that its class does not build from its config.
+    """
+    network = _unwrapped(model, network)
+    if any(isinstance(module, BaseTunerLayer) for module in network.modules()):
+        network = _merged(network)
+    if not isinstance(network, ModelMixin) or type(network).__module__.split(".")[0] != "diffusers":
+        raise ValueError(f"{type(network).__name__} is not a class of diffusers: export an attachment instead.")
+    with torch.device("meta"):
+        plain = {name: p.shape for name, p in type(network).from_config(network.config).named_parameters()}
+    own = {name: p.shape for name, p in network.named_parameters()}
+    if odd := sorted(name for name in plain.keys() | own.keys() if plain.get(name) != own.get(name)):
+        raise ValueError(
+            f"A stock {type(network).__name__} has no such parameter {odd[0]!r} as the student: export an attachment."
+        )
+    return network
+
+
+def _merged(network: nn.Module) -> nn.Module:
+    """A copy in which every adapter is added to the layer it sits on."""
+    network = copy.deepcopy(network)
+    for name, module in list(network.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge(safe_merge=True)
+            network.set_submodule(name, module.get_base_layer())
+    return network
+
+
+def _stock_pipeline(model: Model, student: nn.Module, one_step: OneStep) -> Any:
+    """The base's pipeline with the student in it; components are shared, not copied."""
+    cls = getattr(diffusers, one_step.pipeline_class)
+    accepted = inspect.signature(cls.__init__).parameters
+    available = {
+        **{name: value for name, value in model.pipeline.config.items() if not name.startswith("_")},
+        **model.pipeline.components,
+        model.backbone.network_attribute: student,
+        "scheduler": one_step.scheduler,
+    }
+    return cls(**{name: value for name, value in available.items() if name in accepted})
+
+
+def _lora_state(network: nn.Module, component: str) -> dict[str, Tensor]:
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, layer in network.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        if len(layer.active_adapters) != 1:
+            raise ValueError(f"{name} has the adapters {layer.active_adapters}: a LoRA file holds exactly one.")
+        adapter = layer.active_adapters[0]
+        down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        factors[name] = down.detach().float().cpu(), (up.detach().float() * layer.scaling[adapter]).cpu()
+    if not factors:
+        raise ValueError(f"{type(network).__name__} has no LoRA layers: export its weights instead.")
+    rank = max(len(down) for down, _ in factors.values())
+    state = {}
+    for name, (down, up) in factors.items():
+        missing = rank - len(down)
+        state[f"{component}.{name}.lora_A.weight"] = torch.cat([down, down.new_zeros(missing, *down.shape[1:])])
+        padding = up.new_zeros(len(up), missing, *up.shape[2:])
+        state[f"{component}.{name}.lora_B.weight"] = torch.cat([up, padding], 1)
+    return state
+
+
+def _record(
+    kind: str, model: Model, provenance: Mapping[str, Any] | None, one_step: OneStep, t: float | None
+) -> dict[str, Any]:
+    """What `sublimate.json` holds: `start` is for our own sampler, `call` for the stock pipeline's."""
+    return {
+        "kind": kind,
+        "steps": 1,
+        "guidance_scale": 1.0,
+        "start": float(model.schedule.t_max if t is None else t),
+        "call": dict(one_step.call),
+        "provenance": _provenance(model, provenance),
+    }
+
+
+def _provenance(model: Model, provenance: Mapping[str, Any] | None) -> dict[str, Any]:
+    names = ("sublimate", "diffusers", "transformers", "torch")
+    versions = {name: version for name in names if (version := _version(name))}
+    base = {"source": model.source, "content_hash": model.content_hash()}
+    return json.loads(json.dumps({"base": base, **(provenance or {}), "versions": versions}))
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _arguments(first: Mapping[str, Any], call: Mapping[str, Any]) -> str:
+    values = [json.dumps(value) for value in first.values()]
+    return ", ".join([*values, *(f"{name}={value!r}" for name, value in call.items())])
+
+
+def _write(folder: Path, marker: str, record: Mapping[str, Any], card: str, save: Any) -> Path:
+    with written_aside(folder, marker) as aside:
+        save(aside)
+        (aside / DEFAULTS_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (aside / "README.md").write_text(card, encoding="utf-8")
+    return folder

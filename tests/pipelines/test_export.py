@@ -1,0 +1,264 @@
+"""What is exported must be opened by stock diffusers alone and draw exactly what the student draws."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig, inject_adapter_in_model
+from safetensors.torch import load_file, save_file
+
+from sublimate.diffusion.samplers import one_step
+from sublimate.pipelines.export import LORA_FILE, export_lora, export_student, save_model
+from sublimate.pipelines.generate import generate
+from sublimate.pipelines.model import Model, open_model
+
+SEEDS = (11, 12)
+PROMPTS = ("a red cat", "a painting in the style of van gogh")
+
+# Family, start of the student; None is the schedule's end.
+STUDENTS = {
+    "tiny_sd": None,
+    "tiny_sd@399": 399,
+    "tiny_sd_v": None,
+    "tiny_sd_v@750": 750,
+    "tiny_unconditional": None,
+    "tiny_unconditional@120": 120,
+    "tiny_edm": None,
+    "tiny_edm@2.5": 2.5,
+    "tiny_sd3": None,
+    "tiny_sd3@0.75": 0.75,
+}
+
+FRESH_PROCESS = """
+import json, sys
+sys.modules["sublimate"] = None
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+from safetensors.torch import load_file
+jobs = json.load(open(sys.argv[1]))
+for job in jobs:
+    pipeline = DiffusionPipeline.from_pretrained(job["folder"])
+    if job["lora"]:
+        pipeline.load_lora_weights(job["lora"])
+        pipeline.scheduler = DDIMScheduler.from_pretrained(job["lora"], subfolder="scheduler")
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in job["seeds"]]
+    who = {"prompt": job["prompts"]} if job["prompts"] else {"batch_size": len(generators)}
+    images = pipeline(**who, generator=generators, output_type="pt", **job["call"]).images
+    images = torch.as_tensor(images)
+    expected = load_file(job["expected"])["images"]
+    print("RESULT", job["name"], float((images - expected).abs().max()), type(pipeline).__name__)
+assert not any(name.startswith("sublimate.") for name in sys.modules)
+"""
+
+
+def student_of(model: Model):
+    """The base's denoiser with other weights, far enough that the base itself would fail the comparison."""
+    student = copy.deepcopy(model.denoiser)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return student
+
+
+def noise(model: Model) -> torch.Tensor:
+    shape = (1, *model.latent_shape)
+    return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in SEEDS])
+
+
+@torch.no_grad()
+def images_of(model: Model, student, t: float | None) -> torch.Tensor:
+    condition = model.encode_prompts(prompts_of(model) or [""] * len(SEEDS))
+    x0 = one_step(lambda x, t: student(x, t, condition), noise(model), model.schedule, t)
+    return model.decode(x0).clamp(0, 1)
+
+
+def prompts_of(model: Model) -> list[str]:
+    return list(PROMPTS) if model.backbone.text_components else []
+
+
+def with_lora(model: Model, ranks: dict[str, int]):
+    """A student with non-zero adapters of mixed rank and a scale other than 1."""
+    tree = copy.deepcopy(model.denoiser)
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "to_k"], rank_pattern=ranks)
+    tree = inject_adapter_in_model(config, tree)
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for name, parameter in tree.named_parameters():
+            if ".lora_" in name:
+                parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+    return tree
+
+
+@pytest.fixture(scope="module")
+def folders(request: pytest.FixtureRequest) -> dict[str, Path]:
+    return {name: request.getfixturevalue(name) for name in {key.partition("@")[0] for key in STUDENTS}}
+
+
+@pytest.fixture(scope="module")
+def fresh(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[float, str]]:
+    """Every export, opened and run by one fresh process that cannot import this library: (error, pipeline class)."""
+    root = tmp_path_factory.mktemp("exports")
+    jobs = []
+
+    def job(name: str, model: Model, images: torch.Tensor, folder: Path, lora: Path | None, call: dict) -> None:
+        save_file({"images": images.contiguous()}, root / f"{name}.safetensors")
+        shared = {"name": name, "seeds": SEEDS, "prompts": prompts_of(model), "call": call}
+        paths = {"folder": str(folder), "lora": lora and str(lora), "expected": str(root / f"{name}.safetensors")}
+        jobs.append(shared | paths)
+
+    for name, t in STUDENTS.items():
+        model = open_model(folders[name.partition("@")[0]])
+        student = student_of(model)
+        folder = export_student(model, student, root / name, t=t)
+        call = json.loads((folder / "sublimate.json").read_text())["call"]
+        job(name, model, images_of(model, student, t), folder, None, call)
+
+    model = open_model(folders["tiny_sd_v"])
+    student = with_lora(model, {"mid_block.attentions.0.transformer_blocks.0.attn2.to_k": 3})
+    call = {"num_inference_steps": 1, "guidance_scale": 1.0}
+    folder = export_lora(model, student, root / "lora", t=600)
+    job("lora", model, images_of(model, student, 600), folders["tiny_sd_v"], folder, call)
+    folder = export_student(model, student, root / "merged")
+    job("merged", model, images_of(model, student, None), folder, None, call)
+
+    (root / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, "-c", FRESH_PROCESS, str(root / "jobs.json")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    return {name: (float(error), kind) for _, name, error, kind in lines}
+
+
+@pytest.mark.parametrize("name", [*STUDENTS, "lora", "merged"])
+def test_a_fresh_process_draws_the_students_x0(fresh, name):
+    error, _ = fresh[name]
+    assert error < 1e-5
+
+
+def test_pixel_students_are_saved_as_stock_pipelines(fresh):
+    assert fresh["tiny_unconditional"][1] == "DDIMPipeline"
+    assert fresh["tiny_edm"][1] == "ConsistencyModelPipeline"
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_an_export_opens_as_a_model_that_samples_alike(folders, tmp_path, name):
+    t = STUDENTS[name]
+    model = open_model(folders[name.partition("@")[0]])
+    student = student_of(model)
+    again = open_model(export_student(model, student, tmp_path / "student", t=t))
+    assert again.content_hash() != model.content_hash()
+    prompts = prompts_of(model) or len(SEEDS)
+    drawn = generate(again, prompts, seed=3)
+    model.denoiser.load_state_dict(student.state_dict())
+    expected = generate(model, prompts, seed=3, steps=1, guidance_scale=1, sampler="one_step", start=t)
+    torch.testing.assert_close(drawn, expected, atol=1e-5, rtol=0)
+
+
+def test_the_base_keeps_its_weights_scheduler_and_config(tiny_sd, tmp_path):
+    model = open_model(tiny_sd)
+    before, scheduler = model.content_hash(), dict(model.pipeline.scheduler.config)
+    export_student(model, with_lora(model, {}), tmp_path / "student", t=200)
+    assert model.content_hash() == before
+    assert dict(model.pipeline.scheduler.config) == scheduler
+
+
+def test_the_record_says_how_it_was_made(tiny_sd, tmp_path):
+    model = open_model(tiny_sd)
+    folder = export_student(model, model.denoiser, tmp_path / "student", t=500, provenance={"method": "f_distill"})
+    record = json.loads((folder / "sublimate.json").read_text())
+    assert record["kind"] == "weights"
+    assert (record["start"], record["steps"], record["guidance_scale"]) == (500.0, 1, 1.0)
+    assert record["provenance"]["method"] == "f_distill"
+    assert record["provenance"]["base"]["content_hash"] == model.content_hash()
+    card = (folder / "README.md").read_text()
+    assert "library_name: diffusers" in card
+    assert "Kind: weights" in card
+    assert "f_distill" in card
+
+
+def test_a_lora_file_has_one_rank_and_no_scale(tiny_sd, tmp_path):
+    model = open_model(tiny_sd)
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    folder = export_lora(model, with_lora(model, {name: 3}), tmp_path / "lora")
+    state = load_file(folder / LORA_FILE)
+    assert {len(value) for key, value in state.items() if key.endswith("lora_A.weight")} == {3}
+    assert f"unet.{name}.lora_B.weight" in state
+    assert "Kind: lora" in (folder / "README.md").read_text()
+
+
+def test_a_network_without_adapters_has_no_lora(tiny_sd, tmp_path):
+    model = open_model(tiny_sd)
+    with pytest.raises(ValueError, match="no LoRA layers"):
+        export_lora(model, model.denoiser, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "t"), [("tiny_sd", 399.5), ("tiny_sd", 1000), ("tiny_edm", 0.0), ("tiny_sd3", 1.5), ("tiny_sd3", 0.0)]
+)
+def test_a_start_without_stock_scheduler_is_refused(request, tmp_path, name, t):
+    model = open_model(request.getfixturevalue(name))
+    with pytest.raises(ValueError, match="one-step student"):
+        export_student(model, model.denoiser, tmp_path / "student", t=t)
+
+
+def test_a_student_with_extra_parameters_is_refused(tiny_sd, tmp_path):
+    model = open_model(tiny_sd)
+    student = copy.deepcopy(model.denoiser)
+    student.network.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"extra\.bias.*attachment"):
+        export_student(model, student, tmp_path / "student")
+
+
+def test_a_student_that_predicts_something_else_is_refused(tiny_sd, tiny_sd_v, tmp_path):
+    model = open_model(tiny_sd)
+    with pytest.raises(ValueError, match=r"parametrization differs.*attachment"):
+        export_student(model, open_model(tiny_sd_v).denoiser, tmp_path / "student")
+
+
+def test_a_failed_export_leaves_the_earlier_one(tiny_sd, tmp_path, monkeypatch):
+    model = open_model(tiny_sd)
+    folder = export_student(model, model.denoiser, tmp_path / "student", provenance={"round": 1})
+    earlier = (folder / "sublimate.json").read_bytes()
+
+    def fail(*_args, **_kwargs):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(StableDiffusionPipeline, "save_pretrained", fail)
+    with pytest.raises(OSError, match="disk is full"):
+        export_student(model, model.denoiser, folder, provenance={"round": 2})
+    assert (folder / "sublimate.json").read_bytes() == earlier
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+def test_an_export_replaces_an_earlier_one_but_nothing_else(tiny_sd, tmp_path):
+    model = open_model(tiny_sd)
+    folder = export_student(model, model.denoiser, tmp_path / "student", provenance={"round": 1})
+    (folder / "stale").touch()
+    export_student(model, model.denoiser, folder, provenance={"round": 2})
+    assert not (folder / "stale").exists()
+    assert json.loads((folder / "sublimate.json").read_text())["provenance"]["round"] == 2
+    holiday = tmp_path / "holiday"
+    holiday.mkdir()
+    (holiday / "beach.jpg").touch()
+    with pytest.raises(ValueError, match="something else"):
+        export_student(model, model.denoiser, holiday)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["holiday", "student"]
+
+
+def test_a_model_is_saved_as_it_is(tiny_sd, tmp_path):
+    model = open_model(tiny_sd)
+    with torch.no_grad():
+        model.parameters()["text_encoder/final_layer_norm.bias"].add_(1)
+    again = open_model(save_model(model, tmp_path / "edited"))
+    assert again.content_hash() == model.content_hash()
+    assert dict(again.pipeline.scheduler.config) == dict(model.pipeline.scheduler.config)
