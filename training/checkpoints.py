@@ -1,0 +1,140 @@
+"""Checkpoints: tensors in safetensors and facts in JSON, complete under their final name or not there at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+PREFIX = "checkpoint-"
+Sections = Mapping[str, Mapping[str, Tensor]]
+
+
+def write_checkpoint(folder: Path, step: int, sections: Sections, facts: Mapping[str, Any], limit: int | None) -> Path:
+    """Writes `checkpoint-{step}` aside, syncs it to disk, renames it into place, then drops the oldest over `limit`.
+
+    Args:
+        folder: the run's output folder.
+        step: finished training steps.
+        sections: named groups of tensors, one safetensors file each.
+        facts: JSON-serialisable facts.
+        limit: how many checkpoints to keep; None keeps all.
+
+    Raises:
+        OSError: when the disk is full or not writable; earlier checkpoints are then untouched.
+    """
+    final, aside = folder / f"{PREFIX}{step}", folder / f".{PREFIX}{step}.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        for name, tensors in sections.items():
+            # save_file refuses tensors that share memory or are strided.
+            save_file(
+                {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, aside / f"{name}.safetensors"
+            )
+        (aside / "state.json").write_text(json.dumps(facts, indent=1, sort_keys=True))
+        for path in aside.iterdir():
+            sync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+        sync(folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    if limit is not None:
+        for old in checkpoints(folder)[:-limit]:
+            shutil.rmtree(old)
+    return final
+
+
+def sync(path: Path) -> None:
+    """Flushes a file or a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints in `folder`, oldest first."""
+    found = [p for p in folder.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix(PREFIX)))
+
+
+def find_checkpoint(folder: Path, wanted: str | None) -> Path | None:
+    """The checkpoint to resume from: None, the newest ("latest", None when there is none), or a named folder.
+
+    Raises:
+        FileNotFoundError: when a named checkpoint does not exist.
+    """
+    if wanted is None:
+        return None
+    if wanted == "latest":
+        found = checkpoints(folder)
+        return found[-1] if found else None
+    for path in (Path(wanted), folder / wanted):
+        if path.is_dir():
+            return path
+    raise FileNotFoundError(f"There is no checkpoint {wanted}; `latest` resumes from the newest in {folder}.")
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The sections and facts of a checkpoint.
+
+    Raises:
+        ValueError: when the checkpoint is damaged.
+    """
+    try:
+        facts = json.loads((path / "state.json").read_text())
+        sections = {name: load_file(path / f"{name}.safetensors") for name in facts["sections"]}
+    except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(
+            f"The checkpoint {path} is damaged ({error}): delete it to resume from the one before it."
+        ) from error
+    return sections, facts
+
+
+def load_exactly(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], what: str) -> None:
+    """Copies tensors into the parameters of the same names, which must match one to one.
+
+    Raises:
+        ValueError: when names or shapes differ.
+    """
+    if parameters.keys() != tensors.keys():
+        differing = sorted(parameters.keys() ^ tensors.keys())
+        raise ValueError(
+            f"The checkpoint's {what} does not fit this run: {len(differing)} names differ, e.g. {differing[0]}."
+        )
+    for name, parameter in parameters.items():
+        if parameter.shape != tensors[name].shape:
+            raise ValueError(
+                f"The checkpoint's {what} does not fit this run: {name} has shape {tuple(tensors[name].shape)}, "
+                f"the run needs {tuple(parameter.shape)}."
+            )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimiser's per-parameter state as named tensors, `{index}.{name}`."""
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{name}": torch.as_tensor(v) for index, values in state.items() for name, v in values.items()}
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Restores `optimizer_tensors`."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, _, field = name.partition(".")
+        state.setdefault(int(index), {})[field] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

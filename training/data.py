@@ -1,0 +1,111 @@
+"""Where batches come from: prompts, and images with their captions, drawn by sample-keyed random numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from sublimate.diffusion.conditions import Condition
+from sublimate.pipelines.model import Model
+from sublimate.training.objective import Batch
+from sublimate.training.randomness import SampleRandom
+
+
+class Source(Protocol):
+    """Draws a batch; `provides` says which of an objective's needs it meets."""
+
+    @property
+    def provides(self) -> frozenset[str]: ...
+
+    def batch(self, random: SampleRandom) -> Batch:
+        """A batch of len(random) samples that depends on `random` alone."""
+        ...
+
+
+class ModelSource:
+    """Prompts, and latents that belong to them, for training on a model; samples are drawn with replacement.
+
+    Args:
+        model: encodes the prompts (its text encoder stays frozen).
+        prompts: one per sample; empty for an unconditional model.
+        latents: (samples, *latent_shape), `latents[i]` shows `prompts[i]`; None when the objective is data-free.
+    """
+
+    def __init__(self, model: Model, prompts: Sequence[str] = (), latents: Tensor | None = None) -> None:
+        if latents is not None and prompts and len(latents) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts do not match {len(latents)} images: give one prompt per image.")
+        self.model, self.prompts, self.latents = model, list(prompts), latents
+
+    @property
+    def provides(self) -> frozenset[str]:
+        given = {"prompts": bool(self.prompts), "images": self.latents is not None}
+        return frozenset(name for name, present in given.items() if present)
+
+    def batch(self, random: SampleRandom) -> Batch:
+        count = len(self.prompts) or (len(self.latents) if self.latents is not None else 1)
+        indices = random.integers(count)
+        with torch.no_grad():
+            prompts = [self.prompts[i] for i in indices.tolist()] if self.prompts else []
+            condition = self.model.encode_prompts(prompts) if prompts else Condition()
+        tensors = {} if self.latents is None else {"images": self.latents[indices]}
+        return Batch(condition, random, tensors)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Prompts from a text file, one per line, or from JSON lines with a `text` field.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it holds no prompt or a line is not as expected.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no prompt file {path}: give a text file with one prompt per line.")
+    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if path.suffix == ".jsonl":
+        try:
+            lines = [str(json.loads(line)["text"]) for line in lines]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f'Every line of {path} must be JSON with a "text" field ({error!r}).') from error
+    if not lines:
+        raise ValueError(f"The prompt file {path} is empty: give one prompt per line.")
+    return lines
+
+
+def read_image_folder(folder: Path) -> tuple[list[str], Tensor]:
+    """Captions and images of a folder laid out like Hugging Face's `imagefolder`.
+
+    `metadata.jsonl` names each picture (`file_name`) and its caption (`text`).
+
+    Returns:
+        Captions, and images (N, 3, H, W) in [0, 1].
+
+    Raises:
+        FileNotFoundError: when the folder, its metadata or a picture is missing.
+        ValueError: when a line or a picture is damaged, or the pictures differ in size.
+    """
+    metadata = folder / "metadata.jsonl"
+    if not metadata.is_file():
+        raise FileNotFoundError(f"{folder} has no metadata.jsonl: one JSON line with file_name and text per picture.")
+    captions, images = [], []
+    for line in filter(str.strip, metadata.read_text().splitlines()):
+        try:
+            row = json.loads(line)
+            captions.append(str(row["text"]))
+            with Image.open(folder / row["file_name"]) as picture:
+                pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
+        except (json.JSONDecodeError, KeyError, TypeError, UnidentifiedImageError) as error:
+            raise ValueError(f"A line of {metadata} cannot be used ({error!r}): {line[:80]}") from error
+        images.append(torch.from_numpy(pixels).permute(2, 0, 1))
+    sizes = {tuple(image.shape[1:]) for image in images}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"The pictures of {folder} must exist and have one size, but have {sorted(sizes)}: resize them."
+        )
+    return captions, torch.stack(images)

@@ -1,0 +1,69 @@
+"""The discriminator on a frozen network's features, whose logit estimates log(p_real/p_student) at any noise level."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sublimate.diffusion.conditions import Condition
+from sublimate.diffusion.denoisers import Denoiser
+from sublimate.diffusion.predictions import Prediction
+
+
+class Head(nn.Module):
+    """One logit from one feature map, whatever its layout: channels-first maps or tokens.
+
+    Args:
+        channels: feature channels.
+        width: hidden width.
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.local = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, width), nn.SiLU())
+        self.pooled = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(batch, channels, height, width) or (batch, tokens, channels) -> (batch, 1)."""
+        tokens = features.flatten(2).transpose(1, 2) if features.dim() == 4 else features
+        return self.pooled(self.local(tokens.float()).mean(1))
+
+
+class Discriminator(nn.Module):
+    """One head per tapped feature.
+
+    Args:
+        channels: channels of each tap, by the tap's name.
+        width: hidden width of the heads.
+    """
+
+    def __init__(self, channels: Mapping[str, int], width: int = 256) -> None:
+        super().__init__()
+        # Module names may not contain dots, so heads are stored in the order of the taps.
+        self.taps = tuple(channels)
+        self.heads = nn.ModuleList(Head(count, width) for count in channels.values())
+
+    def forward(self, prediction: Prediction, t: Tensor) -> Tensor:
+        """Logits (batch, heads) from the features of a prediction at time t; the features know t already."""
+        return torch.cat([head(prediction.features[tap]) for tap, head in zip(self.taps, self.heads, strict=True)], 1)
+
+
+@torch.no_grad()
+def make_discriminator(
+    denoiser: Denoiser, taps: Sequence[str], shape: Sequence[int], condition: Condition, width: int = 256
+) -> Discriminator:
+    """A discriminator that fits the denoiser's features; their channels are read off one forward pass.
+
+    Args:
+        denoiser: the frozen network whose features are judged.
+        taps: names of the features.
+        shape: shape of one sample, without the batch.
+        condition: any condition of batch 1.
+        width: hidden width of the heads.
+    """
+    parameter = next(denoiser.parameters())
+    x_t = torch.zeros(1, *shape, device=parameter.device, dtype=parameter.dtype)
+    features = denoiser(x_t, denoiser.schedule.t_max, condition, features=taps).features
+    return Discriminator({tap: features[tap].shape[1 if features[tap].dim() == 4 else 2] for tap in taps}, width)

@@ -1,0 +1,182 @@
+"""Distillation from a configuration to an exported student: the Python path behind `sublimate distill`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from sublimate.pipelines.edit import Edit
+from sublimate.pipelines.export import export_lora, export_student
+from sublimate.pipelines.generate import generate_latents
+from sublimate.pipelines.model import Model, open_model
+from sublimate.pipelines.pictures import image_grid, to_png
+from sublimate.training import registry
+from sublimate.training.config import Config, dump_config, validate_section
+from sublimate.training.data import ModelSource, Source, read_image_folder, read_prompts
+from sublimate.training.ink.sources import captioned
+from sublimate.training.objective import Objective
+from sublimate.training.trainer import Trainer, TrainerConfig
+
+OBJECTIVES = "sublimate.training.objectives"
+
+
+class DataConfig(Config):
+    """Where prompts and images come from.
+
+    Attributes:
+        prompts: "ink" for captions of Ink's grammar, or a text or JSON-lines file; None for an unconditional model.
+        images: the real class and the data of data-driven objectives: "teacher" for the (edited) teacher's own
+            guided samples, "ink" for renderings, a folder of images with `metadata.jsonl`; None for none.
+        count: captions and images to draw when they come from "ink" or "teacher".
+        teacher_steps: sampling steps of the teacher's own samples.
+        seed: seed of those draws.
+    """
+
+    prompts: str | None = "ink"
+    images: str | None = "teacher"
+    count: int = Field(default=4096, ge=1)
+    teacher_steps: int = Field(default=25, ge=1)
+    seed: int = Field(default=0, ge=0)
+
+
+class DistillConfig(Config):
+    """One distillation run; a YAML file in `configs/distill/` holds exactly these fields.
+
+    Attributes:
+        model: the teacher: a packaged name, a diffusers folder, a `.safetensors` file or a hub id.
+        edits: edit files applied to the teacher first, in order.
+        method: name of a file in `training/objectives/`.
+        objective: that method's options.
+        data: prompts and images.
+        trainer: the training run; the student is written to `<output_dir>/student`.
+        validation_prompts: prompts of the sample pictures.
+    """
+
+    model: str = "ink"
+    edits: tuple[Path, ...] = ()
+    method: str = "f_distill"
+    objective: dict[str, object] = Field(default_factory=dict)
+    data: DataConfig = DataConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    validation_prompts: tuple[str, ...] = ()
+
+    def passes(self) -> float:
+        """Counted network passes of the whole run, per process."""
+        method = registry.load(OBJECTIVES, self.method, Objective)
+        options = validate_section(method.Config, self.objective)
+        batch = self.trainer.train_batch_size * self.trainer.gradient_accumulation_steps
+        return options.passes() * batch * self.trainer.max_train_steps
+
+
+def distill(
+    config: DistillConfig, model: Model | None = None, *, progress: bool | Callable[[str], None] = True
+) -> Path:
+    """Trains a student and exports it as a folder that stock diffusers opens.
+
+    Args:
+        config: the run.
+        model: an open teacher to use instead of opening `config.model`; `config.edits` are applied to it.
+        progress: show progress bars.
+
+    Returns:
+        The student's folder, `<output_dir>/student`.
+
+    Raises:
+        ValueError: when the method, its options or the data do not fit the model.
+        Interrupted: when stopped by a signal, after saving.
+    """
+    method = registry.load(OBJECTIVES, config.method, Objective)
+    options = validate_section(method.Config, config.objective)
+    model = open_model(config.model) if model is None else model
+    for path in config.edits:
+        Edit.load(path).apply(model)
+    torch.manual_seed(config.trainer.seed)
+    objective = method(model, options)
+    source = make_source(model, config.data, getattr(options, "guidance_scale", 1.0), progress=bool(progress))
+    trainer = Trainer(
+        objective, source, config.trainer, validate=_validator(model, objective, config), progress=bool(progress)
+    )
+    model.to(trainer.accelerator.device)
+    trainer.run()
+    folder = config.trainer.output_dir / "student"
+    if trainer.accelerator.is_main_process:
+        with trainer.averaged():
+            _export(model, objective, config, folder)
+    trainer.accelerator.wait_for_everyone()
+    return folder
+
+
+def make_source(model: Model, data: DataConfig, guidance_scale: float, *, progress: bool = True) -> Source:
+    """The source that `data` describes; images become latents once, here.
+
+    Args:
+        model: the teacher, with its edits applied.
+        data: prompts and images.
+        guidance_scale: guidance of the teacher's own samples, so that they follow the score being distilled.
+        progress: show a bar while sampling.
+    """
+    prompts, images = _prompts_and_images(data)
+    if data.images == "teacher":
+        latents: Tensor | None = generate_latents(
+            model,
+            prompts or data.count,
+            steps=data.teacher_steps,
+            guidance_scale=guidance_scale,
+            seed=data.seed,
+            progress=progress,
+        )
+    elif images is not None:
+        with torch.no_grad():
+            latents = torch.cat([model.encode(part) for part in images.split(64)])
+    else:
+        latents = None
+    return ModelSource(model, prompts, latents)
+
+
+def _prompts_and_images(data: DataConfig) -> tuple[list[str], Tensor | None]:
+    if "ink" in (data.prompts, data.images):
+        prompts, images = captioned(data.count, data.seed, render=data.images == "ink")
+        if data.images == "ink" and data.prompts not in ("ink", None):
+            raise ValueError('Images from "ink" come with their own captions: set data.prompts to "ink" too.')
+    elif data.images not in (None, "teacher"):
+        if data.prompts is not None:
+            raise ValueError("An image folder brings its own captions: set data.prompts to null.")
+        return read_image_folder(Path(data.images))
+    else:
+        prompts, images = [], None
+    if data.prompts not in (None, "ink"):
+        prompts = read_prompts(Path(data.prompts))
+    return prompts, images
+
+
+def _validator(model: Model, objective: Objective, config: DistillConfig) -> Callable[[int], None] | None:
+    """Draws `validation_prompts` with the student into `<output_dir>/samples/`, the same noise every time."""
+    if not config.validation_prompts:
+        return None
+    generator = torch.Generator().manual_seed(config.trainer.seed)
+    z = torch.randn((len(config.validation_prompts), *model.latent_shape), generator=generator)
+    condition = model.encode_prompts(config.validation_prompts)
+
+    def validate(step: int) -> None:
+        student = objective.exports().module
+        t = model.schedule.t_max
+        x0 = student((model.schedule.noise_scale * z).to(model.device), t, condition).x0
+        folder = config.trainer.output_dir / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        picture = image_grid(model.decode(x0).clamp(0, 1), columns=8)
+        (folder / f"{step:07d}.png").write_bytes(to_png(picture))
+
+    return validate
+
+
+def _export(model: Model, objective: Objective, config: DistillConfig, folder: Path) -> None:
+    artefact = objective.exports()
+    provenance = {**objective.describe(), "config": dump_config(config), "base": model.source}
+    if artefact.kind == "lora":
+        export_lora(model, artefact.module, folder, provenance=provenance)
+    else:
+        export_student(model, artefact.module, folder, t=artefact.start_time, provenance=provenance)

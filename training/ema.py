@@ -1,0 +1,52 @@
+"""Exponential moving averages of the parameters that train."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Average:
+    """The moving average of named parameters in float32: average <- decay * average + (1 - decay) * parameter.
+
+    Args:
+        parameters: the live parameters; the average starts at their values.
+        decay: in [0, 1); per student update, not per critic update.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        self._live, self.decay = parameters, decay
+        self.values: dict[str, Tensor] = {name: p.detach().float().clone() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Moves the average one step towards the live parameters."""
+        for name, parameter in self._live.items():
+            self.values[name].lerp_(parameter.detach().float(), 1 - self.decay)
+
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Restores saved averages, matched by name."""
+        for name, value in self.values.items():
+            value.copy_(values[name])
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within this context the live parameters hold the average; afterwards they are as before, bit for bit."""
+        kept = {name: p.detach().clone() for name, p in self._live.items()}
+        self.store()
+        try:
+            yield
+        finally:
+            self._set(kept)
+
+    def store(self) -> None:
+        """Gives the live parameters the average for good."""
+        self._set(self.values)
+
+    @torch.no_grad()
+    def _set(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._live.items():
+            parameter.copy_(values[name])

@@ -1,0 +1,110 @@
+"""Trains Ink in three stages: autoencoder, detector, teacher; each stage resumes where it stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from pydantic import Field
+
+from sublimate.training.config import Config
+from sublimate.training.data import Source
+from sublimate.training.ink.autoencoder import Autoencoding, AutoencodingConfig
+from sublimate.training.ink.detecting import Detecting, DetectingConfig
+from sublimate.training.ink.detector import InkDetector
+from sublimate.training.ink.sources import CaptionedLatents, DetectorPictures, Pictures, encode_pictures
+from sublimate.training.ink.teacher import Captioned, UntrainedTeacher, make_autoencoder, save_teacher
+from sublimate.training.ink.tokenizer import build_tokenizer
+from sublimate.training.objective import Objective
+from sublimate.training.objectives.denoising import Denoising, DenoisingConfig
+from sublimate.training.trainer import Trainer, TrainerConfig
+
+
+class AutoencoderStage(Config):
+    """The autoencoder's objective and training run."""
+
+    objective: AutoencodingConfig = AutoencodingConfig()
+    trainer: TrainerConfig = TrainerConfig()
+
+
+class DetectorStage(Config):
+    """The detector's objective and training run."""
+
+    objective: DetectingConfig = DetectingConfig()
+    trainer: TrainerConfig = TrainerConfig()
+
+
+class TeacherStage(Config):
+    """The teacher's objective, training run, and how many pictures it learns from."""
+
+    pictures: int = Field(default=48000, ge=1)
+    objective: DenoisingConfig = DenoisingConfig()
+    trainer: TrainerConfig = TrainerConfig()
+
+
+class InkConfig(Config):
+    """All of Ink; `configs/teacher/ink.yaml` holds the settings of the shipped assets.
+
+    Attributes:
+        output_dir: receives `teacher/` (a diffusers folder), `detector.safetensors` and one folder per stage.
+        seed: seed of every stage.
+    """
+
+    output_dir: Path = Path("runs/ink")
+    seed: int = Field(default=0, ge=0)
+    autoencoder: AutoencoderStage = AutoencoderStage()
+    detector: DetectorStage = DetectorStage()
+    teacher: TeacherStage = TeacherStage()
+
+
+def train_ink(config: InkConfig, *, progress: bool = True) -> Path:
+    """Trains every stage that is not finished and writes the assets.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        Interrupted: when stopped by a signal, after saving.
+    """
+    folder = config.output_dir
+    torch.manual_seed(config.seed)
+    autoencoding = Autoencoding(make_autoencoder(), config.autoencoder.objective)
+    _run(autoencoding, Pictures(), config, config.autoencoder.trainer, "autoencoder", progress)
+    autoencoder = autoencoding.autoencoder.eval()
+
+    torch.manual_seed(config.seed)
+    detecting = Detecting(InkDetector(), config.detector.objective)
+    source = DetectorPictures(autoencoder)
+    _run(detecting, source, config, config.detector.trainer, "detector", progress)
+    detecting.detector.save(folder / "detector.safetensors")
+
+    torch.manual_seed(config.seed)
+    tokenizer = build_tokenizer()
+    latents, glyphs = encode_pictures(autoencoder, config.teacher.pictures, progress=progress)
+    # Diffusion assumes data of unit variance (Rombach et al. 2022, section G).
+    factor = 1 / float(latents.std())
+    autoencoder.register_to_config(scaling_factor=factor)
+    trainee = UntrainedTeacher(tokenizer)
+    denoising = Denoising(trainee, config.teacher.objective)
+    captioned = CaptionedLatents(factor * latents, glyphs, trainee.encode_prompts)
+    _run(denoising, captioned, config, config.teacher.trainer, "teacher", progress)
+    save_teacher(_network(denoising), autoencoder, tokenizer, folder / "teacher")
+    return folder
+
+
+def _run(
+    objective: Objective, source: Source, config: InkConfig, trainer: TrainerConfig, stage: str, progress: bool
+) -> None:
+    """Runs one stage in its own folder and leaves the averaged weights in place."""
+    options = trainer.model_copy(update={"output_dir": config.output_dir / "stages" / stage, "seed": config.seed})
+    run = Trainer(objective, source, options, progress=progress)
+    run.run()
+    for average in run.averages.values():
+        average.store()
+
+
+def _network(denoising: Denoising) -> Captioned:
+    network = denoising.student.network
+    if not isinstance(network, Captioned):
+        raise TypeError(f"Ink's teacher trains UNet and text encoder together, not {type(network).__name__}.")
+    return network

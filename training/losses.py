@@ -1,0 +1,63 @@
+"""Pieces that several objectives share: pseudo-targets, denoising, adversarial and f-divergence terms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sublimate.diffusion.predictions import per_sample
+
+# h(r) = f''(r) r^2 for r = p/q (teacher over student), f as in f-distill (arXiv 2502.15681, Table 1).
+# Constants matter only beside other terms: after normalisation to mean one they drop out. "js" belongs to
+# f = r log r - (r+1) log((r+1)/2), which is twice the Jensen-Shannon divergence.
+F_DIVERGENCES: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
+    {
+        "reverse_kl": torch.ones_like,
+        "forward_kl": lambda r: r,
+        "jensen_shannon": lambda r: r / (1 + r),
+        "softened_reverse_kl": lambda r: 1 / (1 + r),
+        "squared_hellinger": lambda r: r.sqrt() / 4,
+        "jeffreys": lambda r: 1 + r,
+        "neyman": lambda r: 2 / r,
+        "pearson": lambda r: 2 * r.square(),
+    }
+)
+
+
+def pseudo_target(x0: Tensor, mu_q: Tensor, mu_p: Tensor, weight: Tensor) -> Tensor:
+    """The point x0 - w (mu_q - mu_p): half the squared distance to it has the weighted score difference as gradient.
+
+    With weight h(r), averaging 0.5 |x0 - target|^2 over samples gives the gradient of E_t[(sigma^2/alpha^2)
+    D_f(p_t || q_t)], because the difference of scores is (alpha/sigma^2)(mu_p - mu_q).
+
+    Args:
+        x0: the student's samples, (batch, ...).
+        mu_q: the critic's x0-prediction at the noised samples, same shape.
+        mu_p: the teacher's.
+        weight: (batch,).
+    """
+    return (x0 - per_sample(weight, x0).to(x0.dtype) * (mu_q - mu_p)).detach()
+
+
+def half_squared_error(x: Tensor, target: Tensor) -> Tensor:
+    """0.5 |x - target|^2 per sample as a mean over elements: (batch, ...) -> (batch,), float32."""
+    return 0.5 * (x.float() - target.float()).square().flatten(1).mean(1)
+
+
+def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """Non-saturating discriminator loss per sample; its optimum is logit = log(p_real/p_fake).
+
+    Args:
+        real: logits (batch, heads) on real samples.
+        fake: logits (batch, heads) on student samples.
+    """
+    return (F.softplus(-real.float()) + F.softplus(fake.float())).mean(1)
+
+
+def generator_loss(fake: Tensor) -> Tensor:
+    """Non-saturating generator loss per sample from logits (batch, heads)."""
+    return F.softplus(-fake.float()).mean(1)

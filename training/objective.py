@@ -1,0 +1,144 @@
+"""The contract every training objective fulfils, and the small values that pass between it and the trainer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from sublimate.diffusion.conditions import Condition
+from sublimate.training.config import Config
+from sublimate.training.players import Player
+from sublimate.training.randomness import SampleRandom
+
+
+class ObjectiveConfig(Config, ABC):
+    """Base of every objective's options; defaults are the paper's."""
+
+    @abstractmethod
+    def passes(self) -> float:
+        """Network passes per sample and training step: forward 1, backward 2 to weights and 1 to inputs alone."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One optimiser step inside a training step: `name` keys its randomness, `trains` names the players that move."""
+
+    name: str
+    trains: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one turn works on, batch first throughout.
+
+    Attributes:
+        condition: what the samples are conditioned on (empty for an unconditional model).
+        random: one random stream per sample.
+        tensors: data the objective asked for in `needs`, and whatever its `prepare` added; each (batch, ...).
+    """
+
+    condition: Condition
+    random: SampleRandom
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.random)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def adding(self, **tensors: Tensor) -> Batch:
+        """This batch with more tensors."""
+        return replace(self, tensors={**self.tensors, **tensors})
+
+    def part(self, start: int, stop: int) -> Batch:
+        """The micro-batch [start, stop)."""
+        picked = slice(start, stop)
+        return Batch(
+            condition=self.condition.index(picked) if self.condition else self.condition,
+            random=self.random[picked],
+            tensors={name: tensor[picked] for name, tensor in self.tensors.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A scalar to differentiate, a mean over the micro-batch's samples, and scalars worth logging (detached)."""
+
+    total: Tensor
+    logs: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """What a finished objective hands to the exporter: `kind` decides the format on disk (design section 3)."""
+
+    kind: Literal["weights", "lora", "attachment"]
+    module: nn.Module
+    start_time: float | None = None
+
+
+class Objective(ABC):
+    """A training objective: who plays, whose turn it is, and what the turn minimises.
+
+    The trainer owns everything else (devices, accumulation, optimisers, EMA, checkpoints). `prepare` runs without
+    gradients on the process's whole batch: whatever couples samples is decided there, with `mean_over_processes`
+    where the coupling reaches further. `loss` then treats samples independently, so that micro-batches and processes
+    change nothing but rounding, and never changes weights.
+    """
+
+    Config: ClassVar[type[ObjectiveConfig]]
+    paper: ClassVar[str]
+
+    def __init__(self) -> None:
+        self.mean_over_processes: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+    @property
+    @abstractmethod
+    def needs(self) -> frozenset[str]:
+        """Data this objective reads, of {"prompts", "negatives", "images", "pairs", "masks", "low_res"}."""
+
+    @abstractmethod
+    def players(self) -> dict[str, Player]:
+        """The networks that train, by name; the same objects on every call."""
+
+    @abstractmethod
+    def turns(self, step: int) -> tuple[Turn, ...]:
+        """The optimiser steps of training step `step`, in order, with distinct names."""
+
+    def prepare(self, turn: Turn, batch: Batch, step: int) -> Batch:
+        """Decides on the whole batch, without gradients, what `loss` needs beyond the data."""
+        return batch
+
+    @abstractmethod
+    def loss(self, turn: Turn, batch: Batch, step: int) -> Loss:
+        """The turn's loss on a micro-batch."""
+
+    def after_step(self, step: int) -> None:  # noqa: B027 (most objectives have nothing to do here)
+        """Runs once all turns of a step are done."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Whatever must survive a restart and is not a player, as named tensors."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Restores `state()`.
+
+        Raises:
+            ValueError: when the checkpoint holds state that this objective does not have.
+        """
+        if state:
+            raise ValueError(f"The checkpoint holds state this objective does not know: {sorted(state)}.")
+
+    @abstractmethod
+    def exports(self) -> Artefact:
+        """What remains when training is done."""
+
+    @classmethod
+    def describe(cls) -> dict[str, Any]:
+        """Name, paper and options, for provenance."""
+        return {"method": cls.__module__.rsplit(".", 1)[-1], "paper": cls.paper}

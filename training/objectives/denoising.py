@@ -1,0 +1,98 @@
+"""Denoising: the plain diffusion objective, which trains or fine-tunes a multi-step model (Ho et al. 2020)."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from sublimate.diffusion.conditions import Condition
+from sublimate.diffusion.denoisers import Denoiser
+from sublimate.diffusion.predictions import add_noise
+from sublimate.training.objective import Artefact, Batch, Loss, Objective, ObjectiveConfig, Turn
+from sublimate.training.players import Player, PlayerConfig, make_player
+
+
+class Trainee(Protocol):
+    """What the objective reads of a model."""
+
+    denoiser: Denoiser
+    latent_shape: tuple[int, ...]
+
+    def null_condition(self) -> Condition: ...
+
+
+class DenoisingConfig(ObjectiveConfig):
+    """Options of denoising training.
+
+    Attributes:
+        condition_dropout: fraction of samples trained on the null condition, for classifier-free guidance.
+        time_range: noise levels used, as fractions of the schedule's time.
+        student: how the network is made and optimised.
+    """
+
+    condition_dropout: float = Field(default=0.1, ge=0, le=1)
+    time_range: tuple[float, float] = (0.0, 1.0)
+    student: PlayerConfig = PlayerConfig()
+
+    def passes(self) -> float:
+        return 3
+
+
+class Denoising(Objective):
+    """E |y_theta(alpha_t x0 + sigma_t eps, t, c) - y|^2 with y the network's own target (eps, v, flow, F).
+
+    Args:
+        model: where training starts; stays as it is.
+        config: options.
+    """
+
+    Config = DenoisingConfig
+    paper: ClassVar[str] = "2006.11239"
+
+    def __init__(self, model: Trainee, config: DenoisingConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.schedule, self.parametrization = model.denoiser.schedule, model.denoiser.parametrization
+        self.shape, self.null = tuple(model.latent_shape), model.null_condition()
+        self._players = {"student": make_player(model.denoiser, config.student, ema=True)}
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"images", "prompts"} if self.null else {"images"})
+
+    def players(self) -> dict[str, Player]:
+        return self._players
+
+    def turns(self, step: int) -> tuple[Turn, ...]:
+        return (Turn("student", ("student",)),)
+
+    def prepare(self, turn: Turn, batch: Batch, step: int) -> Batch:
+        x0 = batch["images"]
+        low, high = self.config.time_range
+        t = self.schedule.uniform_time(low + (high - low) * batch.random.uniform(x0.device))
+        dropped = batch.random.uniform(x0.device) < self.config.condition_dropout
+        return batch.adding(t=t, eps=batch.random.normal(self.shape, x0.device), dropped=dropped)
+
+    def loss(self, turn: Turn, batch: Batch, step: int) -> Loss:
+        x0, eps, t = batch["images"], batch["eps"], batch["t"]
+        condition = _dropping(batch.condition, self.null, batch["dropped"]) if self.null else batch.condition
+        prediction = self.student(add_noise(self.schedule, x0, eps, t), t, condition)
+        target = self.parametrization.target(x0, eps, self.schedule.at(t))
+        return Loss((prediction.output.float() - target.float()).square().mean())
+
+    @property
+    def student(self) -> nn.Module:
+        return self._players["student"].module
+
+    def exports(self) -> Artefact:
+        return Artefact("weights" if self.config.student.kind == "full" else "lora", self.student)
+
+
+def _dropping(condition: Condition, null: Condition, dropped: Tensor) -> Condition:
+    """The condition with the null one in place of the dropped samples'."""
+    without = condition.with_null(null)
+    rows = {k: dropped.view(-1, *[1] * (v.dim() - 1)) for k, v in condition.items()}
+    return Condition({k: torch.where(rows[k], without[k], v) for k, v in condition.items()})

@@ -1,0 +1,129 @@
+"""Players: each network that trains is one module tree with its own weights or its own adapter over a shared base.
+
+Adapters of one tree are never switched between forward and backward: trees share the frozen base's storage instead,
+so three LoRA players cost one base plus three adapters.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain
+from typing import Literal
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from pydantic import Field
+from torch import nn
+
+from sublimate.training.config import Config
+
+# The linear layers of attention in diffusers' UNets and transformers.
+ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class PlayerConfig(Config):
+    """How one player is made and optimised.
+
+    Attributes:
+        kind: "full" trains its own copy of every weight; "lora" trains an adapter over the shared base.
+        rank: LoRA rank.
+        lora_alpha: LoRA scale numerator; None means the rank (scale 1).
+        target_modules: names (or endings of names) of the layers that carry adapters.
+        learning_rate: peak learning rate.
+        adam_beta1, adam_beta2, adam_epsilon, adam_weight_decay: AdamW's options.
+    """
+
+    kind: Literal["full", "lora"] = "full"
+    rank: int = Field(default=64, ge=1)
+    lora_alpha: int | None = Field(default=None, ge=1)
+    target_modules: tuple[str, ...] = ATTENTION_PROJECTIONS
+    learning_rate: float = Field(default=1e-5, gt=0)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    adam_weight_decay: float = Field(default=0.01, ge=0)
+
+
+@dataclass(frozen=True)
+class Player:
+    """A module tree, the names of its parameters that train, their optimiser, and whether their average is kept."""
+
+    module: nn.Module
+    config: PlayerConfig
+    names: frozenset[str]
+    ema: bool = False
+
+    def __post_init__(self) -> None:
+        if missing := self.names - dict(self.module.named_parameters()).keys():
+            raise ValueError(f"{type(self.module).__name__} has no parameters named {sorted(missing)[:5]}.")
+        if not self.names:
+            raise ValueError(f"No parameter of {type(self.module).__name__} is selected for training.")
+        self.set_trainable(False)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that train, by name, in the module's order."""
+        return {name: p for name, p in self.module.named_parameters() if name in self.names}
+
+    def set_trainable(self, on: bool) -> None:
+        """Lets gradients reach the trainable parameters, or not; every other parameter stays frozen."""
+        for name, parameter in self.module.named_parameters():
+            parameter.requires_grad_(on and name in self.names)
+
+    def optimizer(self) -> torch.optim.AdamW:
+        """A fresh AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101) over the trainable parameters."""
+        c = self.config
+        return torch.optim.AdamW(
+            self.trainable().values(),
+            lr=c.learning_rate,
+            betas=(c.adam_beta1, c.adam_beta2),
+            eps=c.adam_epsilon,
+            weight_decay=c.adam_weight_decay,
+        )
+
+
+def shared_copy(module: nn.Module) -> nn.Module:
+    """A second module tree over the same storage: new modules, the very same parameters and buffers.
+
+    Hooks, adapters and flags (gradient checkpointing) added to the copy do not touch the original.
+    """
+    memo = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
+    return copy.deepcopy(module, memo)
+
+
+def make_player(
+    module: nn.Module, config: PlayerConfig, *, names: Iterable[str] | None = None, ema: bool = False
+) -> Player:
+    """A player that starts at `module`'s weights; `module` itself stays as it is.
+
+    Args:
+        module: the frozen base, usually the teacher's denoiser.
+        config: full copy or LoRA (Hu et al. 2021, arXiv 2106.09685), and the optimiser.
+        names: which of the copy's parameters train; None means all. Only for `kind="full"`: of the other parameters
+            the copy shares the storage, so a player that trains one layer costs one layer.
+        ema: keep an exponential moving average of what trains.
+
+    Raises:
+        ValueError: when no layer or parameter matches the selection.
+    """
+    if config.kind == "lora":
+        if names is not None:
+            raise ValueError("A LoRA player is selected by `target_modules`; `names` is for full players.")
+        return _lora_player(module, config, ema)
+    parameters = dict(module.named_parameters())
+    chosen = frozenset(parameters if names is None else names)
+    frozen = (tensor for name, tensor in parameters.items() if name not in chosen)
+    tree = copy.deepcopy(module, {id(tensor): tensor for tensor in frozen})
+    return Player(tree, config, chosen, ema)
+
+
+def _lora_player(module: nn.Module, config: PlayerConfig, ema: bool) -> Player:
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.rank if config.lora_alpha is None else config.lora_alpha,
+        target_modules=list(config.target_modules),
+    )
+    tree = inject_adapter_in_model(lora, shared_copy(module))
+    adapters = frozenset(name for name, _ in tree.named_parameters() if ".lora_" in name)
+    return Player(tree, config, adapters, ema)

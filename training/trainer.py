@@ -1,0 +1,334 @@
+"""The trainer: one loop for every objective, exact under accumulation, processes and restarts."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from pydantic import Field
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sublimate.training import checkpoints
+from sublimate.training.config import Config
+from sublimate.training.data import Source
+from sublimate.training.ema import Average
+from sublimate.training.objective import Batch, Objective, Turn
+from sublimate.training.randomness import SampleRandom, key
+
+
+class TrainerConfig(Config):
+    """Options of a training run, named as in diffusers' training scripts.
+
+    Attributes:
+        output_dir: where checkpoints, logs and samples go.
+        seed: all randomness derives from it.
+        max_train_steps: training steps; one step is every turn of the objective once.
+        train_batch_size: samples per process and micro-batch.
+        gradient_accumulation_steps: micro-batches per optimiser step.
+        max_grad_norm: gradients of a turn are clipped to this L2 norm.
+        mixed_precision: "bf16" runs networks under autocast; weights and losses stay float32.
+        gradient_checkpointing: recompute activations in the backward pass to save memory.
+        lr_scheduler, lr_warmup_steps: learning-rate schedule by training step, as in diffusers.
+        ema_decay: decay per step of the moving average of players that ask for one; None keeps none.
+        checkpointing_steps: steps between checkpoints, the last step included; None saves only when stopped early.
+        checkpoints_total_limit: how many checkpoints to keep.
+        resume_from_checkpoint: "latest", a checkpoint's folder, or None to start afresh.
+        report_to: an accelerate tracker ("tensorboard", "wandb", ...); `log.jsonl` is always written.
+        logging_steps: steps between log lines.
+        validation_steps: steps between sample pictures; None makes none.
+    """
+
+    output_dir: Path = Path("runs/untitled")
+    seed: int = Field(default=0, ge=0)
+    max_train_steps: int = Field(default=1000, ge=1)
+    train_batch_size: int = Field(default=16, ge=1)
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    max_grad_norm: float = Field(default=10.0, gt=0)
+    mixed_precision: Literal["no", "bf16"] = "no"
+    gradient_checkpointing: bool = False
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"] = "constant"
+    lr_warmup_steps: int = Field(default=0, ge=0)
+    ema_decay: float | None = Field(default=None, ge=0, lt=1)
+    checkpointing_steps: int | None = Field(default=None, ge=1)
+    checkpoints_total_limit: int | None = Field(default=2, ge=1)
+    resume_from_checkpoint: str | None = "latest"
+    report_to: str | None = None
+    logging_steps: int = Field(default=10, ge=1)
+    validation_steps: int | None = Field(default=None, ge=1)
+
+
+class Interrupted(Exception):
+    """Training stopped early at the user's wish, after saving.
+
+    Attributes:
+        signal: the signal's number, for the exit status.
+    """
+
+    def __init__(self, number: int, checkpoint: Path) -> None:
+        super().__init__(f"Stopped and saved {checkpoint}; the same command again resumes from there.")
+        self.signal = number
+
+
+class Diverged(ValueError):
+    """A loss or gradient is no longer finite; checkpoints are as they were."""
+
+
+class Trainer:
+    """Runs an objective's turns over a data source.
+
+    One step: for every turn draw a batch keyed by (seed, step, turn, sample), let the objective prepare it, add up
+    the gradients of its micro-batches, average them over processes, clip, step the turn's players.
+
+    Args:
+        objective: what to train.
+        source: where conditions and images come from.
+        config: options.
+        validate: called with the step every `validation_steps`, with averaged weights in place.
+        progress: show a progress bar.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        source: Source,
+        config: TrainerConfig,
+        *,
+        validate: Callable[[int], None] | None = None,
+        progress: bool = True,
+    ) -> None:
+        if missing := objective.needs - source.provides:
+            raise ValueError(f"The objective needs {sorted(missing)}, which the data does not provide.")
+        self.objective, self.source, self.config = objective, source, config
+        self.validate, self.progress = validate, progress
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision, log_with=config.report_to, project_dir=config.output_dir
+        )
+        objective.mean_over_processes = lambda tensor: self.accelerator.reduce(tensor, "mean")
+        self.players = objective.players()
+        for player in self.players.values():
+            player.module.to(self.accelerator.device)
+            if config.gradient_checkpointing:
+                _enable_gradient_checkpointing(player.module)
+        self.optimizers = {name: player.optimizer() for name, player in self.players.items()}
+        self.multipliers = {name: self._multiplier(optimizer) for name, optimizer in self.optimizers.items()}
+        self.averages = {
+            name: Average(player.trainable(), config.ema_decay)
+            for name, player in self.players.items()
+            if player.ema and config.ema_decay is not None
+        }
+        self.step = 0
+
+    def run(self) -> None:
+        """Trains up to `max_train_steps`, resuming if asked, and leaves players (and averages) in their final state.
+
+        Raises:
+            Interrupted: on SIGINT or SIGTERM, once the current step is finished and saved.
+            Diverged: when a loss or gradient is not finite; the last checkpoint stays.
+            ValueError: when the checkpoint to resume from does not fit.
+        """
+        config = self.config
+        if found := checkpoints.find_checkpoint(config.output_dir, config.resume_from_checkpoint):
+            self.load(found)
+        if config.report_to:
+            self.accelerator.init_trackers("sublimate", config=json.loads(config.model_dump_json()))
+        bar = tqdm(
+            total=config.max_train_steps,
+            initial=self.step,
+            disable=not (self.progress and self.accelerator.is_main_process),
+            desc=self.objective.describe()["method"],
+        )
+        with bar, _stop_requests() as stop:
+            while self.step < config.max_train_steps:
+                logs: dict[str, Tensor] = {}
+                for turn in self.objective.turns(self.step):
+                    logs |= self._take(turn)
+                self.objective.after_step(self.step)
+                for average in self.averages.values():
+                    average.update()
+                self.step += 1
+                bar.update()
+                self._report(logs, bar)
+                finished, every = self.step == config.max_train_steps, config.checkpointing_steps
+                if (every and (finished or self.step % every == 0)) or (stop and not finished):
+                    path = self.save()
+                    if stop and not finished:
+                        raise Interrupted(stop[0], path)
+        if config.report_to:
+            self.accelerator.end_training()
+
+    def _take(self, turn: Turn) -> dict[str, Tensor]:
+        """One optimiser step of the players that `turn` trains."""
+        for name, player in self.players.items():
+            player.set_trainable(name in turn.trains)
+            player.module.train(name in turn.trains)
+        with torch.no_grad(), self.accelerator.autocast():
+            batch = self.objective.prepare(turn, self._batch(turn), self.step)
+
+        size, logs = self.config.train_batch_size, {}
+        for start in range(0, len(batch), size):
+            part = batch.part(start, start + size)
+            torch.manual_seed(key(self.config.seed, self.step, turn.name, "network", self._first_index + start))
+            with self.accelerator.autocast():
+                loss = self.objective.loss(turn, part, self.step)
+            share = len(part) / len(batch)
+            (share * loss.total).backward()
+            for name, value in {f"{turn.name}/loss": loss.total, **loss.logs}.items():
+                logs[name] = logs.get(name, 0) + share * value.detach()
+
+        parameters = [p for name in turn.trains for p in self.players[name].trainable().values()]
+        self._average_gradients(parameters)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise Diverged(
+                f"The gradient of turn {turn.name!r} is not finite at step {self.step}: "
+                "lower the learning rate or resume from an earlier checkpoint."
+            )
+        for name in turn.trains:
+            optimizer, multiplier = self.optimizers[name], self.multipliers[name](self.step)
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * multiplier
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return logs
+
+    @property
+    def _local_batch(self) -> int:
+        return self.config.train_batch_size * self.config.gradient_accumulation_steps
+
+    @property
+    def _first_index(self) -> int:
+        return self.accelerator.process_index * self._local_batch
+
+    def _batch(self, turn: Turn) -> Batch:
+        indices = range(self._first_index, self._first_index + self._local_batch)
+        random = SampleRandom(self.config.seed, self.step, turn.name, indices)
+        batch = self.source.batch(random)
+        device = self.accelerator.device
+        return Batch(batch.condition.to(device), random, {k: v.to(device) for k, v in batch.tensors.items()})
+
+    def _average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Mean over processes in one message; explicit, so that it also holds for losses DDP's hooks cannot see."""
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if self.accelerator.num_processes == 1:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        mean = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
+        for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def _multiplier(self, optimizer: torch.optim.Optimizer) -> Callable[[int], float]:
+        """The schedule as a plain function of the step, so that it has no state to save."""
+        c = self.config
+        schedule = get_scheduler(
+            c.lr_scheduler, optimizer, num_warmup_steps=c.lr_warmup_steps, num_training_steps=c.max_train_steps
+        )
+        return schedule.lr_lambdas[0]
+
+    def _report(self, logs: dict[str, Tensor], bar: tqdm) -> None:
+        config = self.config
+        if self.step % config.logging_steps == 0 or self.step == config.max_train_steps:
+            values = {name: float(self.accelerator.reduce(v.float(), "mean")) for name, v in logs.items()}
+            bar.set_postfix({name.split("/")[-1]: f"{v:.3g}" for name, v in list(values.items())[:4]})
+            if config.report_to:
+                self.accelerator.log(values, step=self.step)
+            if self.accelerator.is_main_process:
+                config.output_dir.mkdir(parents=True, exist_ok=True)
+                with (config.output_dir / "log.jsonl").open("a") as file:
+                    file.write(json.dumps({"step": self.step, **values}) + "\n")
+            if any(not math.isfinite(v) for v in values.values()):
+                raise Diverged(f"A logged value is not finite at step {self.step}: {values}.")
+        due = config.validation_steps and self.step % config.validation_steps == 0
+        if self.validate is not None and due and self.accelerator.is_main_process:
+            with torch.no_grad(), self.averaged():
+                self.validate(self.step)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within this context players with an average hold it; this is what gets validated and exported."""
+        with contextlib.ExitStack() as stack:
+            for average in self.averages.values():
+                stack.enter_context(average.applied())
+            yield
+
+    def save(self) -> Path:
+        """Writes a checkpoint of the current step; only the main process writes."""
+        path = self.config.output_dir / f"{checkpoints.PREFIX}{self.step}"
+        if self.accelerator.is_main_process:
+            sections: dict[str, dict[str, Tensor]] = {"objective": self.objective.state()}
+            for name, player in self.players.items():
+                sections[f"player.{name}"] = dict(player.trainable())
+                sections[f"optimizer.{name}"] = checkpoints.optimizer_tensors(self.optimizers[name])
+            for name, average in self.averages.items():
+                sections[f"average.{name}"] = average.values
+            facts = {"sections": sorted(sections), **self._identity(), "step": self.step}
+            limit = self.config.checkpoints_total_limit
+            checkpoints.write_checkpoint(self.config.output_dir, self.step, sections, facts, limit)
+        self.accelerator.wait_for_everyone()
+        return path
+
+    def load(self, path: Path) -> None:
+        """Restores everything a checkpoint holds.
+
+        Raises:
+            ValueError: when it is damaged or belongs to another run.
+        """
+        sections, facts = checkpoints.read_checkpoint(path)
+        for name, value in self._identity().items():
+            if facts.get(name) != value:
+                raise ValueError(
+                    f"The checkpoint {path} was made with {name} = {facts.get(name)}, this run has {value}: "
+                    "resume with the same options or choose another output_dir."
+                )
+        for name, player in self.players.items():
+            checkpoints.load_exactly(player.trainable(), sections[f"player.{name}"], f"player {name}")
+            checkpoints.load_optimizer_tensors(self.optimizers[name], sections[f"optimizer.{name}"])
+        for name, average in self.averages.items():
+            average.load(sections[f"average.{name}"])
+        self.objective.load_state(sections["objective"])
+        self.step = int(facts["step"])
+
+    def _identity(self) -> dict[str, Any]:
+        """What must agree for a resumed run to equal an uninterrupted one."""
+        return {
+            "method": self.objective.describe()["method"],
+            "seed": self.config.seed,
+            "global_batch": self._local_batch * self.accelerator.num_processes,
+            "averages": sorted(self.averages),
+        }
+
+
+def _enable_gradient_checkpointing(module: torch.nn.Module) -> None:
+    for part in module.modules():
+        if getattr(part, "_supports_gradient_checkpointing", False):
+            part.enable_gradient_checkpointing()  # type: ignore[operator]
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of dying of them; a second one of either takes effect at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in previous:
+            signal.signal(number, note)
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
