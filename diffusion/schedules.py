@@ -76,9 +76,7 @@ class DiscreteVP(Schedule):
     def _log_levels(self, device: torch.device) -> Tensor:
         """log alphas_cumprod from t = -1 on, (N + 1,), copied to a device once."""
         if device not in self._logs:
-            # A copy made under inference_mode could not be used by a later backward pass.
-            with torch.inference_mode(False):
-                self._logs[device] = self._logs[torch.device("cpu")].to(device)
+            self._logs[device] = self._logs[torch.device("cpu")].to(device)
         return self._logs[device]
 
     def at(self, t: Tensor | float) -> Coefficients:

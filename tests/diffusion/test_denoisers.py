@@ -139,15 +139,6 @@ def test_nothing_is_read_back_from_the_device(schedule, kind):
     assert schedule.t_at_log_snr(schedule.log_snr(torch.empty(4, device="meta"))).device.type == "meta"
 
 
-def test_table_cached_in_inference_mode_still_trains():
-    schedule = DiscreteVP(TABLE)
-    with torch.inference_mode():
-        schedule.at(torch.empty(2, device="meta"))
-    t = torch.empty(2, device="meta", requires_grad=True)
-    schedule.at(t).alpha.sum().backward()
-    assert t.grad.shape == (2,)
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_nothing_stalls_a_gpu():
     schedule = DiscreteVP(TABLE)

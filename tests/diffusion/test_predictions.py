@@ -147,13 +147,13 @@ def test_half_precision_is_rounded_once():
     x_t, y = exact.x_t.bfloat16(), exact.output.bfloat16()
     rounded = Prediction(x_t, y, exact.coefficients, exact.parametrization)
     reference = Prediction(x_t.double(), y.double(), exact.coefficients, exact.parametrization)
-    for name in ("x0", "v", "velocity", "score"):
-        assert getattr(rounded, name).dtype == torch.bfloat16
-        torch.testing.assert_close(getattr(rounded, name), getattr(reference, name).bfloat16(), rtol=8e-3, atol=0)
-    noised = add_noise(schedule, x0.bfloat16(), eps.bfloat16(), t)
-    torch.testing.assert_close(
-        noised, add_noise(schedule, x0.bfloat16().double(), eps.bfloat16().double(), t).bfloat16(), rtol=8e-3, atol=0
-    )
+    pairs = [(getattr(rounded, name), getattr(reference, name)) for name in ("x0", "v", "velocity", "score")]
+    halves = (x0.bfloat16(), eps.bfloat16())
+    noised = [add_noise(schedule, a, b, t) for a, b in (halves, [half.double() for half in halves])]
+    for found, expected in (*pairs, noised):
+        assert found.dtype == torch.bfloat16
+        # float32 in between may still round the other way now and then; a rounded scalar would do so half the time.
+        assert (found == expected.bfloat16()).double().mean() > 0.95
 
 
 def test_gradients_reach_input_and_output():

@@ -133,6 +133,10 @@ def test_edm_grid_is_karras():
     torch.testing.assert_close(grid, torch.tensor(expected, dtype=torch.float64))
 
 
+def test_trigflow_grid_is_even():
+    torch.testing.assert_close(TrigFlow().grid(4), torch.linspace(math.pi / 2, 0, 5, dtype=torch.float64))
+
+
 def test_edm_tells_the_network_its_c_noise():
     sigma = torch.tensor([0.5, 3.0])
     torch.testing.assert_close(EDM().network_time(sigma), 0.25 * sigma.double().log())
