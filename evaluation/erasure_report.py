@@ -112,7 +112,7 @@ def erasure_report(
         sections=(
             Verdict(result.criteria),
             *(example_pictures(result) if pictures is None else pictures),
-            *_tables(result),
+            *result_tables(result),
             *more,
         ),
         tried=(*asked, *tried),
@@ -121,7 +121,8 @@ def erasure_report(
     )
 
 
-def _tables(result: ErasureResult) -> list[Table]:
+def result_tables(result: ErasureResult) -> list[Table]:
+    """Every rate of a study: before and after, label by label, what is drawn instead, and the drift."""
     name = result.study.concept
     tables = [
         Table(

@@ -43,7 +43,7 @@ def sample(**changes) -> Report:
                 ("base", "edited", f"student {NASTY}"),
                 (
                     PictureRow(f"“{NASTY}”", (picture(), picture(seed=1), picture(seed=2))),
-                    PictureRow("large", (picture(500), picture(500, 1), picture(500, 2))),
+                    PictureRow("large", (torch.zeros(3, 500, 500),) * 3),
                 ),
             ),
             Table(
@@ -60,7 +60,7 @@ def sample(**changes) -> Report:
         ),
         "tried": (f"tried {NASTY}",),
         "not_tried": ("not tried",),
-        "provenance": {"hardware": "2 cores", "base": NASTY},
+        "provenance": {"hardware": "2 cores", f"base {NASTY}": NASTY},
     }
     return Report(**{**made, **changes})
 
@@ -110,7 +110,7 @@ def test_the_page_parses_and_needs_nothing_else():
 
 def test_nothing_a_user_wrote_becomes_markup():
     page = Page(sample().to_html())
-    assert page.text.count(NASTY) == 16  # everywhere it was given, the title and one column twice
+    assert page.text.count(NASTY) == 17  # everywhere it was given, the title and one column twice
     assert len([image for image in page.all("img") if NASTY in image["alt"]]) == 4
     assert page.all("td")[-1]["data-label"] == "other" and any(
         cell.get("data-label") == f"rate {NASTY}" for cell in page.all("td")
@@ -141,13 +141,20 @@ def test_numbers_are_printed_with_their_limits():
     ("criteria", "tone"),
     [
         ((MET, FLOOR), "met"),
-        ((MET, MISSED), "missed"),
+        ((MISSED, MET), "missed"),
         ((Criterion("a", "?", 0.0, 0.0, 0.1, 10, 0.03),), "open"),
     ],
 )
 def test_the_banner_says_met_missed_or_open(criteria, tone):
     page = Page(sample(sections=(Verdict(criteria),)).to_html())
     assert next(div["class"] for div in page.all("div")) == f"verdict {tone}"
+    assert [row.get("class") for row in page.all("tr")][1] == tone  # the first criterion's, below the headings
+
+
+def test_what_is_not_given_leaves_no_empty_heading():
+    page = Page(Report("t", "c", (Verdict((MET,)),), tried=("a",)).to_html())
+    assert "Measured here" in page.text and "Not measured here" not in page.text
+    assert "What this report covers" not in Page(Report("t", "c", ()).to_html()).text
 
 
 def test_a_page_never_calls_anything_what_it_cannot_show():
@@ -168,7 +175,7 @@ def test_json_holds_the_same_numbers(tmp_path):
     assert table["rows"][0][1]["hits"] == 1942 and table["rows"][0][1]["high"] == Rate(1942, 2000).high
     assert table["rows"][1][2]["only_second"] == 3 and table["rows"][0][3]["deviation"] == 1.0
     assert table["rows"][2][1:4] == [None, None, None] and listing["items"] == [NASTY, "b"]
-    assert read["tried"] == [f"tried {NASTY}"] and read["provenance"]["base"] == NASTY and read["format"] == 1
+    assert read["tried"] == [f"tried {NASTY}"] and read["provenance"][f"base {NASTY}"] == NASTY and read["format"] == 1
 
 
 def test_a_failed_write_leaves_the_old_report_and_nothing_else(tmp_path, monkeypatch):
