@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from sublimate.evaluation.detectors import open_detector
+from sublimate.evaluation.erasure import Generate
+from sublimate.evaluation.quality import Quality, measure_quality
 from sublimate.evaluation.studies import Bars, ErasureStudy, PromptSet
 from sublimate.training.ink.captions import Caption, prompts
+from sublimate.training.ink.detector import InkDetector
 from sublimate.training.ink.vocabulary import GROUPS, locate
+from sublimate.training.ink.world import sample
 
 
 def ink_prompts(captions: Iterable[Caption]) -> PromptSet:
@@ -51,6 +56,29 @@ def ink_study(
         unrelated=ink_prompts(_without(group, n, seed + 3)),
         seeds=seeds,
         bars=bars or Bars(),
+    )
+
+
+def ink_quality(generate: Generate, *, n: int = 5000, judged: int = 2000, seed: int = 0) -> Quality:
+    """How well a model draws Ink: captions of the grammar, judged by Ink's detector against held-out handwriting.
+
+    Args:
+        generate: the model.
+        n: images for the distances.
+        judged: how many of them are judged for agreement.
+        seed: of prompts and images.
+    """
+    detector = open_detector("ink")
+    if not isinstance(detector, InkDetector):
+        raise TypeError(f"Ink is judged by its own detector, not by a {type(detector).__name__}.")
+    return measure_quality(
+        generate,
+        ink_prompts(prompts(n, seed)),
+        lambda count: sample(range(count), "held_out", seed)[0],
+        detector,
+        detector.features,
+        judged=judged,
+        seed=seed,
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from sublimate.evaluation.agreement import Expected, check_label
 
@@ -25,6 +27,30 @@ class PromptSet:
     def __post_init__(self) -> None:
         if len(self.texts) != len(self.expected):
             raise ValueError(f"{len(self.texts)} prompts with {len(self.expected)} expectations; give one per prompt")
+
+
+def read_prompt_set(path: Path) -> PromptSet:
+    """Prompts from JSON lines: `text`, and for each group that the prompt states, its label.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when a line is not such an object, or there is none.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no prompt file {path}; give JSON lines with text and labels")
+    texts, expected = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = dict(json.loads(line))
+            texts.append(str(row.pop("text")))
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"line {number} of {path} must be a JSON object with a text ({error!r})") from error
+        expected.append({str(group): str(label) for group, label in row.items()})
+    if not texts:
+        raise ValueError(f"{path} holds no prompts; give one JSON object per line")
+    return PromptSet(tuple(texts), tuple(expected))
 
 
 @dataclass(frozen=True)

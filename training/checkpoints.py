@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from sublimate.pipelines.folders import written_aside
 
 PREFIX = "checkpoint-"
 Sections = Mapping[str, Mapping[str, Tensor]]
@@ -31,37 +32,20 @@ def write_checkpoint(folder: Path, step: int, sections: Sections, facts: Mapping
     Raises:
         OSError: when the disk is full or not writable; earlier checkpoints are then untouched.
     """
-    final, aside = folder / f"{PREFIX}{step}", folder / f".{PREFIX}{step}.partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
+    # A process that was killed while writing leaves its half behind.
+    for half in folder.glob(f".{PREFIX}*.partial"):
+        shutil.rmtree(half, ignore_errors=True)
+    final = folder / f"{PREFIX}{step}"
+    with written_aside(final, "state.json") as aside:
         for name, tensors in sections.items():
             # save_file refuses tensors that share memory or are strided.
-            save_file(
-                {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, aside / f"{name}.safetensors"
-            )
+            owned = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+            save_file(owned, aside / f"{name}.safetensors")
         (aside / "state.json").write_text(json.dumps(facts, indent=1, sort_keys=True))
-        for path in aside.iterdir():
-            sync(path)
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
-        sync(folder)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
     if limit is not None:
         for old in checkpoints(folder)[:-limit]:
             shutil.rmtree(old)
     return final
-
-
-def sync(path: Path) -> None:
-    """Flushes a file or a folder's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def checkpoints(folder: Path) -> list[Path]:

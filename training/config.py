@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from sublimate.training.config_files import ConfigError, find_config, parse_yaml, to_yaml
 
-__all__ = ["Config", "ConfigError", "describe_error", "dump_config", "load_config", "validate_section"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "describe_error",
+    "dump_config",
+    "load_config",
+    "parse_overrides",
+    "validate_section",
+]
 
 Key = tuple[str | int, ...]
 
@@ -64,8 +73,7 @@ def load_config(
         values = {}
     if not isinstance(values, dict):
         raise ConfigError(f"{label} must hold keys and values, not {_shown(values)}.")
-    for override in overrides:
-        _apply_override(values, override)
+    values = parse_overrides(overrides, values)
     return _validate(model_cls, values, "", label)
 
 
@@ -83,6 +91,18 @@ def validate_section(
         ConfigError: as `load_config`, with `prefix` before the key.
     """
     return _validate(model_cls, mapping, prefix, None)
+
+
+def parse_overrides(overrides: Sequence[str], values: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """`key.sub=value` assignments as nested values, on top of `values`.
+
+    Raises:
+        ConfigError: when one has another form or does not fit.
+    """
+    changed = copy.deepcopy(dict(values or {}))
+    for override in overrides:
+        _apply_override(changed, override)
+    return changed
 
 
 def dump_config(config: Config) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -13,9 +15,13 @@ from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.denoisers import Denoiser
 from sublimate.diffusion.predictions import Parametrization
 from sublimate.diffusion.schedules import from_scheduler
+from sublimate.pipelines.cards import model_card
+from sublimate.pipelines.folders import written_aside
+from sublimate.pipelines.model import DEFAULTS_FILE
 
 LATENT_SHAPE = (4, 8, 8)
 WIDTH = 128
+GUIDANCE_SCALE, STEPS = 3.0, 25
 
 
 def make_autoencoder() -> AutoencoderKL:
@@ -75,7 +81,7 @@ def make_scheduler() -> DDIMScheduler:
         timestep_spacing="trailing",
         set_alpha_to_one=True,
         clip_sample=False,
-        steps_offset=0,
+        steps_offset=1,
     )
 
 
@@ -116,11 +122,20 @@ def _call(
     return network(x_t, t, condition["text"]), {}
 
 
-def save_teacher(network: Captioned, autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer, folder: Path) -> None:
+def save_teacher(
+    network: Captioned, autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer, folder: Path, provenance: dict[str, Any]
+) -> None:
     """Writes the stock pipeline: UNet and autoencoder in fp16, the text encoder in fp32.
 
     transformers 5 keeps the precision of a file while diffusers converts to the one asked for, so a text encoder
     stored in fp16 would not fit a UNet loaded in fp32.
+
+    Args:
+        network: trained.
+        autoencoder: trained, with its `scaling_factor` registered.
+        tokenizer: Ink's.
+        folder: where to; an earlier teacher there is replaced once the new one is complete.
+        provenance: how it was trained; JSON values, for the model card.
     """
     pipeline = StableDiffusionPipeline(
         vae=autoencoder.to(torch.float16),
@@ -132,4 +147,19 @@ def save_teacher(network: Captioned, autoencoder: AutoencoderKL, tokenizer: CLIP
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.save_pretrained(folder)
+    card = model_card(
+        title="Ink's teacher",
+        kind="weights",
+        summary="A small text-to-image model of handwritten digits in six inks and four styles, 32x32 pixels.",
+        usage="from diffusers import DiffusionPipeline\n\n"
+        'pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")\n'
+        f'image = pipeline("a neon seven in red", guidance_scale={GUIDANCE_SCALE}).images[0]',
+        base="none, trained from scratch",
+        provenance=provenance,
+        license="apache-2.0",
+    )
+    record = {"kind": "weights", "guidance_scale": GUIDANCE_SCALE, "steps": STEPS, "provenance": provenance}
+    with written_aside(folder, "model_index.json") as aside:
+        pipeline.save_pretrained(aside)
+        (aside / DEFAULTS_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+        (aside / "README.md").write_text(card)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
+from diffusers import AutoencoderKL
 from pydantic import Field
 
-from sublimate.training.config import Config
+from sublimate.training.config import Config, dump_config
 from sublimate.training.data import Source
 from sublimate.training.ink.autoencoder import Autoencoding, AutoencodingConfig
-from sublimate.training.ink.detecting import Detecting, DetectingConfig
+from sublimate.training.ink.detecting import Detecting, DetectingConfig, DetectorPictures
 from sublimate.training.ink.detector import InkDetector
-from sublimate.training.ink.sources import CaptionedLatents, DetectorPictures, Pictures, encode_pictures
+from sublimate.training.ink.sources import CaptionedLatents, Pictures, encode_pictures
 from sublimate.training.ink.teacher import Captioned, UntrainedTeacher, make_autoencoder, save_teacher
 from sublimate.training.ink.tokenizer import build_tokenizer
 from sublimate.training.objective import Objective
@@ -48,10 +50,12 @@ class InkConfig(Config):
     Attributes:
         output_dir: receives `teacher/` (a diffusers folder), `detector.safetensors` and one folder per stage.
         seed: seed of every stage.
+        stages: what to train after the autoencoder, which both need; two processes may share the work.
     """
 
     output_dir: Path = Path("runs/ink")
     seed: int = Field(default=0, ge=0)
+    stages: tuple[Literal["detector", "teacher"], ...] = ("detector", "teacher")
     autoencoder: AutoencoderStage = AutoencoderStage()
     detector: DetectorStage = DetectorStage()
     teacher: TeacherStage = TeacherStage()
@@ -66,30 +70,41 @@ def train_ink(config: InkConfig, *, progress: bool = True) -> Path:
     Raises:
         Interrupted: when stopped by a signal, after saving.
     """
-    folder = config.output_dir
-    torch.manual_seed(config.seed)
-    autoencoding = Autoencoding(make_autoencoder(), config.autoencoder.objective)
-    _run(autoencoding, Pictures(), config, config.autoencoder.trainer, "autoencoder", progress)
-    autoencoder = autoencoding.autoencoder.eval()
+    autoencoder = _train_autoencoder(config, progress)
+    if "detector" in config.stages:
+        _train_detector(config, autoencoder, progress)
+    if "teacher" in config.stages:
+        _train_teacher(config, autoencoder, progress)
+    return config.output_dir
 
-    torch.manual_seed(config.seed)
-    detecting = Detecting(InkDetector(), config.detector.objective)
-    source = DetectorPictures(autoencoder)
-    _run(detecting, source, config, config.detector.trainer, "detector", progress)
-    detecting.detector.save(folder / "detector.safetensors")
 
+def _train_autoencoder(config: InkConfig, progress: bool) -> AutoencoderKL:
     torch.manual_seed(config.seed)
+    objective = Autoencoding(make_autoencoder(), config.autoencoder.objective)
+    _run(objective, Pictures(), config, config.autoencoder.trainer, "autoencoder", progress)
+    return objective.autoencoder.eval()
+
+
+def _train_detector(config: InkConfig, autoencoder: AutoencoderKL, progress: bool) -> None:
+    torch.manual_seed(config.seed)
+    objective = Detecting(InkDetector(), config.detector.objective)
+    _run(objective, DetectorPictures(autoencoder), config, config.detector.trainer, "detector", progress)
+    objective.detector.save(config.output_dir / "detector.safetensors")
+
+
+def _train_teacher(config: InkConfig, autoencoder: AutoencoderKL, progress: bool) -> None:
     tokenizer = build_tokenizer()
     latents, glyphs = encode_pictures(autoencoder, config.teacher.pictures, progress=progress)
-    # Diffusion assumes data of unit variance (Rombach et al. 2022, section G).
+    # Diffusion assumes data of unit variance (Rombach et al. 2022, appendix G).
     factor = 1 / float(latents.std())
     autoencoder.register_to_config(scaling_factor=factor)
-    trainee = UntrainedTeacher(tokenizer)
-    denoising = Denoising(trainee, config.teacher.objective)
-    captioned = CaptionedLatents(factor * latents, glyphs, trainee.encode_prompts)
-    _run(denoising, captioned, config, config.teacher.trainer, "teacher", progress)
-    save_teacher(_network(denoising), autoencoder, tokenizer, folder / "teacher")
-    return folder
+    torch.manual_seed(config.seed)
+    untrained = UntrainedTeacher(tokenizer)
+    objective = Denoising(untrained, config.teacher.objective)
+    source = CaptionedLatents(factor * latents, glyphs, untrained.encode_prompts)
+    _run(objective, source, config, config.teacher.trainer, "teacher", progress)
+    provenance = {**objective.describe(), "config": dump_config(config)}
+    save_teacher(_network(objective), autoencoder, tokenizer, config.output_dir / "teacher", provenance)
 
 
 def _run(

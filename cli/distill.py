@@ -1,0 +1,31 @@
+"""Distil a multi-step teacher into a one-step student that stock diffusers loads."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def command(
+    config: Annotated[str, typer.Argument(help="A YAML file, or the name of a packaged configuration.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes, as key.sub=value.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved configuration and its counted cost, and stop.")
+    ] = False,
+) -> None:
+    """Distil a teacher into a student; run the same command again to resume.
+
+    On several processes: accelerate launch -m sublimate.cli distill CONFIG
+    """
+    from sublimate.training.config import dump_config, load_config
+    from sublimate.training.distill import DistillConfig, distill
+
+    resolved = load_config(DistillConfig, config, overrides or (), kind="distill")
+    passes = resolved.passes()
+    if dry_run:
+        typer.echo(dump_config(resolved), nl=False)
+        typer.echo(f"# {passes:,.0f} network passes of one sample (a backward pass counts as two)")
+        return
+    folder = distill(resolved)
+    typer.echo(f'Wrote {folder}: DiffusionPipeline.from_pretrained("{folder}"), one step.')

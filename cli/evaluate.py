@@ -1,0 +1,59 @@
+"""Measure how well a model draws: prompt agreement and, on Ink, distance to real handwriting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="A packaged name (ink), a diffusers folder, a file or a hub id.")],
+    edit: Annotated[list[Path] | None, typer.Option(help="An edit to apply first; repeatable.")] = None,
+    n: Annotated[int, typer.Option(min=2, help="Images for the distances (on Ink).")] = 5000,
+    judged: Annotated[int, typer.Option(min=1, help="Prompts judged for agreement.")] = 2000,
+    prompts: Annotated[
+        Path | None, typer.Option(help='JSON lines with "text" and one label per group, instead of Ink\'s grammar.')
+    ] = None,
+    detector: Annotated[str, typer.Option(help="ink, or an image classifier's folder or hub id.")] = "ink",
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; the checkpoint's own by default.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(min=0, help="1 is no guidance.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Keys the noise and the prompts.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Also write the numbers to this JSON file.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+) -> None:
+    """Draw prompts with known answers and count what a detector sees; on Ink, also FID, KID, precision and recall."""
+    import json
+
+    from sublimate.evaluation.agreement import agreement
+    from sublimate.evaluation.detectors import open_detector
+    from sublimate.evaluation.hardware import hardware_line
+    from sublimate.evaluation.ink_study import ink_quality
+    from sublimate.evaluation.intervals import plain
+    from sublimate.evaluation.studies import read_prompt_set
+    from sublimate.pipelines.edit import Edit
+    from sublimate.pipelines.generate import generate
+    from sublimate.pipelines.model import open_model
+
+    opened, judge = open_model(model, device=device), open_detector(detector, device=device)
+    for path in edit or ():
+        Edit.load(path).apply(opened)
+
+    def draw(texts, seed):  # type: ignore[no-untyped-def]
+        return generate(opened, texts, steps=steps, guidance_scale=guidance_scale, seed=seed, progress=True)
+
+    if prompts is not None:
+        asked = read_prompt_set(prompts)
+        found = agreement(judge, draw(asked.texts, seed), asked.expected)
+        measured = {"agreement": {name: plain(rate) for name, rate in found.groups.items()}}
+    else:
+        quality = ink_quality(draw, n=n, judged=judged, seed=seed)
+        found, measured = quality.agreement, quality.to_dict()
+        typer.echo(f"fidelity: {quality.fidelity}\nfloor (real against real): {quality.floor}")
+    for name, rate in {**found.groups, "all that was asked": found.together, "rejected": found.rejected}.items():
+        typer.echo(f"{name}: {rate}")
+    if out is not None:
+        record = {"model": opened.source, "content_hash": opened.content_hash(), "seed": seed, **measured}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps({**record, "hardware": hardware_line()}, indent=2) + "\n")

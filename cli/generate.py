@@ -1,0 +1,48 @@
+"""Draw images from a model, with or without edits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="A packaged name (ink), a diffusers folder, a file or a hub id.")],
+    prompts: Annotated[list[str] | None, typer.Argument(help="One image per prompt; none if unconditional.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("runs/images"),
+    edit: Annotated[list[Path] | None, typer.Option(help="An edit to apply first; repeatable.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 1,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; the checkpoint's own by default.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(min=0, help="1 is no guidance.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What guidance leads away from.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="ddim, euler, heun or one_step.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Keys the noise.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+) -> None:
+    """Draw images and write them as PNG files, with a sheet of all of them."""
+    from sublimate.pipelines.edit import Edit
+    from sublimate.pipelines.generate import generate
+    from sublimate.pipelines.model import open_model
+    from sublimate.pipelines.pictures import image_grid, to_png
+
+    opened = open_model(model, device=device)
+    for path in edit or ():
+        Edit.load(path).apply(opened)
+    texts = [prompt for prompt in prompts or () for _ in range(count)]
+    images = generate(
+        opened,
+        texts or count,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt,
+        sampler=sampler,
+        seed=seed,
+        progress=True,
+    ).cpu()
+    out.mkdir(parents=True, exist_ok=True)
+    for index, image in enumerate(images):
+        (out / f"{index:05d}.png").write_bytes(to_png(image))
+    (out / "sheet.png").write_bytes(to_png(image_grid(images)))
+    typer.echo(f"Wrote {len(images)} images and a sheet to {out}")
