@@ -2,8 +2,8 @@
 
 Every target here is an affine combination of predictions whose coefficients add up to one, so it is the same target
 whether the network predicts eps, v, a velocity or x0, and it is formed on the network's own output. The *loss* is not
-the same: |v - v'|^2 = |eps - eps'|^2 / alpha^2 and |x0 - x0'|^2 = (sigma/alpha)^2 |eps - eps'|^2, which at the noisiest
-step of Stable Diffusion (alpha = 0.068) is a factor of 214. `squared_error` therefore takes the space by name.
+the same: |v - v'|^2 = |eps - eps'|^2 / alpha^2 and |x0 - x0'|^2 = (sigma/alpha)^2 |eps - eps'|^2, a factor of 214 at
+the noisiest step of Stable Diffusion (alpha = 0.068). `squared_error` therefore takes the space by name.
 
 The predictions that enter a target are those of a *frozen* network in ESD, and of the *current* one without gradient
 in concept ablation; a function here does not know which it was given, the method says so.
@@ -76,8 +76,8 @@ def guidance_error(
 ) -> Tensor:
     """|(u - n) - (u*_a - n*)|^2 per sample: compares guidance terms alone (All but One, arXiv 2312.12807).
 
-    u and n are the student's predictions for the concept and without text, * marks the frozen network's. Moving both of
-    the student's branches alike costs nothing here, so the null branch needs a pin of its own (`keep.frozen_error`).
+    u and n are the student's predictions for the concept and without text, * marks the frozen network's. Moving both
+    of the student's branches alike costs nothing here, so the null branch needs a pin: `keep.frozen_error`.
 
     Args:
         student: u.
@@ -85,8 +85,8 @@ def guidance_error(
         anchor: u*_a.
         null: n*; with anchor = null the target is no guidance at all.
         space: the quantity that is compared.
-        detach_null: keep this term from pushing the null branch. The minimiser with a pin is the same, but without this
-            the null branch drifts at first, by up to 0.28 of the edit's size.
+        detach_null: keep this term from pushing the null branch. The minimiser with a pin is the same, but without
+            this the null branch drifts at first, by up to 0.28 of the edit's size.
 
     Returns:
         (batch,), float32.

@@ -49,7 +49,6 @@ def rollout(
     schedule, condition = denoiser.schedule, condition.expand(len(z))
     grid = schedule.grid(steps)
     x, t = at_start(schedule, z, float(grid[0]))
-    x = x.clone()
     for i in range(int(stops.max())):
         active = stops.to(x.device) > i
         told = condition.index(active)

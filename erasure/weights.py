@@ -16,10 +16,10 @@ Rule = Literal["x", "x-strict", "u", "self", "full"]
 # through attn2. The paper's "u" leaves out cross-attention, the output convolution and the embedding of time.
 _CROSS: Mapping[str, Callable[[str], bool]] = MappingProxyType(
     {
-        "x": lambda name: ".attn2." in name,
+        "x": lambda name: ".attn2.to_" in name,
         "x-strict": lambda name: ".attn2.to_k." in name or ".attn2.to_v." in name,
         "u": lambda name: not (".attn2." in name or re.match(r"conv_(norm_)?out\.|(time|add)_embedding\.", name)),
-        "self": lambda name: ".attn1." in name,
+        "self": lambda name: ".attn1.to_" in name,
     }
 )
 
@@ -42,8 +42,8 @@ _JOINT: Mapping[str, Callable[[str], bool]] = MappingProxyType(
 def select(network: nn.Module, rule: Rule) -> frozenset[str]:
     """Names of the parameters that a rule lets train.
 
-    - "x": the linear layers of cross-attention (q, k, v, out), for what is asked for by name: styles, persons. With
-      joint attention: the text stream's projections.
+    - "x": the linear layers of cross-attention (q, k, v, out; no norms), for what is asked for by name: styles,
+      persons. With joint attention: the text stream's projections.
     - "x-strict": its keys and values alone, the only layers that see text.
     - "u": everything but cross-attention, the output layers and the time embedding, for what must go whatever the
       prompt: objects, nudity (the paper's rule; the authors' rewrite of 2025 also trains the layers left out here).
@@ -58,7 +58,6 @@ def select(network: nn.Module, rule: Rule) -> frozenset[str]:
         ValueError: for an unknown rule, or when the network has no such weights.
     """
     names = [name for name, _ in network.named_parameters()]
-    linear = {f"{name}." for name, module in network.named_modules() if isinstance(module, nn.Linear)}
     joint = any(".add_k_proj." in name for name in names)
     if rule == "full":
         chosen = frozenset(names)
@@ -66,12 +65,9 @@ def select(network: nn.Module, rule: Rule) -> frozenset[str]:
         raise ValueError(f"There is no weights rule {rule!r}: use x, x-strict, u, self or full.")
     else:
         matches = (_JOINT if joint else _CROSS)[rule]
-        attention = rule != "u"
-        chosen = frozenset(
-            name for name in names if matches(name) and (not attention or f"{name.rpartition('.')[0]}." in linear)
-        )
+        chosen = frozenset(name for name in names if matches(name))
     if not chosen:
         raise ValueError(
-            f"{type(network).__name__} has no weights of the rule {rule!r}: use 'full', or 'u' for networks without text."
+            f"{type(network).__name__} has no weights of the rule {rule!r}: use 'full', or 'u' where there is no text."
         )
     return chosen

@@ -8,7 +8,7 @@ from sublimate.diffusion.denoisers import Denoiser
 from sublimate.diffusion.guidance import guided
 from sublimate.diffusion.predictions import Parametrization
 from sublimate.diffusion.samplers import ddim
-from sublimate.diffusion.schedules import DiscreteVP, RectifiedFlow
+from sublimate.diffusion.schedules import EDM, DiscreteVP, RectifiedFlow
 from sublimate.erasure import trajectories
 
 NULL = Condition(text=torch.zeros(1, 3))
@@ -32,10 +32,11 @@ def make(schedule, kind):
 
 
 VP = make(DiscreteVP(torch.linspace(0.9999, 0.01, 1000, dtype=torch.float64)), "epsilon")
+KARRAS = make(EDM(sigma_min=0.002, sigma_max=80.0), "edm")
 FLOW = make(RectifiedFlow(shift=3.0), "flow")
 
 
-@pytest.mark.parametrize("denoiser", [VP, FLOW])
+@pytest.mark.parametrize("denoiser", [VP, FLOW, KARRAS])
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_each_sample_stops_at_its_own_step_of_the_full_sampling(denoiser, scale):
     z, stops = torch.randn(4, 3, generator=torch.Generator().manual_seed(2)), torch.tensor([3, 0, 9, 5])

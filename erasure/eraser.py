@@ -1,0 +1,109 @@
+"""Eraser: what every method of concept erasure is to its caller, and what it writes into its edits."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from sublimate.erasure.request import Request
+from sublimate.pipelines.detector import Detector
+from sublimate.pipelines.edit import Edit
+from sublimate.pipelines.model import Model
+from sublimate.training.config import Config
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What a method computed: new values and exact low-rank changes by full parameter key, as in `Edit`."""
+
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    low_rank: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+class Eraser(ABC):
+    """A method of concept erasure: options in, an edit of a model's weights out.
+
+    A method reads of a request what it has a use for; parts that would change *what* is erased and that it cannot
+    honour (`within`, a detector) it refuses.
+
+    Args:
+        config: the method's options.
+        options: the same by name, instead of `config`.
+
+    Raises:
+        TypeError: when both are given.
+    """
+
+    Config: ClassVar[type[Config]]
+    paper: ClassVar[str]
+    handles_within: ClassVar[bool] = False
+    uses_detector: ClassVar[bool] = False
+
+    def __init__(self, config: Config | None = None, /, **options: Any) -> None:
+        if config is not None and options:
+            raise TypeError(f"Give the options of {self.name()} as a config or by name, not both.")
+        self.config: Any = self.Config(**options) if config is None else config
+
+    def fit(
+        self,
+        model: Model,
+        request: Request,
+        *,
+        seed: int = 0,
+        detector: Detector | None = None,
+        progress: bool = False,
+    ) -> Edit:
+        """The edit that carries out the request; the model stays as it is, bit by bit.
+
+        Args:
+            model: what to erase from, with the edits it carries.
+            request: what to erase and what to leave alone.
+            seed: all randomness derives from it.
+            detector: judges images, for methods that consult one.
+            progress: show a progress bar where the method takes long.
+
+        Raises:
+            ValueError: when the method cannot do what is asked, or the model's family does not fit it.
+        """
+        if request.within is not None and not self.handles_within:
+            raise ValueError(f"{self.name()} cannot erase within {request.within.name!r} only: use another method.")
+        if detector is not None and not self.uses_detector:
+            raise ValueError(f"{self.name()} does not consult a detector: leave it out.")
+        provenance = {
+            "base": {"source": model.source, "content_hash": model.content_hash()},
+            "method": self.name(),
+            "paper": self.paper,
+            "config": self.config.model_dump(mode="json"),
+            "request": request.to_dict(),
+            "seed": seed,
+            "versions": versions(),
+        }
+        changes = self.solve(model, request, seed=seed, detector=detector, progress=progress)
+        return Edit(changes.values, changes.low_rank, provenance)
+
+    @abstractmethod
+    def solve(
+        self, model: Model, request: Request, *, seed: int, detector: Detector | None, progress: bool
+    ) -> Changes:
+        """What `fit` puts into its edit; must leave the model as it is."""
+
+    @classmethod
+    def name(cls) -> str:
+        """The method's name: that of its file."""
+        return cls.__module__.rsplit(".", 1)[-1]
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that an edit depends on."""
+    found = {}
+    for package in ("sublimate", "torch", "diffusers", "transformers"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found

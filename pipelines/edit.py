@@ -1,0 +1,262 @@
+"""Edit: a change to a model as a thing of its own, which applies, removes, composes and travels as one file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sublimate.pipelines.checkpoints import refuse_pickle
+from sublimate.pipelines.edit_stack import EditStack, close_stack, merged, open_stack, parameter_of, stack_of
+from sublimate.pipelines.model import Model
+
+FORMAT = "sublimate.edit"
+_LORA_COMPONENTS = frozenset({"unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3"})
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """New values for some of a model's parameters, and where they come from.
+
+    Keys are full names, component first: "unet/down_blocks.0.….to_k.weight".
+
+    Attributes:
+        values: the new tensor per replaced parameter, float32.
+        low_rank: for parameters whose change is exactly B A: (B, A), shapes (d_out, rank) and (rank, d_in), float32.
+        provenance: JSON values; erasers fill in base (source and content hash), method, paper, config, request, seed
+            and versions.
+
+    Raises:
+        ValueError: when the edit is empty, names a key twice, or holds numbers that are not finite.
+        TypeError: when the provenance is not JSON.
+    """
+
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    low_rank: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        values = {key: _float32(key, value) for key, value in self.values.items()}
+        low_rank = {key: (_float32(key, b), _float32(key, a)) for key, (b, a) in self.low_rank.items()}
+        if not values and not low_rank:
+            raise ValueError("An edit must touch at least one parameter.")
+        if twice := sorted(values.keys() & low_rank.keys()):
+            raise ValueError(f"{twice[0]} has both a new value and a low-rank change: give one of them.")
+        for key, (b, a) in low_rank.items():
+            if b.dim() != 2 or a.dim() != 2 or b.shape[1] != a.shape[0]:
+                raise ValueError(f"The factors of {key} do not multiply: {tuple(b.shape)} and {tuple(a.shape)}.")
+        for key in values.keys() | low_rank.keys():
+            if not all(key.partition("/")):
+                raise ValueError(f"{key!r} is not a full parameter name: write it as component/parameter.")
+        object.__setattr__(self, "values", values)
+        object.__setattr__(self, "low_rank", low_rank)
+        object.__setattr__(self, "provenance", json.loads(json.dumps(dict(self.provenance))))
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """The shape of every parameter the edit touches, by full key."""
+        shapes = {key: value.shape for key, value in self.values.items()}
+        return shapes | {key: torch.Size((len(b), a.shape[1])) for key, (b, a) in self.low_rank.items()}
+
+    def apply(self, model: Model, *, allow_other_base: bool = False) -> None:
+        """Puts the edit on top of those the model carries already; values of later edits win, low-rank changes add up.
+
+        Args:
+            model: changed in place; `remove` restores every bit.
+            allow_other_base: apply to a model other than the one the edit was made for.
+
+        Raises:
+            ValueError: when the model lacks a parameter or has it in another shape, is another base, or carries this
+                edit already. Nothing has been touched then.
+        """
+        stack = open_stack(model)
+        try:
+            if not allow_other_base:
+                self._check_base(model, stack)
+            stack.push(model, self)
+        finally:
+            close_stack(model)
+
+    def remove(self, model: Model) -> None:
+        """Takes the edit out of the model, in whatever order edits were applied.
+
+        Raises:
+            ValueError: when the model does not carry this edit.
+        """
+        if (stack := stack_of(model)) is None:
+            raise ValueError("This edit is not applied to this model, so there is nothing to remove.")
+        stack.remove(model, self)
+        close_stack(model)
+
+    @contextlib.contextmanager
+    def applied(self, model: Model, *, allow_other_base: bool = False) -> Iterator[Model]:
+        """Within this context the model carries the edit."""
+        self.apply(model, allow_other_base=allow_other_base)
+        try:
+            yield model
+        finally:
+            self.remove(model)
+
+    @staticmethod
+    def compose(edits: Sequence[Edit]) -> Edit:
+        """One edit that does what the given ones do in this order.
+
+        Args:
+            edits: edits of one base.
+
+        Raises:
+            ValueError: when there is none, or their bases differ.
+        """
+        if not edits:
+            raise ValueError("There is nothing to compose: give at least one edit.")
+        bases = [edit.provenance.get("base") for edit in edits]
+        for base in bases[1:]:
+            if (base or {}).get("content_hash") != (bases[0] or {}).get("content_hash"):
+                raise ValueError(f"Edits of different bases do not compose: {_name(bases[0])} and {_name(base)}.")
+        values: dict[str, Tensor] = {}
+        low_rank: dict[str, tuple[Tensor, Tensor]] = {}
+        for edit in edits:
+            for key, value in edit.values.items():
+                values[key] = value
+                low_rank.pop(key, None)
+            for key, (b, a) in edit.low_rank.items():
+                if key in values:
+                    values[key] = merged(values[key], key, [edit])
+                elif key in low_rank:
+                    low_rank[key] = (torch.cat([low_rank[key][0], b], 1), torch.cat([low_rank[key][1], a]))
+                else:
+                    low_rank[key] = (b, a)
+        parts = [dict(edit.provenance) for edit in edits]
+        return Edit(values, low_rank, {"base": bases[0], "composed": parts} if bases[0] else {"composed": parts})
+
+    def save(self, path: str | Path) -> Path:
+        """Writes one safetensors file, complete under its name or not at all; its header carries the provenance.
+
+        Raises:
+            ValueError: when the name does not end in .safetensors.
+        """
+        path = Path(path)
+        if path.suffix != ".safetensors":
+            raise ValueError(f"An edit is a .safetensors file, got the name {path.name}.")
+        tensors = {key: value.contiguous() for key, value in self.values.items()}
+        for key, (b, a) in self.low_rank.items():
+            tensors |= {f"{key}.lora_B": b.contiguous(), f"{key}.lora_A": a.contiguous()}
+        metadata = {
+            "format": FORMAT,
+            "format_version": "1",
+            "low_rank": json.dumps(sorted(self.low_rank)),
+            "provenance": json.dumps(self.provenance, sort_keys=True),
+        }
+        write_atomically(tensors, path, metadata)
+        return path
+
+    @staticmethod
+    def load(path: str | Path) -> Edit:
+        """Reads what `save` wrote.
+
+        Raises:
+            FileNotFoundError: when there is no such file.
+            ValueError: when it is a pickle, damaged, or another kind of safetensors file.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no edit file {path}.")
+        refuse_pickle(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or not a safetensors file ({error}).") from error
+        if metadata.get("format") != FORMAT or metadata.get("format_version") != "1":
+            raise ValueError(f"{path} holds tensors but is not an edit of format version 1 that `Edit.save` wrote.")
+        low_rank = {
+            key: (tensors.pop(f"{key}.lora_B"), tensors.pop(f"{key}.lora_A"))
+            for key in json.loads(metadata["low_rank"])
+        }
+        return Edit(tensors, low_rank, json.loads(metadata["provenance"]))
+
+    def to_lora(self, model: Model, *, max_rank: int | None = None) -> dict[str, Tensor]:
+        """The edit as the state dict of a LoRA, for `pipeline.load_lora_weights`; exact, or refused.
+
+        Args:
+            model: the edit's base.
+            max_rank: refuse a larger rank.
+
+        Raises:
+            ValueError: when a change is not low-rank, is of another layer than a linear one, sits in a component that
+                LoRA files do not cover, or needs a rank above `max_rank`.
+        """
+        for key, shape in self.shapes().items():
+            component, _, name = key.partition("/")
+            if key in self.values:
+                raise ValueError(f"The change of {key} is not low-rank, so no LoRA equals this edit: fold it instead.")
+            parameter_of(model, key, shape)
+            layer = model.component(component).get_submodule(name.rpartition(".")[0])
+            if component not in _LORA_COMPONENTS or not isinstance(layer, nn.Linear):
+                raise ValueError(
+                    f"{key} is not the weight of a linear layer that LoRA files cover: fold the edit instead."
+                )
+        rank = max(len(a) for _, a in self.low_rank.values())
+        if max_rank is not None and rank > max_rank:
+            raise ValueError(
+                f"The edit has rank {rank}, more than {max_rank}: raise the limit or fold the edit instead."
+            )
+        state: dict[str, Tensor] = {}
+        for key, (b, a) in self.low_rank.items():
+            layer_name = key.removesuffix(".weight").replace("/", ".", 1)
+            state |= {f"{layer_name}.lora_A.weight": a, f"{layer_name}.lora_B.weight": b}
+        return state
+
+    def _check_base(self, model: Model, stack: EditStack) -> None:
+        base = self.provenance.get("base") or {}
+        wanted = base.get("content_hash")
+        # An edit may also have been made for the model as it is now, with the edits it carries.
+        if wanted != stack.base_hash and not (stack.edits and wanted == model.content_hash()):
+            here = (
+                f"{model.source} ({stack.base_hash[:12]}{'' if model.dtype == torch.float32 else ', not in float32'})"
+            )
+            raise ValueError(
+                f"The edit was made for {_name(base)}, the model is {here}: "
+                "pass allow_other_base=True to apply it all the same."
+            )
+
+
+def write_atomically(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Writes safetensors aside in the same folder, syncs, and renames: readers never see half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.parent / f".{path.name}.{os.getpid()}.partial"
+    try:
+        save_file(dict(tensors), aside, dict(metadata))
+        _sync(aside)
+        aside.replace(path)
+        _sync(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _float32(key: str, tensor: Tensor) -> Tensor:
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"The edit of {key} is not finite: it would destroy the model.")
+    return tensor.detach().to("cpu", torch.float32, copy=True)
+
+
+def _name(base: Mapping[str, Any] | None) -> str:
+    base = base or {}
+    return f"{base.get('source', 'an unnamed model')} ({str(base.get('content_hash', 'no hash'))[:12]})"
