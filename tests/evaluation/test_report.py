@@ -215,7 +215,8 @@ def test_the_axis_holds_every_interval_bar_and_zero_on_round_ticks():
     )
     negative = Axis.of([Criterion("a", "?", 0.0, -0.021, 0.021, 10, 0.02)])
     assert negative.low == pytest.approx(-0.03) and negative.high == pytest.approx(0.03) and 0 in negative.ticks
-    assert Axis.of([FLOOR]).high == 1.0 and Axis.of([FLOOR]).place(0.5) == 50
+    assert negative.place(0.0) == pytest.approx(50) and negative.place(-0.03) == pytest.approx(0)
+    assert Axis.of([Criterion("a", "?", 0.55, 0.5, 0.6, 10, 0.5, at_least=True)]).high == 1.0
     assert Axis.of([Criterion("a", "?", 0.0, 0.0, 0.0, 10, 0.04)]).high == pytest.approx(0.05)
     assert len(Axis.of([Criterion("a", "?", 0.9, -0.9, 1.0, 10, 0.04)]).ticks) <= 8
 
@@ -230,6 +231,7 @@ def test_plots_put_marks_where_the_numbers_are():
     assert marks["forest"]["aria-label"] == "4.0 % with interval 2.5 to 6.0 %, bar at most 2.0 %"
     floor = {attrs["class"]: attrs for _, attrs in Page(forest_strip(FLOOR, Axis(0.0, 1.0, (0.0, 1.0)))).tags}
     assert (floor["allowed"]["x"], floor["allowed"]["width"]) == ("50.00%", "50.00%")
+    assert floor["forest"]["aria-label"].endswith("bar at least 50.0 %")
     assert Page(axis_strip(axis)).text == "048 %"
     _, track, fill, span = (attrs for _, attrs in Page(rate_strip(Rate(50, 100))).tags)
     assert fill["width"] == "50.00%" and span["x"] == f"{100 * Rate(50, 100).low:.2f}%" and track["width"] == "100%"
