@@ -135,7 +135,7 @@ class MixtureDenoiser(Denoiser):
         noised = GaussianMixture(clean.weights.double(), means, stds).marginal(alpha, sigma)
         logits = noised.log_components(x)
         if condition is not None and "text" in condition:
-            logits = logits.masked_fill(~self.member[condition["text"].expand(len(x))], -torch.inf)
+            logits = logits.masked_fill(~self.member[condition["text"]], -torch.inf)
         # Within a component: m_k + alpha s_k^2 / (alpha^2 s_k^2 + sigma^2) (x_t - alpha m_k).
         gain = alpha.unsqueeze(-1) * stds.square() / noised.stds.square()
         each = means + gain.unsqueeze(-1) * (x.unsqueeze(-2) - noised.means)

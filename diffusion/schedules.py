@@ -105,7 +105,7 @@ class DiscreteVP(Schedule):
         """As in `Schedule`; levels beyond t_max give t_max."""
         log_level = torch.nn.functional.logsigmoid(as_double(log_snr))
         levels = self._log_levels(log_level.device)
-        left = torch.searchsorted(-levels, -log_level.detach(), right=True).sub(1).clamp(0, len(levels) - 2)
+        left = torch.searchsorted(-levels, -log_level.detach()).sub(1).clamp(0, len(levels) - 2)
         start = _entries(levels, left)
         weight = (log_level - start) / (_entries(levels, left + 1) - start)
         if self.zero_terminal:

@@ -244,7 +244,8 @@ def test_consistency_with_one_time_is_one_step():
     schedule = EDM()
     z = normal(0, 5, 1)
     f = consistency_function(schedule)
-    assert torch.equal(consistency(f, z, schedule, [80.0], torch.zeros_like), one_step(f, z, schedule))
+    for t in (80.0, 2.5):
+        assert torch.equal(consistency(f, z, schedule, [t], torch.zeros_like), one_step(f, z, schedule, t))
 
 
 def test_samplers_are_differentiable():
