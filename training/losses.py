@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sublimate.diffusion.predictions import per_sample
-
 # h(r) = f''(r) r^2 for r = p/q (teacher over student), f as in f-distill (arXiv 2502.15681, Table 1).
 # Constants matter only beside other terms: after normalisation to mean one they drop out. "js" belongs to
 # f = r log r - (r+1) log((r+1)/2), which is twice the Jensen-Shannon divergence.
@@ -28,24 +26,23 @@ F_DIVERGENCES: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
 )
 
 
-def pseudo_target(x0: Tensor, mu_q: Tensor, mu_p: Tensor, weight: Tensor) -> Tensor:
-    """The point x0 - w (mu_q - mu_p): half the squared distance to it has the weighted score difference as gradient.
+def pseudo_target_loss(x0: Tensor, direction: Tensor) -> Tensor:
+    """0.5 |x0 - sg[x0 - d]|^2 per sample as a mean over elements, whose gradient in x0 is d.
 
-    With weight h(r), averaging 0.5 |x0 - target|^2 over samples gives the gradient of E_t[(sigma^2/alpha^2)
-    D_f(p_t || q_t)], because the difference of scores is (alpha/sigma^2)(mu_p - mu_q).
+    With d = h(r) (mu_q - mu_p), averaging over samples gives the gradient of E_t[(sigma^2/alpha^2) D_f(p_t || q_t)],
+    because the difference of scores is (alpha/sigma^2)(mu_p - mu_q). The gradient is written out: x0 - (x0 - d) would
+    lose d's digits where x0 is large, as it is for an eps-network near pure noise.
 
     Args:
         x0: the student's samples, (batch, ...).
-        mu_q: the critic's x0-prediction at the noised samples, same shape.
-        mu_p: the teacher's.
-        weight: (batch,).
+        direction: d, shaped like x0; no gradient flows into it.
+
+    Returns:
+        float32 (batch,).
     """
-    return (x0 - per_sample(weight, x0).to(x0.dtype) * (mu_q - mu_p)).detach()
-
-
-def half_squared_error(x: Tensor, target: Tensor) -> Tensor:
-    """0.5 |x - target|^2 per sample as a mean over elements: (batch, ...) -> (batch,), float32."""
-    return 0.5 * (x.float() - target.float()).square().flatten(1).mean(1)
+    x0, direction = x0.float(), direction.detach().float()
+    moved = direction * (x0 - x0.detach())
+    return (0.5 * direction.square() + moved).flatten(1).mean(1)
 
 
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:

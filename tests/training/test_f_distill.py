@@ -166,6 +166,7 @@ def test_weight_is_the_second_derivative_of_f(divergence):
     torch.testing.assert_close(F_DIVERGENCES[divergence](r), second * r * r)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("divergence", "minimiser"), [("reverse_kl", (0.8669, 0.5088)), ("forward_kl", (0.9539, 0.5000))]
 )
@@ -228,6 +229,7 @@ def test_guidance_of_an_unconditional_model_is_refused():
         plain_objective()
 
 
+@pytest.mark.slow
 def test_discriminator_learns_the_log_ratio():
     torch.manual_seed(0)
     frequencies = torch.randn(16)

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.denoisers import Denoiser
 from sublimate.diffusion.guidance import guided
-from sublimate.diffusion.predictions import add_noise
+from sublimate.diffusion.predictions import add_noise, per_sample
 from sublimate.training.discriminator import make_discriminator
 from sublimate.training.losses import (
     F_DIVERGENCES,
     discriminator_loss,
     generator_loss,
-    half_squared_error,
-    pseudo_target,
+    pseudo_target_loss,
 )
 from sublimate.training.objective import Artefact, Batch, Loss, Objective, ObjectiveConfig, Turn
 from sublimate.training.players import Player, PlayerConfig, make_player
@@ -184,14 +183,14 @@ class FDistill(Objective):
         weight = self._weight(p, batch["t"])
         if self.config.sample_normalization:
             weight = weight / (x0 - p.x0).float().abs().flatten(1).mean(1).clamp_min(1e-6)
-        return batch.adding(target=pseudo_target(x0, q.x0, p.x0, weight))
+        return batch.adding(direction=per_sample(weight, x0) * (q.x0 - p.x0).float())
 
     def loss(self, turn: Turn, batch: Batch, step: int) -> Loss:
         return self._student_loss(batch) if turn.name == "student" else self._critic_loss(batch)
 
     def _student_loss(self, batch: Batch) -> Loss:
         x0 = self.generate(batch["z"], batch.condition)
-        divergence = half_squared_error(x0, batch["target"]).mean()
+        divergence = pseudo_target_loss(x0, batch["direction"]).mean()
         if self.config.gan_weight == 0:
             return Loss(divergence)
         x_t = add_noise(self.schedule, x0, batch["eps"], batch["t"])

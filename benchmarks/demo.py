@@ -1,0 +1,135 @@
+"""Measures erasers on Ink, and whether what they erased stays erased in a one-step student.
+
+A resumable queue: every cell writes one JSON file under `results/demo/` and is skipped when that exists.
+
+    python benchmarks/demo.py                 # all cells
+    python benchmarks/demo.py --only uce      # cells whose name contains "uce"
+    python benchmarks/demo.py --table         # the table of what is there
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sublimate.erasure.eraser import Eraser
+from sublimate.evaluation.detectors import open_detector
+from sublimate.evaluation.erasure import run
+from sublimate.evaluation.erasure_result import ErasureResult
+from sublimate.evaluation.hardware import hardware_line
+from sublimate.evaluation.ink_demo import drawing, ink_eraser, ink_request, remembering, sized
+from sublimate.evaluation.ink_study import ink_study
+from sublimate.evaluation.intervals import plain
+from sublimate.pipelines.model import open_model
+from sublimate.training.config import load_config
+from sublimate.training.distill import DistillConfig, distill
+
+CONCEPT = "seven"
+RESULTS = Path(__file__).parent / "results" / "demo"
+RUNS = Path("runs/benchmark-demo")
+
+ERASERS: dict[str, tuple[str, tuple[str, ...], bool]] = {
+    # name: (method, changes to its options on Ink, preserve the siblings)
+    "uce": ("uce", (), True),
+    "uce-last-token": ("uce", ("tokens=last",), True),
+    "uce-no-preserve": ("uce", (), False),
+    "esd-x": ("esd", ("weights=x",), True),
+    "esd-x-strict": ("esd", ("weights=x-strict",), True),
+    "esd-u": ("esd", ("weights=u",), True),
+    "esd-self": ("esd", ("weights=self",), True),
+}
+DEFAULT = "uce"
+SEEDS = (0, 1, 2)
+
+
+def measure(draw_after: Callable[..., Any], draw_before: Callable[..., Any], n: int, seed: int) -> ErasureResult:
+    """The study of the demo with n prompts, drawn with one seed."""
+    study = sized(ink_study(CONCEPT, n=n, seeds=(seed,), seed=100 * seed), n)
+    return run(study, draw_before, draw_after, open_detector("ink"), examples=0)
+
+
+def record(result: ErasureResult, seconds: float, **more: Any) -> dict[str, Any]:
+    """One cell as JSON values."""
+    rates = {
+        name: {"before": plain(pair.before), "after": plain(pair.after), "change": plain(pair.change)}
+        for name, pair in result.rates.items()
+    }
+    criteria = {criterion.name: criterion.to_dict() for criterion in result.criteria}
+    return {"rates": rates, "criteria": criteria, "seconds": round(seconds, 1), **more, "hardware": hardware_line()}
+
+
+def main() -> None:
+    """Runs the cells that are missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="run cells whose name contains this")
+    parser.add_argument("--n", type=int, default=2000, help="prompts per model and seed")
+    parser.add_argument("--table", action="store_true", help="print the table and stop")
+    options = parser.parse_args()
+    if options.table:
+        print(table())
+        return
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    base = open_model("ink")
+    draw_base = remembering(drawing(base))
+    for name, (method, changes, preserve) in ERASERS.items():
+        _cell(f"erase-{name}", options, lambda m=method, c=changes, p=preserve: _erase(m, c, p, draw_base, options.n))
+    for seed in SEEDS:
+        _cell(f"student-{DEFAULT}-{seed}", options, lambda s=seed: _student(s, draw_base, options.n))
+    print(table())
+
+
+def _cell(name: str, options: argparse.Namespace, work: Callable[[], dict[str, Any]]) -> None:
+    path = RESULTS / f"{name}.json"
+    if path.exists() or options.only not in name:
+        return
+    print(f"{name} ...", flush=True)
+    found = work()
+    path.write_text(json.dumps({"cell": name, "n": options.n, **found}, indent=1) + "\n")
+
+
+def _fitted(method: str, changes: tuple[str, ...], preserve: bool) -> tuple[Any, Any, float]:
+    """An edited teacher, its edit and the seconds the eraser took."""
+    edited = open_model("ink")
+    request = ink_request(CONCEPT)
+    if not preserve:
+        request = type(request)(erase=request.erase)
+    eraser: Eraser = ink_eraser(method, changes)
+    began = time.perf_counter()
+    edit = eraser.fit(edited, request)
+    seconds = time.perf_counter() - began
+    edit.apply(edited)
+    return edited, edit, seconds
+
+
+def _erase(method: str, changes: tuple[str, ...], preserve: bool, before: Any, n: int) -> dict[str, Any]:
+    edited, edit, seconds = _fitted(method, changes, preserve)
+    result = measure(drawing(edited), before, n, seed=0)
+    return record(result, seconds, parameters=len(edit.shapes()))
+
+
+def _student(seed: int, before: Any, n: int) -> dict[str, Any]:
+    edited, _, _ = _fitted(*ERASERS[DEFAULT])
+    folder = RUNS / f"student-{seed}"
+    config = load_config(DistillConfig, "demo", [f"trainer.output_dir={folder}", f"trainer.seed={seed}"])
+    began = time.perf_counter()
+    student = open_model(str(distill(config, edited)))
+    return record(measure(drawing(student), before, n, seed), time.perf_counter() - began, passes=config.passes())
+
+
+def table() -> str:
+    """The cells that are there, as Markdown."""
+    columns = ("target", "synonyms", "siblings", "untouched", "unrelated", "rejected")
+    lines = ["| | " + " | ".join(columns) + " | seconds |", "|---" * (len(columns) + 2) + "|"]
+    for path in sorted(RESULTS.glob("*.json")):
+        cell = json.loads(path.read_text())
+        after = [f"{100 * cell['rates'][name]['after']['value']:.1f}" for name in columns]
+        lines.append(f"| {cell['cell']} | " + " | ".join(after) + f" | {cell['seconds']} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

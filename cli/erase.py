@@ -1,0 +1,54 @@
+"""Erase concepts from a model's weights; writes an edit and, if asked, the edited model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="A packaged name (ink), a diffusers folder, a file or a hub id.")],
+    concepts: Annotated[list[str], typer.Argument(help="What to erase: one name per concept.")],
+    method: Annotated[str, typer.Option(help="A method of `sublimate methods`.")] = "uce",
+    config: Annotated[str | None, typer.Option(help="The method's options: a YAML file or packaged name.")] = None,
+    option: Annotated[list[str] | None, typer.Option("--set", help="A method's option, as key=value.")] = None,
+    anchor: Annotated[str, typer.Option(help="What takes the concept's place.")] = "",
+    synonym: Annotated[list[str] | None, typer.Option(help="Another name of the (single) concept.")] = None,
+    preserve: Annotated[list[str] | None, typer.Option(help="A concept to protect; repeatable.")] = None,
+    within: Annotated[str | None, typer.Option(help="Erase only where this is asked for.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for edit.safetensors (and the model).")] = Path("runs/edit"),
+    fold: Annotated[bool, typer.Option("--fold", help="Also write the edited model as a diffusers folder.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="All randomness derives from it.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+) -> None:
+    """Erase concepts and write the edit, which applies to and comes off the base model bit by bit."""
+    from sublimate.erasure.eraser import Eraser
+    from sublimate.erasure.request import Concept, Request
+    from sublimate.pipelines.export import save_model
+    from sublimate.pipelines.model import open_model
+    from sublimate.training import registry
+    from sublimate.training.config import load_config, parse_overrides, validate_section
+
+    if synonym and len(concepts) > 1:
+        raise ValueError("--synonym belongs to a single concept: erase the concepts one by one or leave it out.")
+    request = Request(
+        erase=tuple(Concept(name, anchor, tuple(synonym or ())) for name in concepts),
+        preserve=tuple(map(Concept, preserve or ())),
+        within=None if within is None else Concept(within),
+    )
+    eraser = registry.load("sublimate.erasure.methods", method, Eraser)
+    changes = option or ()
+    if config is None:
+        options = validate_section(eraser.Config, parse_overrides(changes), "--set")
+    else:
+        options = load_config(eraser.Config, config, changes, kind="erase")
+    opened = open_model(model, device=device)
+    edit = eraser(options).fit(opened, request, seed=seed, progress=True)
+    out.mkdir(parents=True, exist_ok=True)
+    typer.echo(f"Wrote {edit.save(out / 'edit.safetensors')}")
+    if fold:
+        with edit.applied(opened):
+            folder = save_model(opened, out / "model", provenance=dict(edit.provenance))
+        typer.echo(f'Wrote {folder}: DiffusionPipeline.from_pretrained("{folder}")')
