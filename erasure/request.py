@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -43,34 +44,54 @@ class Concept:
         if _folded(self.anchor) in names:
             raise ValueError(f"The anchor of {self.name!r} is the concept itself: choose what should take its place.")
         for prompt in self.prompts:
-            self.name_in(prompt)
+            self._phrase(prompt)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The name and its synonyms."""
         return (self.name, *self.synonyms)
 
-    def name_in(self, prompt: str) -> str:
-        """Which of the concept's names a prompt contains, as the prompt writes it; the longest if there are several.
-
-        Raises:
-            ValueError: when it contains none.
-        """
-        found = [name for name in self.names if _folded(name) in prompt.lower()]
-        if not found:
-            raise ValueError(f"The prompt {prompt!r} contains none of the names {self.names}.")
-        name = max(found, key=len)
-        start = prompt.lower().index(_folded(name))
-        return prompt[start : start + len(_folded(name))]
-
-    def phrases(self, templates: Iterable[str]) -> list[tuple[str, str]]:
-        """Every prompt that names the concept, with the name it uses: names in templates, then `prompts`.
+    def phrases(self, templates: Iterable[str] = ("{}",)) -> list[Phrase]:
+        """Every prompt that names the concept: names in templates, then `prompts`.
 
         Args:
             templates: prompts with `{}` where the name goes.
+
+        Raises:
+            ValueError: for a template without exactly one place.
         """
-        filled = [(fill(template, name), name) for template in templates for name in self.names]
-        return filled + [(prompt, self.name_in(prompt)) for prompt in self.prompts]
+        filled = [
+            Phrase(fill(template, name), name, fill(template, self.anchor))
+            for template in templates
+            for name in self.names
+        ]
+        return filled + [self._phrase(prompt) for prompt in self.prompts]
+
+    def _phrase(self, prompt: str) -> Phrase:
+        found = {
+            name: re.search(rf"(?<!\w){re.escape(name.strip())}(?!\w)", prompt, re.IGNORECASE) for name in self.names
+        }
+        matches = [match for match in found.values() if match]
+        if not matches:
+            raise ValueError(f"The prompt {prompt!r} contains none of the names {self.names}.")
+        match = max(matches, key=lambda m: len(m.group()))
+        template = f"{prompt[: match.start()]}{{}}{prompt[match.end() :]}"
+        return Phrase(prompt, match.group(), fill(template, self.anchor))
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """A prompt that names a concept.
+
+    Attributes:
+        text: the prompt.
+        name: the concept's name as the prompt writes it.
+        anchored: the prompt with the anchor in the name's place.
+    """
+
+    text: str
+    name: str
+    anchored: str
 
 
 @dataclass(frozen=True)

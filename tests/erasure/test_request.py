@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sublimate.erasure.request import Concept, Request, fill
+from sublimate.erasure.request import Concept, Phrase, Request, fill
 
 
 def test_texts_stand_for_concepts():
@@ -45,6 +45,7 @@ def test_contradictions_are_refused(arguments, message):
         ({"name": "seven", "synonyms": ("Seven",)}, "twice"),
         ({"name": "seven", "anchor": "7", "synonyms": ("7",)}, "the concept itself"),
         ({"name": "seven", "prompts": ("a red one",)}, "none of the names"),
+        ({"name": "seven", "prompts": ("the seventh",)}, "none of the names"),
     ],
 )
 def test_senseless_concepts_are_refused(arguments, message):
@@ -64,14 +65,15 @@ def test_wrong_types_and_fields_are_refused():
 
 
 def test_phrases_name_what_they_contain():
-    concept = Concept("seven", synonyms=("digit seven",), prompts=("A Digit Seven in red",))
-    assert concept.phrases(["{}", "a {}!"]) == [
-        ("seven", "seven"),
-        ("digit seven", "digit seven"),
-        ("a seven!", "seven"),
-        ("a digit seven!", "digit seven"),
-        ("A Digit Seven in red", "Digit Seven"),
+    concept = Concept("seven", "one", synonyms=("digit seven",), prompts=("A seventh Digit Seven in red",))
+    assert concept.phrases(["{}", "a sevens {}!"]) == [
+        Phrase("seven", "seven", "one"),
+        Phrase("digit seven", "digit seven", "one"),
+        Phrase("a sevens seven!", "seven", "a sevens one!"),
+        Phrase("a sevens digit seven!", "digit seven", "a sevens one!"),
+        Phrase("A seventh Digit Seven in red", "Digit Seven", "A seventh one in red"),
     ]
+    assert Concept("seven", prompts=("a red seven",)).phrases(()) == [Phrase("a red seven", "seven", "a red")]
 
 
 def test_templates_have_one_place():

@@ -1,0 +1,101 @@
+"""The embedding rows in which a concept lives, and the anchor's rows that take their place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sublimate.erasure.request import Concept
+from sublimate.pipelines.model import Model
+from sublimate.pipelines.tokens import TokenSpan
+
+Tokens = Literal["tail", "last"]
+"""Which rows of a prompt are a concept's: from its first token to the end, or its last token alone."""
+
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a text condition, (rows, width) each, float64 on the CPU: row i of `anchors` replaces row i of `own`."""
+
+    own: Tensor
+    anchors: Tensor
+
+
+def concept_rows(
+    model: Model, concepts: Sequence[Concept], templates: Sequence[str], tokens: Tokens, *, anchored: bool
+) -> dict[str, Rows]:
+    """The rows of concepts in all their phrases, by the condition's key.
+
+    A key whose entry is a sequence gives token rows, once per tokenizer; an entry that is one vector per prompt (a
+    pooled embedding) gives that vector.
+
+    Args:
+        model: encodes prompts.
+        concepts: whose names, in templates and own prompts, are looked for.
+        templates: prompts with `{}` where the name goes.
+        tokens: "last" takes the concept's last token. "tail" takes every row from its first token to the end, padding
+            included, since in a causal text encoder all of them have seen it.
+        anchored: False leaves the rows where they are (`anchors` equals `own`).
+
+    Raises:
+        ValueError: when a prompt is too long, or its concept cannot be found among its tokens.
+    """
+    phrases = [(phrase, concept.anchor) for concept in concepts for phrase in concept.phrases(templates)]
+    rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for start in range(0, len(phrases), _BATCH):
+        part = phrases[start : start + _BATCH]
+        prompts = [phrase.text for phrase, _ in part]
+        replaced = [phrase.anchored for phrase, _ in part] if anchored else prompts
+        with torch.no_grad():
+            own, anchors = (model.encode_prompts(texts).to("cpu", torch.float64) for texts in (prompts, replaced))
+        for i, (phrase, anchor) in enumerate(part):
+            for key in own.text_keys:
+                if own[key].ndim == 2:
+                    rows.setdefault(key, []).append((own[key][i, None], anchors[key][i, None]))
+            spans = model.find_concept(phrase.text, phrase.name)
+            anchor_spans = _anchor_spans(model, phrase.anchored, anchor, spans) if anchored else spans
+            first = 0
+            for span, anchor_span in zip(spans, anchor_spans, strict=True):
+                here, there = aligned(span, anchor_span, tokens, first)
+                rows.setdefault(span.key, []).append((own[span.key][i, here], anchors[span.key][i, there]))
+                first = span.last
+    return {
+        key: Rows(torch.cat([o for o, _ in pairs]), torch.cat([a for _, a in pairs])) for key, pairs in rows.items()
+    }
+
+
+def aligned(concept: TokenSpan, anchor: TokenSpan, tokens: Tokens, first: int = 0) -> tuple[Tensor, Tensor]:
+    """Indices of a concept's rows and of the anchor's rows that replace them.
+
+    The last tokens of both correspond, and so does what follows them: the rest of the prompt, the end token, the
+    padding, each to its like. Before the last token, earlier tokens correspond counting backwards; a concept with more
+    tokens than its anchor sends the extra ones to the anchor's first. An empty anchor (start = stop) is represented
+    by the row before the place where the concept would stand, as in UCE's code, which for a prompt of nothing else
+    is the start token.
+
+    Args:
+        concept: the concept's tokens in its prompt.
+        anchor: the anchor's tokens in the prompt where it replaces the concept.
+        tokens: which of the concept's rows.
+        first: first row of this tokenizer's part of the sequence; nothing before it is used.
+
+    Returns:
+        two int64 tensors of the same length.
+    """
+    last, anchor_last = concept.stop - 1, anchor.stop - 1
+    here = torch.arange(concept.start if tokens == "tail" else last, concept.last if tokens == "tail" else last + 1)
+    lowest = max(min(anchor.start, anchor_last), first)
+    return here, (here - last + anchor_last).clamp(lowest, anchor.last - 1)
+
+
+def _anchor_spans(model: Model, prompt: str, anchor: str, concept_spans: Sequence[TokenSpan]) -> tuple[TokenSpan, ...]:
+    if anchor.strip():
+        return model.find_concept(prompt, anchor)
+    # The words before the concept are the same in both prompts, so nothing stands where the concept starts.
+    return tuple(TokenSpan(s.key, s.start, s.start, s.start, s.last) for s in concept_spans)
