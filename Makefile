@@ -9,10 +9,10 @@ export OMP_NUM_THREADS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test quick check lint format demo wheel clean
+.PHONY: help venv test quick check lint format demo benchmark-demo benchmark-teacher wheel clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 venv: $(INSTALLED)  ## create .venv with the pinned dependencies and an editable install
 
@@ -44,6 +44,12 @@ format: $(INSTALLED)  ## rewrite the files as the formatter wants them
 
 demo: $(INSTALLED)  ## erase a concept, distil, and judge both, on the embedded world
 	@$(BIN)/sublimate demo
+
+benchmark-demo: $(INSTALLED)  ## measure the erasers and the demo's student on Ink, n = 2000, 3 seeds; resumable
+	@$(BIN)/python benchmarks/demo.py
+
+benchmark-teacher: $(INSTALLED)  ## measure Ink's teacher: agreement, Ink-FID, precision, recall
+	@$(BIN)/sublimate evaluate ink --out benchmarks/results/teacher.json
 
 # sdist first: a wheel built in the tree would ship whatever an old build/ still holds.
 wheel: $(INSTALLED)  ## build the source distribution and, from it, the wheel
