@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import httpx
 import torch
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from torch import Tensor, nn
 
 from sublimate.diffusion.conditions import Condition
@@ -243,13 +244,30 @@ def _download(name: str, revision: str | None, variant: str | None, token: str |
                 name, revision=revision, variant=variant, token=token, use_safetensors=True
             )
         )
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError) as error:
-        raise ValueError(
+    except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
+        raise ValueError(_hub_problem(name, revision, error)) from error
+
+
+def _hub_problem(name: str, revision: str | None, error: Exception) -> str:
+    """What went wrong with the hub, in one sentence."""
+    # diffusers tries its cache when the hub does not answer, and keeps the reason as the cause.
+    cause = error.__cause__ or error
+    if isinstance(cause, GatedRepoError):
+        return f"{name} is gated: accept its terms on the hub and pass your token."
+    if isinstance(cause, RevisionNotFoundError):
+        return f"{name} has no revision {revision!r} on the hub."
+    if isinstance(cause, RepositoryNotFoundError):
+        return f"The hub has no model {name}, or it is private: check the name, or pass your token."
+    if isinstance(cause, ConnectionError | httpx.TransportError):
+        return (
             f"The hub cannot be reached and {name} is not in its cache: check the connection, or give a local folder."
-        ) from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{name} cannot be fetched from the hub ({reason})") from error
+        )
+    if "safetensors" in str(error):
+        return (
+            f"{name} offers its weights as pickles only, or not in this variant: convert them with "
+            "pipeline.save_pretrained(folder, safe_serialization=True) in an environment you trust."
+        )
+    return f"{name} cannot be fetched from the hub ({_first_line(cause)})"
 
 
 def _open_folder(folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
@@ -260,8 +278,7 @@ def _open_folder(folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
             folder, dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True
         )
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{folder} cannot be opened as a {kind} ({reason})") from error
+        raise ValueError(f"{folder} cannot be opened as a {kind} ({_first_line(error)})") from error
 
 
 def _open_file(path: Path, dtype: torch.dtype, token: str | bool | None) -> Any:
@@ -274,5 +291,9 @@ def _open_file(path: Path, dtype: torch.dtype, token: str | bool | None) -> Any:
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ValueError(
             f"{path} cannot be opened as a {kind}: a single file needs its family's configuration from the hub "
-            f"({str(error).strip().splitlines()[0]})"
+            f"({_first_line(error)})"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

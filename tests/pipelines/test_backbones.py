@@ -1,0 +1,333 @@
+"""Each family's adapter against the stock pipeline and against its own network, called directly."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from sublimate.diffusion.conditions import Condition
+from sublimate.pipelines.backbones.base import Backbone, backbone_for, known_backbones
+from sublimate.pipelines.model import Model, open_model
+
+FAMILIES = ("tiny_sd", "tiny_sd_v", "tiny_unconditional", "tiny_edm", "tiny_sd3")
+TEXT_FAMILIES = ("tiny_sd", "tiny_sd_v", "tiny_sd3")
+PROMPTS = ["a red cat", "a painting in the style of van gogh"]
+
+
+@pytest.fixture(scope="module")
+def models(request: pytest.FixtureRequest) -> dict[str, Model]:
+    return {name: open_model(request.getfixturevalue(name)) for name in FAMILIES}
+
+
+def draw(model: Model, seed: int = 0):
+    """x_t, two times and a condition."""
+    generator = torch.Generator().manual_seed(seed)
+    x_t = torch.randn((2, *model.latent_shape), generator=generator)
+    t = model.schedule.uniform_time(torch.tensor([0.9, 0.3], dtype=torch.float64))
+    return x_t, t, model.encode_prompts(PROMPTS if model.backbone.text_components else ["", ""])
+
+
+def test_every_adapter_is_found_by_its_pipeline_classes():
+    assert {"StableDiffusionPipeline", "StableDiffusion3Pipeline", "DDIMPipeline"} <= known_backbones().keys()
+    assert all(isinstance(backbone, Backbone) for backbone in known_backbones().values())
+
+
+def test_an_unknown_family_is_named_together_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"KandinskyPipeline is not supported.*StableDiffusionPipeline"):
+        backbone_for("KandinskyPipeline")
+
+
+@torch.no_grad()
+def test_epsilon_algebra(models):
+    model = models["tiny_sd"]
+    x_t, t, condition = draw(model)
+    eps = model.pipeline.unet(x_t, t.long(), encoder_hidden_states=condition["text"]).sample
+    level = model.pipeline.scheduler.alphas_cumprod[t.long()].view(-1, 1, 1, 1)
+    prediction = model.denoiser(x_t, t, condition)
+    torch.testing.assert_close(prediction.eps, eps, atol=0, rtol=0)
+    torch.testing.assert_close(prediction.x0, (x_t - (1 - level).sqrt() * eps) / level.sqrt(), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_v_algebra(models):
+    model = models["tiny_sd_v"]
+    x_t, t, condition = draw(model)
+    v = model.pipeline.unet(x_t, t.long(), encoder_hidden_states=condition["text"]).sample
+    level = model.pipeline.scheduler.alphas_cumprod[t.long()].view(-1, 1, 1, 1)
+    x0 = level.sqrt() * x_t - (1 - level).sqrt() * v
+    torch.testing.assert_close(model.denoiser(x_t, t, condition).x0, x0, atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_flow_algebra(models):
+    model = models["tiny_sd3"]
+    x_t, t, condition = draw(model)
+    velocity = model.pipeline.transformer(
+        hidden_states=x_t,
+        timestep=1000 * t.float(),
+        encoder_hidden_states=condition["text"],
+        pooled_projections=condition["text.pooled"],
+    ).sample
+    x0 = x_t - t.float().view(-1, 1, 1, 1) * velocity
+    torch.testing.assert_close(model.denoiser(x_t, t, condition).x0, x0, atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_edm_preconditioning(models):
+    # Karras et al. 2022, table 1, with the consistency models' time 1000 c_noise.
+    model = models["tiny_edm"]
+    x_t, sigma, _ = draw(model)
+    s = sigma.float().view(-1, 1, 1, 1)
+    x_t = s * x_t
+    f = model.pipeline.unet(x_t / (s**2 + 0.25).sqrt(), 250 * sigma.log().float()).sample
+    x0 = 0.25 / (s**2 + 0.25) * x_t + s * 0.5 / (s**2 + 0.25).sqrt() * f
+    torch.testing.assert_close(model.denoiser(x_t, sigma).x0, x0, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", TEXT_FAMILIES)
+def test_prompts_are_encoded_as_the_stock_pipeline_does(models, name):
+    model = models[name]
+    ours = model.encode_prompts(PROMPTS)
+    if name == "tiny_sd3":
+        text, null, pooled, null_pooled = model.pipeline.encode_prompt(PROMPTS, None, None, device="cpu")
+        torch.testing.assert_close(ours["text.pooled"], pooled, atol=0, rtol=0)
+        torch.testing.assert_close(model.null_condition()["text.pooled"], null_pooled[:1], atol=1e-6, rtol=0)
+    else:
+        text, null = model.pipeline.encode_prompt(PROMPTS, "cpu", 1, True)
+    torch.testing.assert_close(ours["text"], text, atol=0, rtol=0)
+    torch.testing.assert_close(model.null_condition()["text"], null[:1], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", TEXT_FAMILIES)
+def test_a_long_prompt_is_refused_by_name(models, name):
+    long = "a photo of the red dog in the style of a van gogh painting of a cat"
+    with pytest.raises(ValueError, match=rf"'{long}' has 19 tokens but the model reads 16"):
+        models[name].encode_prompts(["a cat", long])
+
+
+def test_a_single_string_or_nothing_is_refused(models):
+    with pytest.raises(TypeError, match="list of prompts"):
+        models["tiny_sd"].encode_prompts("a cat")
+    with pytest.raises(ValueError, match="no prompt"):
+        models["tiny_sd"].encode_prompts([])
+
+
+def test_an_unconditional_model_reads_no_prompts(models):
+    model = models["tiny_unconditional"]
+    assert model.encode_prompts(["", ""]) == {}
+    assert model.null_condition() == {}
+    with pytest.raises(ValueError, match="unconditional"):
+        model.encode_prompts(["a cat"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_decoding_is_the_stock_pipelines(models, name):
+    model = models[name]
+    x0 = 0.5 * draw(model)[0]
+    images = model.decode(x0)
+    if name in ("tiny_unconditional", "tiny_edm"):
+        expected = x0 / 2 + 0.5
+    else:
+        config = model.pipeline.vae.config
+        expected = model.pipeline.vae.decode(x0 / config.scaling_factor + (config.shift_factor or 0)).sample
+        expected = model.pipeline.image_processor.postprocess(expected, output_type="pt")
+        images = images.clamp(0, 1)
+    torch.testing.assert_close(images, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_encoding_and_decoding_are_differentiable(models, name):
+    model = models[name]
+    images = torch.rand(1, 3, *(model.decode(draw(model)[0]).shape[-2:])).requires_grad_()
+    latents = model.encode(images)
+    assert latents.shape[1:] == model.latent_shape
+    model.decode(latents).square().mean().backward()
+    assert images.grad is not None
+    assert bool((images.grad != 0).any())
+
+
+def test_latents_have_the_scale_of_the_stock_training_scripts(models):
+    # z = (mode - shift) * scale
+    model = models["tiny_sd3"]
+    images = torch.rand(1, 3, 16, 16)
+    mode = model.pipeline.vae.encode(2 * images - 1).latent_dist.mode()
+    torch.testing.assert_close(model.encode(images), (mode - 0.0609) * 1.5305, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_reach_x_t_and_the_text(models, name):
+    model = models[name]
+    x_t, t, condition = draw(model)
+    x_t.requires_grad_()
+    condition = Condition({key: value.clone().requires_grad_() for key, value in condition.items()})
+    model.denoiser(x_t, t, condition).x0.square().mean().backward()
+    assert all(leaf.grad is not None and bool((leaf.grad != 0).any()) for leaf in (x_t, *condition.values()))
+
+
+@pytest.mark.parametrize("name", TEXT_FAMILIES)
+def test_gradients_reach_a_text_encoder_that_trains(models, name):
+    model = models[name]
+    encoder = model.component("text_encoder_2" if name == "tiny_sd3" else "text_encoder")
+    parameter = encoder.get_input_embeddings().weight
+    parameter.requires_grad_(True)
+    try:
+        total = sum(value.square().sum() for value in model.encode_prompts(PROMPTS).values())
+        (gradient,) = torch.autograd.grad(total, parameter)
+        assert bool((gradient != 0).any())
+    finally:
+        parameter.requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_features_are_the_modules_outputs_and_leave_no_hooks(models, name):
+    model = models[name]
+    x_t, t, condition = draw(model)
+    taps = model.backbone.feature_taps(model.denoiser.network)
+    assert model.feature_taps() == taps[: len(model.feature_taps())] != ()
+    prediction = model.denoiser(x_t.requires_grad_(), t, condition, features=taps)
+    assert set(prediction.features) == set(taps)
+    for feature in prediction.features.values():
+        assert len(feature) == 2
+        assert feature.requires_grad
+    assert not any(module._forward_hooks for module in model.denoiser.network.modules())
+    torch.testing.assert_close(prediction.output, model.denoiser(x_t, t, condition).output, atol=0, rtol=0)
+
+
+def test_an_unknown_feature_is_refused_and_leaves_no_hooks(models):
+    model = models["tiny_sd"]
+    x_t, t, condition = draw(model)
+    with pytest.raises(ValueError, match="no module 'attic'"):
+        model.denoiser(x_t, t, condition, features=["mid_block", "attic"])
+    assert not any(module._forward_hooks for module in model.denoiser.network.modules())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_features_and_gradients_survive_gradient_checkpointing(models, name):
+    model = models[name]
+    x_t, t, condition = draw(model)
+    taps = model.backbone.feature_taps(model.denoiser.network)
+
+    def gradients(checkpointing: bool):
+        denoiser = copy.deepcopy(model.denoiser).train().requires_grad_(True)
+        if checkpointing:
+            denoiser.network.enable_gradient_checkpointing()
+        prediction = denoiser(x_t, t, condition, features=taps)
+        loss = prediction.x0.square().mean() + sum(f.square().mean() for f in prediction.features.values())
+        loss.backward()
+        return [p.grad for p in denoiser.parameters() if p.grad is not None]
+
+    plain, saved = gradients(False), gradients(True)
+    assert len(plain) == len(saved) > 10
+    for a, b in zip(plain, saved, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_condition_that_cannot_be_used_is_refused(models, name):
+    model = models[name]
+    x_t, t, condition = draw(model)
+    with pytest.raises(ValueError, match=r"cannot use the condition's \['target_time'\]"):
+        model.denoiser(x_t, t, condition.replace(target_time=torch.zeros(2)))
+    if model.backbone.text_components:
+        with pytest.raises(ValueError, match="needs a text condition"):
+            model.denoiser(x_t, t)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", TEXT_FAMILIES)
+def test_text_enters_only_through_the_entry_points(models, name):
+    # With the columns that read the text set to zero, the prompt no longer matters.
+    model = models[name]
+    x_t, t, condition = draw(model)
+    network = copy.deepcopy(model.denoiser)
+    other = Condition({key: torch.randn_like(value) for key, value in condition.items()})
+    assert not torch.equal(network(x_t, t, condition).output, network(x_t, t, other).output)
+    points = model.text_entry_points()
+    assert points
+    for point in points:
+        assert point.component == model.backbone.network_attribute
+        layer = network.network.get_submodule(point.module_name)
+        assert layer.weight[:, point.columns].shape[1] == condition[point.key].shape[-1]
+        assert (layer.bias is not None) == point.bias
+        layer.weight[:, point.columns] = 0
+    assert torch.equal(network(x_t, t, condition).output, network(x_t, t, other).output)
+
+
+def test_an_unconditional_model_has_no_entry_points(models):
+    assert models["tiny_unconditional"].text_entry_points() == []
+    assert models["tiny_unconditional"].prompt_rows("") == ()
+
+
+def test_concepts_are_found_in_every_tokenizers_rows(models):
+    prompt = "a painting of Van Gogh in red"
+    (span,) = models["tiny_sd"].find_concept(prompt, "van gogh")
+    assert (span.start, span.stop, span.end, span.last) == (4, 6, 8, 16)
+    clip, t5 = models["tiny_sd3"].find_concept("a painting of van gogh in red", "Van Gogh")
+    assert clip == span
+    assert (t5.start, t5.stop, t5.end, t5.last) == (19, 21, 23, 272)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", TEXT_FAMILIES)
+def test_only_the_tail_of_a_concept_has_seen_it(models, name):
+    # CLIP is causal: rows before the concept do not change with it. T5 is not.
+    model = models[name]
+    one, other = model.encode_prompts(["a red cat in style", "a red dog in style"])["text"]
+    span = model.find_concept("a red cat in style", "cat")[0]
+    changed = (one != other).any(dim=-1)[: span.last]
+    assert not changed[: span.start].any()
+    assert changed[span.tail].all()
+
+
+@pytest.mark.parametrize("name", TEXT_FAMILIES)
+def test_a_concept_that_does_not_occur_is_an_error(models, name):
+    with pytest.raises(ValueError, match="does not mention 'dog'"):
+        models[name].find_concept("a red cat", "dog")
+    with pytest.raises(ValueError, match="no tokens"):
+        models[name].find_concept("a red cat", "")
+
+
+@pytest.mark.parametrize("name", TEXT_FAMILIES)
+def test_concepts_are_whole_words(models, name):
+    with pytest.raises(ValueError, match="does not mention 'cat'"):
+        models[name].find_concept("a catx", "cat")
+
+
+def test_prompt_rows_leave_out_start_and_end(models):
+    (span,) = models["tiny_sd"].prompt_rows("a red cat")
+    assert (span.start, span.stop, span.end) == (1, 4, 4)
+    (empty,) = models["tiny_sd"].prompt_rows("")
+    assert (empty.start, empty.stop, empty.end) == (1, 1, 1)
+    assert models["tiny_sd3"].prompt_rows("a red cat")[1].rows == slice(16, 19)
+
+
+def test_image_sizes(models):
+    model = models["tiny_sd"]
+    assert model.backbone.latent_shape(model.pipeline, 24, 32) == (4, 12, 16)
+    with pytest.raises(ValueError, match="multiple of 2 pixels, not 23"):
+        model.backbone.latent_shape(model.pipeline, 23)
+    pixels = models["tiny_unconditional"]
+    with pytest.raises(ValueError, match="8x8 pixels only"):
+        pixels.backbone.latent_shape(pixels.pipeline, 16)
+
+
+@torch.no_grad()
+def test_a_guidance_distilled_unet_is_told_the_scale_as_in_the_stock_pipeline(tiny_sd: Path):
+    model = open_model(tiny_sd)
+    unet = type(model.pipeline.unet).from_config(model.pipeline.unet.config, time_cond_proj_dim=7)
+    model.pipeline.unet = unet
+    model = Model(model.pipeline, "lcm")
+    x_t, t, condition = draw(model)
+    scale = torch.tensor([8.0, 1.0])
+    told = model.pipeline.get_guidance_scale_embedding(scale - 1, embedding_dim=7)
+    expected = unet(x_t, t, encoder_hidden_states=condition["text"], timestep_cond=told).sample
+    ours = model.denoiser(x_t, t, condition.replace(guidance=scale))
+    torch.testing.assert_close(ours.output, expected, atol=1e-6, rtol=0)
+    unguided = model.denoiser(x_t, t, condition).output
+    assert torch.equal(unguided[1], ours.output[1])
+    assert not torch.equal(unguided[0], ours.output[0])
