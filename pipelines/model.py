@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import httpx
 import torch
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from torch import Tensor, nn
 
 from sublimate.diffusion.conditions import Condition
@@ -244,7 +243,7 @@ def _download(name: str, revision: str | None, variant: str | None, token: str |
                 name, revision=revision, variant=variant, token=token, use_safetensors=True
             )
         )
-    except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
+    except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
         raise ValueError(_hub_problem(name, revision, error)) from error
 
 
@@ -258,7 +257,7 @@ def _hub_problem(name: str, revision: str | None, error: Exception) -> str:
         return f"{name} has no revision {revision!r} on the hub."
     if isinstance(cause, RepositoryNotFoundError):
         return f"The hub has no model {name}, or it is private: check the name, or pass your token."
-    if isinstance(cause, ConnectionError | httpx.TransportError):
+    if isinstance(cause, ConnectionError):
         return (
             f"The hub cannot be reached and {name} is not in its cache: check the connection, or give a local folder."
         )
