@@ -221,4 +221,6 @@ class Spread:
     def __str__(self) -> str:
         if self.deviation is None:
             return f"{self.mean:.4g} (1 seed)"
-        return f"{self.mean:.4g} ± {self.deviation:.2g} ({len(self.values)} seeds)"
+        # Two digits of the deviation, and the mean no finer than that.
+        decimals = max(0, 1 - math.floor(math.log10(self.deviation))) if self.deviation else 4
+        return f"{self.mean:.{decimals}f} ± {self.deviation:.{decimals}f} ({len(self.values)} seeds)"

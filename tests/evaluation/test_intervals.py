@@ -89,7 +89,11 @@ def test_runs_that_cannot_be_paired_are_refused():
 def test_spread_over_seeds():
     spread = Spread((1.0, 2.0, 3.0))
     assert (spread.mean, spread.deviation) == (2.0, 1.0)
-    assert str(spread) == "2 ± 1 (3 seeds)"
+    assert str(spread) == "2.0 ± 1.0 (3 seeds)"
+    assert str(Spread((4.1, 4.4, 4.05))) == "4.18 ± 0.19 (3 seeds)"
+    assert str(Spread((310.0, 350.0))) == "330 ± 28 (2 seeds)"
+    assert str(Spread((0.5, 0.5))) == "0.5000 ± 0.0000 (2 seeds)"
+    assert str(Spread((4.0,))) == "4 (1 seed)"
     assert Spread((4.0,)).deviation is None
     with pytest.raises(ValueError, match="nan"):
         Spread((1.0, math.nan))

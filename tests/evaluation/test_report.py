@@ -131,7 +131,7 @@ def test_numbers_are_printed_with_their_limits():
     text = Page(sample().to_html()).text
     assert "97.1\u202f%[96.3, 97.7] n=2000" in text
     assert "\N{MINUS SIGN}1.6 points[" in text and "+75.0 points[" in text
-    assert "2± 1 (3 seeds)" in text and "4(1 seed)" in text and "\N{MINUS SIGN}0.25" in text and "12,345" in text
+    assert "2.0± 1.0 (3 seeds)" in text and "4(1 seed)" in text and "\N{MINUS SIGN}0.25" in text and "12,345" in text
     assert "Misses 1 of 3 bars: loss." in text
     assert "bar: at most 2.0\u202fpoints" in text and "bar: at least 50.0\u202f%" in text
     assert text.count("✓ met") == 2 and text.count("✗ missed") == 1
