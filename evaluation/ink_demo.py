@@ -19,6 +19,7 @@ from sublimate.evaluation.erasure_result import ErasureResult
 from sublimate.evaluation.ink_study import ink_study
 from sublimate.evaluation.report_sections import Verdict
 from sublimate.evaluation.studies import ErasureStudy, PromptSet
+from sublimate.pipelines.detector import Detector
 from sublimate.pipelines.generate import generate
 from sublimate.pipelines.model import Model, open_model
 from sublimate.training import registry
@@ -128,8 +129,13 @@ def run_demo(
 def sized(study: ErasureStudy, n: int) -> ErasureStudy:
     """The study with n prompts in all: half for the target, the rest shared by the other roles."""
     others = n // 2 // 3
-    sizes = {"target": n - 3 * others, "synonyms": others, "siblings": others, "unrelated": others}
-    return replace(study, **{role: _first(study.prompts[role], size) for role, size in sizes.items()})
+    return replace(
+        study,
+        target=_first(study.target, n - 3 * others),
+        synonyms=_first(study.synonyms, others),
+        siblings=_first(study.siblings, others),
+        unrelated=_first(study.unrelated, others),
+    )
 
 
 def _first(prompts: PromptSet, size: int) -> PromptSet:
@@ -154,7 +160,7 @@ def remembering(draw: Generate) -> Generate:
     return remembered
 
 
-def _measured(study: ErasureStudy, before: Generate, after: Generate, detector: object) -> ErasureResult:
+def _measured(study: ErasureStudy, before: Generate, after: Generate, detector: Detector) -> ErasureResult:
     with tqdm(desc="measuring", unit="draw") as bar:
 
         def show(done: int, total: int, what: str) -> None:

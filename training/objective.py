@@ -89,12 +89,17 @@ class Objective(ABC):
     gradients on the process's whole batch: whatever couples samples is decided there, with `mean_over_processes`
     where the coupling reaches further. `loss` then treats samples independently, so that micro-batches and processes
     change nothing but rounding, and never changes weights.
+
+    Args:
+        model: what is trained, or the frozen teacher.
+        config: an instance of the class's `Config`.
     """
 
     Config: ClassVar[type[ObjectiveConfig]]
     paper: ClassVar[str]
 
-    def __init__(self) -> None:
+    def __init__(self, model: Any, config: Any) -> None:
+        self.config = config
         self.mean_over_processes: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
     @property

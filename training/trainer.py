@@ -159,10 +159,11 @@ class Trainer:
                 bar.update()
                 self._report(logs, bar)
                 finished, every = self.step == config.max_train_steps, config.checkpointing_steps
-                if (every and (finished or self.step % every == 0)) or (stop and not finished):
+                stopping = not finished and self._anywhere(bool(stop))
+                if stopping or (every and (finished or self.step % every == 0)):
                     path = self.save()
-                    if stop and not finished:
-                        raise Interrupted(stop[0], path)
+                    if stopping:
+                        raise Interrupted(stop[0] if stop else signal.SIGTERM, path)
         if config.report_to:
             self.accelerator.end_training()
 
@@ -174,7 +175,8 @@ class Trainer:
         with torch.no_grad(), self.accelerator.autocast():
             batch = self.objective.prepare(turn, self._batch(turn), self.step)
 
-        size, logs = self.config.train_batch_size, {}
+        size = self.config.train_batch_size
+        logs: dict[str, Tensor] = {}
         for start in range(0, len(batch), size):
             part = batch.part(start, start + size)
             torch.manual_seed(key(self.config.seed, self.step, turn.name, "network", self._first_index + start))
@@ -183,7 +185,8 @@ class Trainer:
             share = len(part) / len(batch)
             (share * loss.total).backward()
             for name, value in {f"{turn.name}/loss": loss.total, **loss.logs}.items():
-                logs[name] = logs.get(name, 0) + share * value.detach()
+                part_of_mean = share * value.detach()
+                logs[name] = logs[name] + part_of_mean if name in logs else part_of_mean
 
         parameters = [p for name in turn.trains for p in self.players[name].trainable().values()]
         self._average_gradients(parameters)
@@ -227,6 +230,13 @@ class Trainer:
         mean = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
         for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
+
+    def _anywhere(self, asked: bool) -> bool:
+        """Whether it is so in any process: they must all stop after the same step."""
+        if self.accelerator.num_processes == 1:
+            return asked
+        votes = torch.tensor(float(asked), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(votes, "sum"))
 
     def _multiplier(self, optimizer: torch.optim.Optimizer) -> Callable[[int], float]:
         """The schedule as a plain function of the step, so that it has no state to save."""
@@ -324,7 +334,7 @@ def _stop_requests() -> Iterator[list[int]]:
         received.append(number)
         signal.signal(number, previous[number])
 
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         for number in previous:
             signal.signal(number, note)

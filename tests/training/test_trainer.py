@@ -33,7 +33,7 @@ class Duel(Objective):
     needs = frozenset({"images"})
 
     def __init__(self, on_step=None):
-        super().__init__()
+        super().__init__(None, None)
         torch.manual_seed(0)
         config = PlayerConfig(learning_rate=0.01)
         self._players = {

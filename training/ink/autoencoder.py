@@ -42,8 +42,7 @@ class Autoencoding(Objective):
     paper: ClassVar[str] = "2112.10752"
 
     def __init__(self, autoencoder: AutoencoderKL, config: AutoencodingConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(autoencoder, config)
         self._players = {"autoencoder": make_player(autoencoder, config.autoencoder, ema=True)}
 
     @property

@@ -41,7 +41,7 @@ class Detecting(Objective):
     paper: ClassVar[str] = ""
 
     def __init__(self, detector: InkDetector, config: DetectingConfig) -> None:
-        super().__init__()
+        super().__init__(detector, config)
         self._players = {"detector": make_player(detector, config.detector, ema=True)}
 
     @property

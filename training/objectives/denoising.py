@@ -19,7 +19,9 @@ class Trainee(Protocol):
     """What the objective reads of a model."""
 
     denoiser: Denoiser
-    latent_shape: tuple[int, ...]
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]: ...
 
     def null_condition(self) -> Condition: ...
 
@@ -53,8 +55,7 @@ class Denoising(Objective):
     paper: ClassVar[str] = "2006.11239"
 
     def __init__(self, model: Trainee, config: DenoisingConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(model, config)
         self.schedule, self.parametrization = model.denoiser.schedule, model.denoiser.parametrization
         self.shape, self.null = tuple(model.latent_shape), model.null_condition()
         self._players = {"student": make_player(model.denoiser, config.student, ema=True)}

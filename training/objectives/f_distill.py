@@ -39,7 +39,9 @@ class Teacher(Protocol):
     """What the objective reads of a model."""
 
     denoiser: Denoiser
-    latent_shape: tuple[int, ...]
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]: ...
 
     def null_condition(self) -> Condition: ...
 
@@ -116,8 +118,7 @@ class FDistill(Objective):
     paper: ClassVar[str] = "2502.15681"
 
     def __init__(self, model: Teacher, config: FDistillConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(model, config)
         self.teacher = model.denoiser.requires_grad_(False).eval()
         self.schedule = self.teacher.schedule
         self.shape = tuple(model.latent_shape)
