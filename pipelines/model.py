@@ -11,7 +11,13 @@ from typing import Any
 
 import diffusers
 import torch
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from torch import Tensor, nn
 
 from sublimate.diffusion.conditions import Condition
@@ -243,7 +249,7 @@ def _download(name: str, revision: str | None, variant: str | None, token: str |
                 name, revision=revision, variant=variant, token=token, use_safetensors=True
             )
         )
-    except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:
         raise ValueError(_hub_problem(name, revision, error)) from error
 
 
@@ -257,7 +263,7 @@ def _hub_problem(name: str, revision: str | None, error: Exception) -> str:
         return f"{name} has no revision {revision!r} on the hub."
     if isinstance(cause, RepositoryNotFoundError):
         return f"The hub has no model {name}, or it is private: check the name, or pass your token."
-    if isinstance(cause, ConnectionError):
+    if isinstance(cause, ConnectionError | HTTPError) and not isinstance(cause, HfHubHTTPError):
         return (
             f"The hub cannot be reached and {name} is not in its cache: check the connection, or give a local folder."
         )
@@ -294,5 +300,5 @@ def _open_file(path: Path, dtype: torch.dtype, token: str | bool | None) -> Any:
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -21,6 +21,9 @@ from sublimate.pipelines.tokens import TokenSpan
 Pipeline = Any
 """An open `diffusers.DiffusionPipeline` of one of the backbone's classes."""
 
+Network = Any
+"""The family's diffusers network, or a player made from it."""
+
 
 @dataclass(frozen=True)
 class EntryPoint:
@@ -101,7 +104,7 @@ class Backbone(ABC):
     @staticmethod
     @abstractmethod
     def call(
-        network: nn.Module, x_in: Tensor, t_net: Tensor, condition: Condition, features: Sequence[str]
+        network: Network, x_in: Tensor, t_net: Tensor, condition: Condition, features: Sequence[str]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Runs the network.
 
@@ -166,11 +169,11 @@ class Backbone(ABC):
             ValueError: when no stock scheduler does it.
         """
 
-    def reads_guidance(self, network: nn.Module) -> bool:
+    def reads_guidance(self, network: Network) -> bool:
         """Whether the network is told the guidance scale, as the condition's "guidance", instead of being guided."""
         return False
 
-    def feature_taps(self, network: nn.Module) -> tuple[str, ...]:
+    def feature_taps(self, network: Network) -> tuple[str, ...]:
         """Modules whose output makes a good feature; the first `discriminator_taps` of them serve a discriminator."""
         return ()
 
@@ -197,7 +200,7 @@ class Backbone(ABC):
         return ()
 
 
-def refuse_unknown(condition: Condition, known: Sequence[str], network: nn.Module) -> None:
+def refuse_unknown(condition: Condition, known: Sequence[str], network: Network) -> None:
     """Makes sure that nothing a network is told gets lost. A "negative" prompt is the caller's affair.
 
     Raises:

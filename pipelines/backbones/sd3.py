@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.predictions import Parametrization
 from sublimate.pipelines.autoencoders import decode_latents, encode_images
-from sublimate.pipelines.backbones.base import Backbone, EntryPoint, OneStep, Pipeline, refuse_unknown
+from sublimate.pipelines.backbones.base import Backbone, EntryPoint, Network, OneStep, Pipeline, refuse_unknown
 from sublimate.pipelines.features import tapped
 from sublimate.pipelines.one_step import flow_at
 from sublimate.pipelines.tokens import TokenSpan, concept_span, prompt_span, tokenize
@@ -42,7 +42,7 @@ class StableDiffusion3(Backbone):
 
     @staticmethod
     def call(
-        network: nn.Module, x_in: Tensor, t_net: Tensor, condition: Condition, features: Sequence[str]
+        network: Network, x_in: Tensor, t_net: Tensor, condition: Condition, features: Sequence[str]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if not {"text", "text.pooled"} <= condition.keys():
             raise ValueError("Stable Diffusion 3 needs a text condition: encode a prompt, '' for none.")
@@ -98,7 +98,7 @@ class StableDiffusion3(Backbone):
         scheduler, call = flow_at(pipe.scheduler, t)
         return OneStep("StableDiffusion3Pipeline", scheduler, {**call, **self.no_guidance})
 
-    def feature_taps(self, network: nn.Module) -> tuple[str, ...]:
+    def feature_taps(self, network: Network) -> tuple[str, ...]:
         # A discriminator looks at blocks spread over the whole depth (LADD, Sauer et al. 2024, arXiv 2403.12015).
         count = len(network.transformer_blocks)
         spread = [round((i + 1) * (count - 1) / self.discriminator_taps) for i in range(self.discriminator_taps)]

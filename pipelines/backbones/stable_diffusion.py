@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.pipelines.autoencoders import decode_latents, encode_images
-from sublimate.pipelines.backbones.base import Backbone, EntryPoint, OneStep, Pipeline, refuse_unknown
+from sublimate.pipelines.backbones.base import Backbone, EntryPoint, Network, OneStep, Pipeline, refuse_unknown
 from sublimate.pipelines.features import tapped
 from sublimate.pipelines.one_step import ddim_at
 from sublimate.pipelines.tokens import TokenSpan, concept_span, prompt_span, tokenize
@@ -28,7 +28,7 @@ class StableDiffusion(Backbone):
 
     @staticmethod
     def call(
-        network: nn.Module, x_in: Tensor, t_net: Tensor, condition: Condition, features: Sequence[str]
+        network: Network, x_in: Tensor, t_net: Tensor, condition: Condition, features: Sequence[str]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if "text" not in condition:
             raise ValueError("Stable Diffusion needs a text condition: encode a prompt, '' for none.")
@@ -76,10 +76,10 @@ class StableDiffusion(Backbone):
             "StableDiffusionPipeline", ddim_at(pipe.scheduler, t), {"num_inference_steps": 1, **self.no_guidance}
         )
 
-    def reads_guidance(self, network: nn.Module) -> bool:
+    def reads_guidance(self, network: Network) -> bool:
         return network.time_embedding.cond_proj is not None
 
-    def feature_taps(self, network: nn.Module) -> tuple[str, ...]:
+    def feature_taps(self, network: Network) -> tuple[str, ...]:
         downs = tuple(f"down_blocks.{i}" for i in range(len(network.down_blocks)))
         ups = tuple(f"up_blocks.{i}" for i in range(len(network.up_blocks)))
         return ("mid_block", *downs, *ups)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.predictions import Parametrization
 from sublimate.diffusion.schedules import EDM, Schedule
-from sublimate.pipelines.backbones.base import Backbone, OneStep, Pipeline, refuse_unknown
+from sublimate.pipelines.backbones.base import Backbone, Network, OneStep, Pipeline, refuse_unknown
 from sublimate.pipelines.features import tapped
 from sublimate.pipelines.one_step import consistency_at, ddim_at
 
@@ -18,12 +19,12 @@ from sublimate.pipelines.one_step import consistency_at, ddim_at
 class UNet2D(Backbone):
     """`DDPMPipeline` and `DDIMPipeline`: a `UNet2DModel` on images in [-1, 1], unconditional."""
 
-    pipeline_classes = ("DDPMPipeline", "DDIMPipeline")
+    pipeline_classes: ClassVar[tuple[str, ...]] = ("DDPMPipeline", "DDIMPipeline")
     network_attribute = "unet"
 
     @staticmethod
     def call(
-        network: nn.Module, x_in: Tensor, t_net: Tensor, condition: Condition, features: Sequence[str]
+        network: Network, x_in: Tensor, t_net: Tensor, condition: Condition, features: Sequence[str]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         refuse_unknown(condition, ("text",) if network.config.num_class_embeds else (), network)
         with tapped(network, features) as taps:
@@ -67,7 +68,7 @@ class UNet2D(Backbone):
             raise ValueError("DDIMPipeline cannot pass class labels, so no stock pipeline runs this student.")
         return OneStep("DDIMPipeline", ddim_at(pipe.scheduler, t), {"num_inference_steps": 1})
 
-    def feature_taps(self, network: nn.Module) -> tuple[str, ...]:
+    def feature_taps(self, network: Network) -> tuple[str, ...]:
         downs = tuple(f"down_blocks.{i}" for i in range(len(network.down_blocks)))
         ups = tuple(f"up_blocks.{i}" for i in range(len(network.up_blocks)))
         return ("mid_block", *downs, *ups)
@@ -81,7 +82,7 @@ class PreconditionedUNet2D(UNet2D):
     where both are the same.
     """
 
-    pipeline_classes = ("ConsistencyModelPipeline",)
+    pipeline_classes: ClassVar[tuple[str, ...]] = ("ConsistencyModelPipeline",)
     sampler = "heun"
 
     def schedule(self, pipe: Pipeline) -> Schedule:
