@@ -1,0 +1,139 @@
+"""Every subcommand on a tiny checkpoint, and bad input: one clear sentence, a non-zero exit, nothing damaged."""
+
+import errno
+import json
+import shutil
+
+import pytest
+import torch
+
+from sublimate.cli.app import run
+from sublimate.pipelines import folders
+
+DISTILL = (
+    "data.prompts={prompts}",
+    "data.count=2",
+    "data.teacher_steps=1",
+    "objective.critic_updates=1",
+    "objective.discriminator_width=8",
+    "trainer.max_train_steps=2",
+    "trainer.train_batch_size=2",
+    "trainer.checkpointing_steps=1",
+)
+
+
+def sublimate(capsys, *arguments):
+    """Runs a command line in this process: (exit status, standard output, what it said of errors)."""
+    with pytest.raises(SystemExit) as stop:
+        run([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return stop.value.code, out, err
+
+
+def failed(capsys, *arguments):
+    """The one sentence of a command that fails."""
+    status, _, err = sublimate(capsys, *arguments)
+    said = [line for line in err.splitlines() if line.startswith("Error: ")]
+    assert status == 1, err
+    assert len(said) == 1, err
+    assert "Traceback" not in err
+    return said[0]
+
+
+@pytest.fixture
+def distilling(tmp_path, tiny_sd_v):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("red cat\na dog\n")
+    options = [option.format(prompts=prompts) for option in DISTILL]
+    return ["distill", "demo", f"model={tiny_sd_v}", f"trainer.output_dir={tmp_path / 'run'}", *options]
+
+
+def test_distill_writes_a_student_and_the_same_command_resumes(capsys, tmp_path, distilling):
+    status, out, _ = sublimate(capsys, *distilling)
+    assert status == 0 and "student" in out
+    weights = tmp_path / "run" / "student" / "unet" / "diffusion_pytorch_model.safetensors"
+    before = weights.read_bytes()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-2")
+    assert sublimate(capsys, *distilling)[0] == 0
+    assert weights.read_bytes() == before
+    assert json.loads((tmp_path / "run" / "student" / "sublimate.json").read_text())["steps"] == 1
+
+
+def test_dry_run_prints_the_configuration_and_its_cost(capsys, tmp_path, distilling):
+    status, out, _ = sublimate(capsys, *distilling, "--dry-run")
+    assert status == 0 and "method: f_distill" in out and "network passes" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_erase_then_generate(capsys, tmp_path, tiny_sd_v):
+    edit, images = tmp_path / "edit", tmp_path / "images"
+    erase = ["erase", tiny_sd_v, "cat", "--anchor", "dog", "--preserve", "red", "--out", edit, "--fold"]
+    assert sublimate(capsys, *erase)[0] == 0
+    draw = ["--steps", "2", "--out", images, "--guidance-scale", "1"]
+    assert sublimate(capsys, "generate", tiny_sd_v, "red cat", "--edit", edit / "edit.safetensors", *draw)[0] == 0
+    edited = (images / "00000.png").read_bytes()
+    assert sublimate(capsys, "generate", edit / "model", "red cat", *draw)[0] == 0
+    assert (images / "00000.png").read_bytes() == edited
+
+
+def test_unknown_method(capsys, tiny_sd_v):
+    assert "There is no method 'ucee'" in failed(capsys, "erase", tiny_sd_v, "cat", "--method", "ucee")
+
+
+def test_misspelled_key(capsys, distilling):
+    assert "objective.divergence" in failed(capsys, *distilling, "objective.divergance=reverse_kl")
+
+
+def test_missing_folder(capsys, tmp_path):
+    assert "nowhere" in failed(capsys, "generate", tmp_path / "nowhere", "a cat")
+
+
+def test_half_written_checkpoint(capsys, tmp_path, distilling):
+    assert sublimate(capsys, *distilling)[0] == 0
+    path = tmp_path / "run" / "checkpoint-2" / "player.student.safetensors"
+    path.write_bytes(path.read_bytes()[:64])
+    assert "is damaged" in failed(capsys, *distilling)
+
+
+def test_a_pickle_is_refused(capsys, tmp_path, tiny_sd_v):
+    path = tmp_path / "edit.pt"
+    torch.save({"w": torch.zeros(1)}, path)
+    assert "safetensors" in failed(capsys, "generate", tiny_sd_v, "a cat", "--edit", path)
+    assert "safetensors" in failed(capsys, "generate", path, "a cat")
+
+
+def test_a_concept_the_world_does_not_know(capsys, tmp_path):
+    assert "eleventy" in failed(capsys, "demo", "eleventy", "--out", tmp_path / "demo")
+    assert not (tmp_path / "demo").exists()
+
+
+def test_a_prompt_that_is_too_long(capsys, tmp_path, tiny_sd_v):
+    said = failed(capsys, "generate", tiny_sd_v, "cat " * 100, "--out", tmp_path / "images")
+    assert "The prompt 'cat cat" in said and "tokens" in said
+    assert not (tmp_path / "images").exists()
+
+
+def test_zero_steps(capsys, tiny_sd_v, distilling):
+    status, _, err = sublimate(capsys, "generate", tiny_sd_v, "a cat", "--steps", "0")
+    assert status == 2 and "--steps" in err
+    assert "trainer.max_train_steps" in failed(capsys, *distilling, "trainer.max_train_steps=0")
+
+
+def test_negative_guidance(capsys, tiny_sd_v, distilling):
+    status, _, err = sublimate(capsys, "generate", tiny_sd_v, "a cat", "--guidance-scale", "-2")
+    assert status == 2 and "--guidance-scale" in err
+    assert "objective.guidance_scale" in failed(capsys, *distilling, "objective.guidance_scale=-2")
+
+
+def test_a_full_disk_leaves_the_earlier_student_alone(capsys, tmp_path, distilling, monkeypatch):
+    assert sublimate(capsys, *distilling)[0] == 0
+    student = tmp_path / "run" / "student"
+    before = {path: path.read_bytes() for path in student.rglob("*") if path.is_file()}
+
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(folders, "_sync", full)
+    assert "The disk is full" in failed(capsys, *distilling, "trainer.max_train_steps=3")
+    assert {path: path.read_bytes() for path in student.rglob("*") if path.is_file()} == before
+    assert [path.name for path in (tmp_path / "run").iterdir() if "partial" in path.name] == []
