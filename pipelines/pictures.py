@@ -28,7 +28,7 @@ def to_png(image: Tensor, *, scale: int = 1, largest: int | None = None) -> byte
         raise ValueError(f"a picture has shape (3, H, W), got {tuple(image.shape)}")
     if not image.isfinite().all():
         raise ValueError("the picture contains values that are not finite; check the model that made it")
-    pixels = (image.detach().float().clamp(0, 1) * 255).round().to("cpu", torch.uint8).permute(1, 2, 0).contiguous()
+    pixels = (image.float().clamp(0, 1) * 255).round().to("cpu", torch.uint8).permute(1, 2, 0).contiguous()
     picture = Image.fromarray(pixels.numpy())
     if scale != 1:
         picture = picture.resize((scale * picture.width, scale * picture.height), Image.Resampling.NEAREST)

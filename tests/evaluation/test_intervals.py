@@ -91,7 +91,7 @@ def test_spread_over_seeds():
     assert (spread.mean, spread.deviation) == (2.0, 1.0)
     assert str(spread) == "2.0 ± 1.0 (3 seeds)"
     assert str(Spread((4.1, 4.4, 4.05))) == "4.18 ± 0.19 (3 seeds)"
-    assert str(Spread((310.0, 350.0))) == "330 ± 28 (2 seeds)"
+    assert str(Spread((3100.0, 3500.0))) == "3300 ± 283 (2 seeds)"
     assert str(Spread((0.5, 0.5))) == "0.5000 ± 0.0000 (2 seeds)"
     assert str(Spread((4.0,))) == "4 (1 seed)"
     assert Spread((4.0,)).deviation is None

@@ -17,7 +17,8 @@ def opened(png: bytes) -> np.ndarray:
 
 
 def test_png_holds_the_pixels_rounded_to_bytes():
-    image = torch.arange(24).reshape(3, 2, 4) / 255 + 0.4 / 255
+    off = torch.tensor([-0.4, 0.4]).repeat(12).reshape(3, 2, 4)
+    image = (torch.arange(24).reshape(3, 2, 4) + off) / 255
     assert (opened(to_png(image.requires_grad_())) == np.arange(24).reshape(3, 2, 4).transpose(1, 2, 0)).all()
     extreme = torch.tensor([-0.5, 0.0, 1.0, 1.5]).expand(3, 1, 4)
     assert opened(to_png(extreme))[0, :, 0].tolist() == [0, 0, 255, 255]
