@@ -147,3 +147,24 @@ class Objective(ABC):
     def describe(cls) -> dict[str, Any]:
         """Name, paper and options, for provenance."""
         return {"method": cls.__module__.rsplit(".", 1)[-1], "paper": cls.paper}
+
+
+class SoloObjective(Objective):
+    """An objective with a single player, which trains once per step.
+
+    Args:
+        model: what is trained, or the frozen teacher.
+        config: an instance of the class's `Config`.
+        name: of the player, and of its turn.
+        player: the network that trains.
+    """
+
+    def __init__(self, model: Any, config: Any, name: str, player: Player) -> None:
+        super().__init__(model, config)
+        self.name, self.player = name, player
+
+    def players(self) -> dict[str, Player]:
+        return {self.name: self.player}
+
+    def turns(self, step: int) -> tuple[Turn, ...]:
+        return (Turn(self.name, (self.name,)),)

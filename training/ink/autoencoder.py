@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from diffusers import AutoencoderKL
 from pydantic import Field
 from torch import Tensor
 
-from sublimate.training.objective import Artefact, Batch, Loss, Objective, ObjectiveConfig, Turn
-from sublimate.training.players import Player, PlayerConfig, make_player
+from sublimate.training.objective import Artefact, Batch, Loss, ObjectiveConfig, SoloObjective, Turn
+from sublimate.training.players import PlayerConfig, make_player
 
 
 class AutoencodingConfig(ObjectiveConfig):
@@ -30,7 +29,7 @@ class AutoencodingConfig(ObjectiveConfig):
         return 3
 
 
-class Autoencoding(Objective):
+class Autoencoding(SoloObjective):
     """L1 reconstruction plus a KL penalty (Kingma & Welling 2013; Rombach et al. 2022, appendix G).
 
     Args:
@@ -42,18 +41,12 @@ class Autoencoding(Objective):
     paper: ClassVar[str] = "2112.10752"
 
     def __init__(self, autoencoder: AutoencoderKL, config: AutoencodingConfig) -> None:
-        super().__init__(autoencoder, config)
-        self._players = {"autoencoder": make_player(autoencoder, config.autoencoder, ema=True)}
+        player = make_player(autoencoder, config.autoencoder, ema=True)
+        super().__init__(autoencoder, config, "autoencoder", player)
 
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"images"})
-
-    def players(self) -> dict[str, Player]:
-        return self._players
-
-    def turns(self, step: int) -> tuple[Turn, ...]:
-        return (Turn("autoencoder", ("autoencoder",)),)
 
     def prepare(self, turn: Turn, batch: Batch, step: int) -> Batch:
         images = batch["images"]
@@ -65,14 +58,14 @@ class Autoencoding(Objective):
         posterior = self.autoencoder.encode(images).latent_dist
         decoded = self.autoencoder.decode(posterior.mean + posterior.std * batch["noise"]).sample
         reconstruction = (decoded - images).abs().mean()
-        edges = sum((_differences(decoded, d) - _differences(images, d)).abs().mean() for d in (-1, -2))
+        edges = sum((decoded - images).diff(dim=dim).abs().mean() for dim in (-1, -2))
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
         total = reconstruction + self.config.edge_weight * edges + self.config.kl_weight * kl
         return Loss(total, {"autoencoder/l1": reconstruction, "autoencoder/kl": kl})
 
     @property
     def autoencoder(self) -> AutoencoderKL:
-        module = self._players["autoencoder"].module
+        module = self.player.module
         if not isinstance(module, AutoencoderKL):
             raise TypeError(f"The autoencoder must be an AutoencoderKL, not {type(module).__name__}.")
         return module
@@ -82,7 +75,3 @@ class Autoencoding(Objective):
 
     def exports(self) -> Artefact:
         return Artefact("weights", self.autoencoder)
-
-
-def _differences(images: Tensor, dim: int) -> Tensor:
-    return torch.diff(images, dim=dim)

@@ -11,8 +11,8 @@ from sublimate.diffusion.conditions import Condition
 from sublimate.training.ink.corruptions import broken
 from sublimate.training.ink.detector import InkDetector, detector_loss, worn
 from sublimate.training.ink.world import sample
-from sublimate.training.objective import Artefact, Batch, Loss, Objective, ObjectiveConfig, Turn
-from sublimate.training.players import Player, PlayerConfig, make_player
+from sublimate.training.objective import Artefact, Batch, Loss, ObjectiveConfig, SoloObjective, Turn
+from sublimate.training.players import PlayerConfig, make_player
 from sublimate.training.randomness import SampleRandom
 
 
@@ -29,7 +29,7 @@ class DetectingConfig(ObjectiveConfig):
         return 3
 
 
-class Detecting(Objective):
+class Detecting(SoloObjective):
     """Cross-entropy over digit, ink and style, each with a class for "none of them".
 
     Args:
@@ -41,18 +41,11 @@ class Detecting(Objective):
     paper: ClassVar[str] = ""
 
     def __init__(self, detector: InkDetector, config: DetectingConfig) -> None:
-        super().__init__(detector, config)
-        self._players = {"detector": make_player(detector, config.detector, ema=True)}
+        super().__init__(detector, config, "detector", make_player(detector, config.detector, ema=True))
 
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"images", "labels"})
-
-    def players(self) -> dict[str, Player]:
-        return self._players
-
-    def turns(self, step: int) -> tuple[Turn, ...]:
-        return (Turn("detector", ("detector",)),)
 
     def prepare(self, turn: Turn, batch: Batch, step: int) -> Batch:
         images = batch["images"]
@@ -64,7 +57,7 @@ class Detecting(Objective):
 
     @property
     def detector(self) -> InkDetector:
-        module = self._players["detector"].module
+        module = self.player.module
         if not isinstance(module, InkDetector):
             raise TypeError(f"The detector must be an InkDetector, not {type(module).__name__}.")
         return module

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.denoisers import Denoiser
 from sublimate.diffusion.predictions import add_noise
-from sublimate.training.objective import Artefact, Batch, Loss, Objective, ObjectiveConfig, Turn
-from sublimate.training.players import Player, PlayerConfig, make_player
+from sublimate.training.objective import Artefact, Batch, Loss, ObjectiveConfig, SoloObjective, Turn
+from sublimate.training.players import PlayerConfig, make_player
 
 
 class Trainee(Protocol):
@@ -43,7 +43,7 @@ class DenoisingConfig(ObjectiveConfig):
         return 3
 
 
-class Denoising(Objective):
+class Denoising(SoloObjective):
     """E |y_theta(alpha_t x0 + sigma_t eps, t, c) - y|^2 with y the network's own target (eps, v, flow, F).
 
     Args:
@@ -55,20 +55,13 @@ class Denoising(Objective):
     paper: ClassVar[str] = "2006.11239"
 
     def __init__(self, model: Trainee, config: DenoisingConfig) -> None:
-        super().__init__(model, config)
+        super().__init__(model, config, "student", make_player(model.denoiser, config.student, ema=True))
         self.schedule, self.parametrization = model.denoiser.schedule, model.denoiser.parametrization
         self.shape, self.null = tuple(model.latent_shape), model.null_condition()
-        self._players = {"student": make_player(model.denoiser, config.student, ema=True)}
 
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"images", "prompts"} if self.null else {"images"})
-
-    def players(self) -> dict[str, Player]:
-        return self._players
-
-    def turns(self, step: int) -> tuple[Turn, ...]:
-        return (Turn("student", ("student",)),)
 
     def prepare(self, turn: Turn, batch: Batch, step: int) -> Batch:
         x0 = batch["images"]
@@ -86,7 +79,7 @@ class Denoising(Objective):
 
     @property
     def student(self) -> nn.Module:
-        return self._players["student"].module
+        return self.player.module
 
     def exports(self) -> Artefact:
         return Artefact("weights" if self.config.student.kind == "full" else "lora", self.student)
