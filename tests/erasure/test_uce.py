@@ -70,6 +70,15 @@ def test_rows_are_those_of_the_words(sd, sd3):
     assert rows["text.pooled"].own.shape == (2, 32)
 
 
+def test_an_empty_anchor_is_the_row_before(sd, sd3):
+    gone = Concept("van gogh", "")
+    rows = concept_rows(sd, [gone], ["a painting in {} style"], "last", anchored=True)["text"]
+    torch.testing.assert_close(rows.anchors, sd.encode_prompts(["a painting in style"])["text"][0, 3:4].double())
+    rows = concept_rows(sd3, [gone], ["{}"], "last", anchored=True)["text"]
+    # CLIP's start token, and T5's first row, which is not the row before: that is CLIP's last.
+    torch.testing.assert_close(rows.anchors, sd3.encode_prompts([""])["text"][0, [0, 16]].double())
+
+
 @pytest.mark.parametrize("tokens", ["tail", "last"])
 def test_every_layer_is_the_weighted_least_squares_solution(sd, tokens):
     request = Request([Concept("cat", "dog"), Concept("van gogh", "")], preserve=["seven", "red"])
@@ -117,6 +126,7 @@ def test_joint_attention_is_edited_where_text_enters_with_its_bias_once(sd3, tok
             # 271 rows in 32 dimensions cannot all follow exactly.
             bound = 0.3 if (key, tokens) == ("text", "tail") else 1e-4
             assert (after - wanted).norm() < bound * (before - wanted).norm()
+    assert all(len(a) <= min(b.shape[0], a.shape[1]) for b, a in edit.low_rank.values())
     assert set(edit.low_rank) == {
         "transformer/context_embedder.weight",
         "transformer/time_text_embed.text_embedder.linear_1.weight",

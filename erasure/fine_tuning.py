@@ -1,0 +1,153 @@
+"""What fine-tuning erasers share: options of the run, the student they start from, and running the trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import tempfile
+from abc import ABC
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from sublimate.diffusion.conditions import Condition
+from sublimate.erasure.request import Request
+from sublimate.erasure.weights import Rule, select
+from sublimate.pipelines.model import Model
+from sublimate.training.objective import Batch, Objective, ObjectiveConfig
+from sublimate.training.players import Player, PlayerConfig, make_player
+from sublimate.training.randomness import SampleRandom
+from sublimate.training.trainer import Interrupted, Trainer, TrainerConfig
+
+
+class FineTuningConfig(ObjectiveConfig, ABC):
+    """Options of a fine-tuning eraser's run, named as the trainer's.
+
+    Attributes:
+        weights: which weights train; see `erasure/weights.py`.
+        learning_rate: of Adam, without weight decay, which would move weights that nothing asks to move.
+        max_train_steps: optimiser steps.
+        train_batch_size: samples per micro-batch.
+        gradient_accumulation_steps: micro-batches per step.
+        mixed_precision: "bf16" runs networks under autocast; weights and losses stay float32.
+        gradient_checkpointing: recompute activations in the backward pass to save memory.
+        output_dir: where the log and checkpoints go, which makes the run resumable; None keeps neither.
+        checkpointing_steps: steps between checkpoints; None saves only when stopped early.
+    """
+
+    weights: Rule = "x"
+    learning_rate: float = Field(default=1e-5, gt=0)
+    max_train_steps: int = Field(default=1000, ge=1)
+    train_batch_size: int = Field(default=1, ge=1)
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    mixed_precision: Literal["no", "bf16"] = "no"
+    gradient_checkpointing: bool = False
+    output_dir: Path | None = None
+    checkpointing_steps: int | None = Field(default=None, ge=1)
+
+
+def make_student(model: Model, config: FineTuningConfig) -> Player:
+    """A copy of the model's denoiser in which the selected weights train; all others share the model's storage.
+
+    Raises:
+        ValueError: when the model is not in float32, where small steps would be rounded away, or nothing matches.
+    """
+    if model.dtype != torch.float32:
+        raise ValueError(
+            f"{model.source} is open in {model.dtype}, which rounds small steps away: open it in float32 "
+            "(mixed_precision=bf16 saves memory)."
+        )
+    names = (f"network.{name}" for name in select(model.denoiser.network, config.weights))
+    return make_player(
+        model.denoiser, PlayerConfig(learning_rate=config.learning_rate, adam_weight_decay=0.0), names=names
+    )
+
+
+def trained_values(model: Model, student: Player) -> dict[str, Tensor]:
+    """What a student's training made of its weights, by full parameter key."""
+    component = model.backbone.network_attribute
+    return {f"{component}/{n.removeprefix('network.')}": p.detach() for n, p in student.trainable().items()}
+
+
+def fine_tune(model: Model, objective: Objective, config: FineTuningConfig, *, seed: int, progress: bool) -> None:
+    """Runs the trainer on an objective that draws its own prompts; the model's weights and place stay as they are.
+
+    Args:
+        model: what the objective's players were made from.
+        objective: what to train.
+        config: the run.
+        seed: all randomness derives from it.
+        progress: show a progress bar.
+
+    Raises:
+        Interrupted: when stopped by a signal and there is an `output_dir` to resume from.
+        KeyboardInterrupt: when stopped without one.
+        Diverged: when the loss is no longer finite.
+    """
+    device = model.device
+    with _run_folder(config.output_dir) as folder, torch.random.fork_rng(devices=[]):
+        options = TrainerConfig(
+            output_dir=folder,
+            seed=seed,
+            max_train_steps=config.max_train_steps,
+            train_batch_size=config.train_batch_size,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            mixed_precision=config.mixed_precision,
+            gradient_checkpointing=config.gradient_checkpointing,
+            checkpointing_steps=config.checkpointing_steps,
+        )
+        trainer = Trainer(objective, _NoData(), options, progress=progress)
+        model.to(trainer.accelerator.device)
+        try:
+            trainer.run()
+        except Interrupted as stopped:
+            if config.output_dir is None:
+                raise KeyboardInterrupt("Stopped; set output_dir to be able to resume.") from stopped
+            raise
+        finally:
+            model.to(device)
+
+
+def fingerprint(model: Model, request: Request, config: FineTuningConfig) -> Tensor:
+    """What must agree for a checkpoint to belong to a run, as (32,) uint8: the base, the request and the options.
+
+    The number of steps and where they are kept may change.
+    """
+    kept = config.model_dump(mode="json", exclude={"output_dir", "checkpointing_steps", "max_train_steps"})
+    text = json.dumps([model.content_hash(), request.to_dict(), kept], sort_keys=True)
+    return torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
+
+
+def check_fingerprint(found: Tensor | None, expected: Tensor) -> None:
+    """Makes sure that a checkpoint belongs to this run.
+
+    Raises:
+        ValueError: when it does not.
+    """
+    if found is None or not torch.equal(found.cpu(), expected):
+        raise ValueError(
+            "The checkpoint was made for another model, request or options: choose another output_dir, or delete it."
+        )
+
+
+class _NoData:
+    """A source of nothing but random streams."""
+
+    provides: frozenset[str] = frozenset()
+
+    def batch(self, random: SampleRandom) -> Batch:
+        return Batch(Condition(), random)
+
+
+@contextlib.contextmanager
+def _run_folder(output_dir: Path | None) -> Iterator[Path]:
+    if output_dir is not None:
+        yield output_dir
+        return
+    with tempfile.TemporaryDirectory(prefix="sublimate-") as folder:
+        yield Path(folder)
