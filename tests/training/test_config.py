@@ -92,6 +92,10 @@ def test_dump_then_load_is_the_identity(write, note: str) -> None:
     assert dump_config(load_config(Run, write(text))) == text
 
 
+def test_dump_holds_defaults_in_the_order_of_the_class() -> None:
+    assert dump_config(Player()) == "learning_rate: 0.0001\nkind: full\n"
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
