@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sublimate.pipelines.checkpoints import refuse_pickle
 from sublimate.pipelines.edit_stack import EditStack, close_stack, merged, open_stack, parameter_of, stack_of
+from sublimate.pipelines.export import save_model
 from sublimate.pipelines.model import Model
 
 FORMAT = "sublimate.edit"
@@ -215,6 +216,26 @@ class Edit:
             layer_name = key.removesuffix(".weight").replace("/", ".", 1)
             state |= {f"{layer_name}.lora_A.weight": a, f"{layer_name}.lora_B.weight": b}
         return state
+
+    def fold(self, model: Model, folder: str | Path, *, allow_other_base: bool = False) -> Path:
+        """Writes the edited model as a whole diffusers folder of stock classes, whose card has the edit's provenance.
+
+        Args:
+            model: the edit's base; it is left as it was. Edits it carries already are written too, this one on top
+                unless it is among them.
+            folder: where to write; an earlier export there is replaced once the new one is complete.
+            allow_other_base: as in `apply`.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ValueError: when the edit does not fit the model, or the folder holds something else.
+        """
+        stack = stack_of(model)
+        carried = stack is not None and any(edit is self for edit in stack.edits)
+        with contextlib.nullcontext() if carried else self.applied(model, allow_other_base=allow_other_base):
+            return save_model(model, folder, provenance=self.provenance)
 
     def _check_base(self, model: Model, stack: EditStack) -> None:
         base = self.provenance.get("base") or {}

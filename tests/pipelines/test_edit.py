@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from sublimate.pipelines.edit import Edit
@@ -291,3 +291,21 @@ def test_only_exact_loras_are_made(model):
 def test_the_files_keys_are_the_parameters_names(model, tmp_path):
     path = made_for(model, [CONV], [K]).save(tmp_path / "edit.safetensors")
     assert load_file(path).keys() == {CONV, f"{K}.lora_A", f"{K}.lora_B"}
+
+
+def test_a_folded_model_opens_in_stock_diffusers(model, tmp_path):
+    edit, before = made_for(model, [CONV], [K]), bits(model)
+    with edit.applied(model):
+        expected, drawn = bits(model), image(model.pipeline)
+        edit.fold(model, tmp_path / "carried")
+        assert bits(model) == expected
+    folder = edit.fold(model, tmp_path / "folded")
+    assert bits(model) == before
+    index = json.loads((folder / "model_index.json").read_text())
+    libraries = {value[0] for value in index.values() if isinstance(value, list)}
+    assert libraries == {"diffusers", "transformers", None}
+    assert torch.equal(image(DiffusionPipeline.from_pretrained(folder)), drawn)
+    for name in ("folded", "carried"):
+        assert bits(open_model(tmp_path / name)) == expected
+    record = json.loads((folder / "sublimate.json").read_text())["provenance"]
+    assert record["base"] == edit.provenance["base"] and record["seed"] == edit.provenance["seed"]
