@@ -1,0 +1,49 @@
+"""The demo's parts: what it asks to erase, how it shares out its prompts, and that the base model draws once."""
+
+import pytest
+import torch
+
+from sublimate.evaluation.ink_demo import ink_eraser, ink_request, remembering, sized
+from sublimate.evaluation.ink_study import ink_study
+
+
+def test_a_concept_is_erased_among_its_preserved_siblings():
+    request = ink_request("7")
+    (erased,) = request.erase
+    assert erased.name == "seven" and "7" in erased.names
+    preserved = {concept.name for concept in request.preserve}
+    assert len(preserved) == 9 and "seven" not in preserved and erased.anchor in preserved
+    assert {concept.name for concept in ink_request("neon").preserve} == {"solid", "outline", "striped"}
+
+
+def test_unknown_concepts_and_erasers_are_named():
+    with pytest.raises(ValueError, match="eleventy"):
+        ink_request("eleventy")
+    with pytest.raises(ValueError, match="no method 'nothing'"):
+        ink_eraser("nothing")
+
+
+@pytest.mark.parametrize("method", ["uce", "esd"])
+def test_every_eraser_has_options_for_ink(method):
+    assert "the digit {}" in ink_eraser(method).config.templates
+
+
+@pytest.mark.parametrize("n", [8, 300])
+def test_prompts_are_shared_out(n):
+    study = sized(ink_study("seven", n=n), n)
+    sizes = {role: len(study.prompts[role].texts) for role in study.roles}
+    assert sum(sizes.values()) == n
+    assert sizes["target"] >= n // 2 and min(sizes.values()) > 0
+
+
+def test_the_base_model_draws_once():
+    calls = []
+
+    def draw(texts, seed):
+        calls.append((tuple(texts), seed))
+        return torch.full((len(texts),), float(seed))
+
+    remembered = remembering(draw)
+    first, again, other = remembered(["a"], 0), remembered(["a"], 0), remembered(["a"], 1)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert calls == [(("a",), 0), (("a",), 1)]
