@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.abc import InspectLoader
 from typing import TypeVar
@@ -108,13 +109,23 @@ def first_sentence(tree: ast.Module) -> str:
 
 
 def _paper(tree: ast.Module) -> str:
+    """The class attribute `paper` of the first public class that has one: a string, or a constant of the module."""
+    constants = dict(_assignments(tree.body))
     for node in tree.body:
         if not isinstance(node, ast.ClassDef) or node.name.startswith("_"):
             continue
-        for statement in node.body:
-            if not isinstance(statement, (ast.Assign, ast.AnnAssign)):
-                continue
-            target = statement.targets[0] if isinstance(statement, ast.Assign) else statement.target
-            if isinstance(target, ast.Name) and target.id == "paper" and isinstance(statement.value, ast.Constant):
-                return str(statement.value.value)
+        value = dict(_assignments(node.body)).get("paper")
+        if isinstance(value, ast.Name):
+            value = constants.get(value.id)
+        if isinstance(value, ast.Constant):
+            return str(value.value)
     return ""
+
+
+def _assignments(body: list[ast.stmt]) -> Iterator[tuple[str, ast.expr | None]]:
+    """Names that statements assign to, with the assigned expressions."""
+    for statement in body:
+        if isinstance(statement, (ast.Assign, ast.AnnAssign)):
+            target = statement.targets[0] if isinstance(statement, ast.Assign) else statement.target
+            if isinstance(target, ast.Name):
+                yield target.id, statement.value
