@@ -26,7 +26,7 @@ FILES = {
         "class Alpha(base_of_methods.Base):\n    paper: ClassVar[str] = '2502.15681'\n"
         "PUBLIC = Alpha\n"
     ),
-    "beta.py": '"""The second."""\nfrom methods_found.alpha import Alpha\nPAPER = "1"\nclass Beta(Alpha): paper = PAPER\n',
+    "beta.py": '"""The second."""\nfrom methods_found.alpha import *\nPAPER = "1"\nclass Beta(Alpha): paper = PAPER\n',
     "broken.py": '"""Breaks when imported."""\nraise RuntimeError("imported")\n',
     "empty.py": '"""Defines nothing."""\nfrom methods_found.alpha import Alpha\n',
     "folder/__init__.py": "",
