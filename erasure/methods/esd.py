@@ -30,8 +30,6 @@ from sublimate.pipelines.model import Model
 from sublimate.training.objective import Artefact, Batch, Loss, Objective, Turn
 from sublimate.training.players import Player
 
-PAPER = "2303.07345"
-
 
 class ESDConfig(FineTuningConfig):
     """Options of ESD; the defaults are the paper's ESD-x, the keep terms are additions that start at zero or with
@@ -83,7 +81,7 @@ class ESD(Eraser):
     """
 
     Config = ESDConfig
-    paper: ClassVar[str] = PAPER
+    paper: ClassVar[str] = "2303.07345"
     handles_within = True
 
     def solve(
@@ -107,7 +105,7 @@ class ESDObjective(Objective):
     """
 
     Config = ESDConfig
-    paper: ClassVar[str] = PAPER
+    paper: ClassVar[str] = ESD.paper
 
     def __init__(self, model: Model, config: ESDConfig, request: Request) -> None:
         super().__init__(model, config)
@@ -186,7 +184,7 @@ class ESDObjective(Objective):
                 self.student, self.frozen, batch["kept_x_t"], batch["kept_t"], kept, config.space
             )
             terms["retain"] = error.mean()
-            total = total + config.retain * terms["retain"]
+            total = total + terms["retain"]
         if config.null_pin > 0:
             free = self.student(x_t, t, self.null.to(x_t.device))
             pinned = replace(free, output=batch["null"])
