@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import ClassVar
 
+import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
@@ -14,6 +15,7 @@ from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFound
 from safetensors.torch import load_file, save_file
 
 from sublimate.pipelines import model as model_module
+from sublimate.pipelines.checkpoints import single_file_family
 from sublimate.pipelines.model import open_model, packaged_names
 
 FAMILIES = ("tiny_sd", "tiny_sd_v", "tiny_unconditional", "tiny_edm", "tiny_sd3")
@@ -317,3 +319,38 @@ def test_a_checkpoints_own_defaults(broken):
     model = open_model(broken)
     assert model.guidance_scale == 3
     assert model.defaults["steps"] == 12
+
+
+SD3_MARK = "model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias"
+
+
+@pytest.mark.parametrize(
+    ("shapes", "kind"),
+    [
+        ({"model.diffusion_model.out.2.bias": (4,)}, "StableDiffusion"),
+        (
+            {"model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight": (2, 1024)},
+            "StableDiffusion",
+        ),
+        ({SD3_MARK: (9216,), "model.diffusion_model.pos_embed": (1, 36864, 1)}, "StableDiffusion3"),
+    ],
+)
+def test_single_files_are_recognised_by_their_header(tmp_path, monkeypatch, shapes, kind):
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
+    assert single_file_family(tmp_path / "model.safetensors") == f"{kind}Pipeline"
+
+    def offline(*_args, **_options):
+        raise OSError("no network\nat all")
+
+    monkeypatch.setattr(getattr(diffusers, f"{kind}Pipeline"), "from_single_file", offline)
+    with pytest.raises(ValueError, match=r"configuration from the hub \(no network\)"):
+        open_model(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "name", ["conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias", "weight", SD3_MARK]
+)
+def test_single_files_of_other_families_are_refused(tmp_path, name):
+    save_file({name: torch.zeros(9216)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="not a whole Stable Diffusion 1, 2 or 3 checkpoint"):
+        open_model(tmp_path / "model.safetensors")
