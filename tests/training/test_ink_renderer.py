@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sublimate.training.ink.renderer import INK_COLOURS, SIZE, Pose, readable, render, scans, strokes
+from sublimate.training.ink.renderer import INK_COLOURS, SIZE, Pose, neighbour_votes, render, scans, strokes
 from sublimate.training.ink.vocabulary import INKS, STYLES
 
 CENTRED = 0.5
@@ -16,21 +16,22 @@ def pose(n, value=CENTRED):
 def test_splits_are_stratified_and_disjoint():
     pictures, labels = scans("train")
     held_pictures, held_labels = scans("held_out")
-    assert (len(pictures), len(held_pictures)) == (1473, 300)
-    assert torch.bincount(held_labels).tolist() == [30] * 10
+    assert (len(pictures), len(held_pictures)) == (1458, 296)
+    assert torch.bincount(held_labels).min() >= 28 and torch.bincount(held_labels).max() == 30
     assert pictures.min() >= 0 and pictures.max() == 1
     both = torch.cat([pictures, held_pictures]).flatten(1)
-    assert len(both.unique(dim=0)) == 1773
-    assert len(labels) == 1473
+    assert len(both.unique(dim=0)) == 1754
+    assert len(labels) == 1458
 
 
-def test_scans_that_look_like_another_digit_are_left_out():
+def test_a_scan_among_those_of_another_digit_gets_no_votes():
     near = torch.zeros(6, 8, 8)
     near[:, 0, 0] = torch.arange(6) / 16
     far = 1 - near
     labels = torch.tensor([1] * 6 + [2] * 6)
     labels[3] = 2
-    assert torch.equal(readable(torch.cat([near, far]), labels), torch.arange(12) != 3)
+    votes = neighbour_votes(torch.cat([near, far]), labels)
+    assert votes.tolist() == [4, 4, 4, 0, 4, 4, 5, 5, 5, 5, 5, 5]
 
 
 def test_an_unknown_split_is_refused():
