@@ -14,7 +14,7 @@ from sublimate.erasure.request import Request
 from sublimate.pipelines.detector import Detector
 from sublimate.pipelines.edit import Edit
 from sublimate.pipelines.model import Model
-from sublimate.training.config import Config
+from sublimate.training.config import Config as Options
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class Eraser(ABC):
         TypeError: when both are given.
     """
 
-    Config: ClassVar[type[Config]]
+    Config: ClassVar[type[Options]]
     paper: ClassVar[str]
     handles_within: ClassVar[bool] = False
     uses_detector: ClassVar[bool] = False
 
-    def __init__(self, config: Config | None = None, /, **options: Any) -> None:
+    def __init__(self, config: Options | None = None, /, **options: Any) -> None:
         if config is not None and options:
             raise TypeError(f"Give the options of {self.name()} as a config or by name, not both.")
         self.config: Any = self.Config(**options) if config is None else config

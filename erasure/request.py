@@ -114,19 +114,19 @@ class Request:
     def __post_init__(self) -> None:
         for group in ("erase", "preserve"):
             given = getattr(self, group)
-            concepts = (given,) if isinstance(given, str | Concept) else tuple(given)
-            object.__setattr__(self, group, tuple(map(_concept, concepts)))
+            several = (given,) if isinstance(given, str | Concept) else given
+            object.__setattr__(self, group, tuple(map(_concept, several)))
         if self.within is not None:
             object.__setattr__(self, "within", _concept(self.within))
         if not self.erase:
             raise ValueError("Nothing to erase: name at least one concept.")
         roles: dict[str, str] = {}
         within = () if self.within is None else (self.within,)
-        for role, group in (("erased", self.erase), ("preserved", self.preserve), ("the context", within)):
-            for name in (name for concept in group for name in concept.names):
+        for role, concepts in (("erased", self.erase), ("preserved", self.preserve), ("the context", within)):
+            for name in (name for concept in concepts for name in concept.names):
                 if (other := roles.setdefault(_folded(name), role)) != role:
                     raise ValueError(f"{name!r} is both {other} and {role}: it can only be one of them.")
-            names = [_folded(name) for concept in group for name in concept.names]
+            names = [_folded(name) for concept in concepts for name in concept.names]
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise ValueError(f"{twice[0]!r} is {role} twice: name it once.")
         for concept in self.erase:

@@ -27,8 +27,7 @@ from sublimate.erasure.request import Request, fill
 from sublimate.erasure.trajectories import rollout
 from sublimate.pipelines.detector import Detector
 from sublimate.pipelines.model import Model
-from sublimate.training.objective import Artefact, Batch, Loss, Objective, Turn
-from sublimate.training.players import Player
+from sublimate.training.objective import Artefact, Batch, Loss, SoloObjective, Turn
 
 
 class ESDConfig(FineTuningConfig):
@@ -89,10 +88,10 @@ class ESD(Eraser):
     ) -> Changes:
         objective = ESDObjective(model, self.config, request)
         fine_tune(model, objective, self.config, seed=seed, progress=progress)
-        return Changes(values=trained_values(model, objective.student_player))
+        return Changes(values=trained_values(model, objective.player))
 
 
-class ESDObjective(Objective):
+class ESDObjective(SoloObjective):
     """E |y_theta(x_t, c, t) - [y*(x_t, t) - eta (y*(x_t, c, t) - y*(x_t, t))]|^2, * being the frozen network.
 
     Args:
@@ -108,13 +107,12 @@ class ESDObjective(Objective):
     paper: ClassVar[str] = ESD.paper
 
     def __init__(self, model: Model, config: ESDConfig, request: Request) -> None:
-        super().__init__(model, config)
         self.null = model.null_condition()
         if not self.null.text_keys:
             raise ValueError(f"{model.source} knows no prompts, so ESD has nothing to erase by name.")
+        super().__init__(model, config, "student", make_student(model, config))
         self.frozen, self.shape = model.denoiser, model.latent_shape
-        self.student_player = make_student(model, config)
-        self.originals = {n: p.detach().clone() for n, p in self.student_player.trainable().items()}
+        self.originals = {n: p.detach().clone() for n, p in self.player.trainable().items()}
         self.erased = concept_bank(model, request.erase, config.templates)
         self.context = None if request.within is None else concept_bank(model, [request.within], config.templates)
         keeps = bool(request.preserve) and config.retain > 0
@@ -125,16 +123,10 @@ class ESDObjective(Objective):
     def needs(self) -> frozenset[str]:
         return frozenset()
 
-    def players(self) -> dict[str, Player]:
-        return {"student": self.student_player}
-
-    def turns(self, step: int) -> tuple[Turn, ...]:
-        return (Turn("student", ("student",)),)
-
     @property
     def student(self) -> Denoiser:
         """The network that trains."""
-        module = self.student_player.module
+        module = self.player.module
         if not isinstance(module, Denoiser):
             raise TypeError(f"The student must be a Denoiser, not a {type(module).__name__}.")
         return module
@@ -184,14 +176,14 @@ class ESDObjective(Objective):
                 self.student, self.frozen, batch["kept_x_t"], batch["kept_t"], kept, config.space
             )
             terms["retain"] = error.mean()
-            total = total + terms["retain"]
+            total = total + config.retain * terms["retain"]
         if config.null_pin > 0:
             free = self.student(x_t, t, self.null.to(x_t.device))
             pinned = replace(free, output=batch["null"])
             terms["null"] = targets.squared_error(free, pinned, config.space).mean()
             total = total + config.null_pin * terms["null"]
         if config.l1 > 0:
-            trained = self.student_player.trainable()
+            trained = self.player.trainable()
             originals = {name: value.to(x_t.device) for name, value in self.originals.items()}
             terms["l1"] = keep.l1_drift(trained, originals)
             total = total + config.l1 * terms["l1"]

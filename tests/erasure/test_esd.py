@@ -42,7 +42,7 @@ def start(model, request=CAT, **options):
 def disturb(objective, size=0.1):
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for parameter in objective.student_player.trainable().values():
+        for parameter in objective.player.trainable().values():
             parameter.add_(size * torch.randn(parameter.shape, generator=generator))
 
 
@@ -175,6 +175,12 @@ def test_training_leads_away_from_the_concept(sd):
         told = objective.erased.condition(batch["rows"], "cpu")
         predicted = sd.denoiser(batch["x_t"], batch["t"], told).output
     assert mean_square(predicted - batch["target"]) < 0.2 * before
+
+
+def test_what_has_no_gradient_does_not_move(sd):
+    # Strength 0 within a context asks for what the network does already; weight decay would move it all the same.
+    values = ESD(eta=0.0, **SMALL).fit(sd, Request("cat", within="photo")).values
+    assert all(torch.equal(value, sd.parameters()[key]) for key, value in values.items())
 
 
 def test_a_stopped_run_resumes_to_the_same_weights(sd, tmp_path):
