@@ -50,8 +50,6 @@ def model_card(
     """
     if kind not in _KINDS:
         raise ValueError(f"An artefact is one of {', '.join(_KINDS)}, not {kind!r}.")
-    # A folder's name says enough; its path is nobody's business.
-    known_as = Path(base).name if Path(base).exists() else base
     front: dict[str, Any] = {"library_name": "diffusers", "tags": ["sublimate", kind, *tags]}
     if license is None:
         front |= {"license": "other", "license_name": "as-base-model"}
@@ -65,13 +63,18 @@ def model_card(
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         f"# {title}",
         summary,
-        f"**Kind: {kind}.** {_KINDS[kind]} Base model: `{known_as}`.",
+        f"**Kind: {kind}.** {_KINDS[kind]} Base model: `{public_name(base)}`.",
         f"## How to load it\n\n```python\n{usage.strip()}\n```",
         "## How it was made\n\n| | |\n|---|---|\n" + "\n".join(rows),
     ]
     if license is None:
         parts.append("## License\n\nThe base model's license and terms of use apply to this derivative.")
     return "\n\n".join(parts) + "\n"
+
+
+def public_name(source: str) -> str:
+    """What to call a base model in public: of a local folder its name, since its path is nobody's business."""
+    return Path(source).resolve().name if Path(source).exists() else source
 
 
 def inherited_license(folder: Path) -> str | None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sublimate.diffusion.denoisers import Denoiser
 from sublimate.pipelines.backbones.base import OneStep
-from sublimate.pipelines.cards import inherited_license, model_card
+from sublimate.pipelines.cards import inherited_license, model_card, public_name
 from sublimate.pipelines.folders import written_aside
 from sublimate.pipelines.model import DEFAULTS_FILE, Model
 
@@ -63,19 +63,12 @@ def export_student(
     one_step = model.backbone.one_step(model.pipeline, t)
     pipeline = _stock_pipeline(model, student, one_step)
     record = _record("weights", model, provenance, one_step, t)
-    call = _arguments({"prompt": "..."} if model.backbone.text_components else {}, one_step.call)
-    card = model_card(
-        title=title or "One-step student",
-        kind="weights",
-        summary=f"Draws an image in a single network pass, starting from pure noise at t = {record['start']:g}.",
-        usage="from diffusers import DiffusionPipeline\n\n"
-        'pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")\n'
-        f"image = pipeline({call}).images[0]",
-        base=model.source,
-        provenance=record["provenance"],
-        tags=("one-step", "distillation"),
-        license=license or inherited_license(Path(model.source)),
-    )
+    usage = [
+        "from diffusers import DiffusionPipeline",
+        "",
+        'pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")',
+    ]
+    card = _card(model, record, usage, title or "One-step student", license)
     return _write(Path(folder), INDEX, record, card, lambda aside: pipeline.save_pretrained(aside))
 
 
@@ -113,21 +106,14 @@ def export_lora(
     one_step = model.backbone.one_step(model.pipeline, t)
     record = _record("lora", model, provenance, one_step, t)
     scheduler = type(one_step.scheduler).__name__
-    call = _arguments({"prompt": "..."} if model.backbone.text_components else {}, one_step.call)
-    card = model_card(
-        title=title or "One-step LoRA",
-        kind="lora",
-        summary=f"Draws an image in a single network pass, starting from pure noise at t = {record['start']:g}.",
-        usage=f"from diffusers import {scheduler}, {one_step.pipeline_class}\n\n"
-        f'pipeline = {one_step.pipeline_class}.from_pretrained("path/to/the/base/model")\n'
-        'pipeline.load_lora_weights("path/to/this/folder")\n'
-        f'pipeline.scheduler = {scheduler}.from_pretrained("path/to/this/folder", subfolder="scheduler")\n'
-        f"image = pipeline({call}).images[0]",
-        base=model.source,
-        provenance=record["provenance"],
-        tags=("one-step", "distillation"),
-        license=license or inherited_license(Path(model.source)),
-    )
+    usage = [
+        f"from diffusers import {scheduler}, {one_step.pipeline_class}",
+        "",
+        f'pipeline = {one_step.pipeline_class}.from_pretrained("path/to/the/base/model")',
+        'pipeline.load_lora_weights("path/to/this/folder")',
+        f'pipeline.scheduler = {scheduler}.from_pretrained("path/to/this/folder", subfolder="scheduler")',
+    ]
+    card = _card(model, record, usage, title or "One-step LoRA", license)
 
     def save(aside: Path) -> None:
         save_file(state, aside / LORA_FILE, {"format": "pt"})
@@ -149,7 +135,7 @@ def save_model(
     Args:
         model: what to write.
         folder: where to; an earlier export there is replaced once the new one is complete.
-        provenance: how it was made; JSON values. The base and the versions are added.
+        provenance: how it was made; JSON values. The base, unless it is given, and the versions are added.
         title: the card's headline.
         license: the card's license; the base model's unless given.
 
@@ -159,19 +145,19 @@ def save_model(
     Raises:
         ValueError: when the folder holds something else.
     """
-    record = {"kind": "weights", **model.defaults, "provenance": _provenance(model, provenance)}
-    prompt = '"..."' if model.backbone.text_components else ""
-    card = model_card(
-        title=title or "Edited model",
-        kind="weights",
-        summary="A diffusers pipeline with changed weights.",
-        usage="from diffusers import DiffusionPipeline\n\n"
-        'pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")\n'
-        f"image = pipeline({prompt}).images[0]",
-        base=model.source,
-        provenance=record["provenance"],
-        license=license or inherited_license(Path(model.source)),
-    )
+    base = {"base": {"source": public_name(model.source)}}
+    record = {
+        **model.defaults,
+        "kind": "weights",
+        "content_hash": model.content_hash(),
+        "provenance": _with_versions({**base, **(provenance or {})}),
+    }
+    usage = [
+        "from diffusers import DiffusionPipeline",
+        "",
+        'pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")',
+    ]
+    card = _card(model, record, usage, title or "Edited model", license)
     return _write(Path(folder), INDEX, record, card, lambda aside: model.pipeline.save_pretrained(aside))
 
 
@@ -258,21 +244,21 @@ def _record(
     kind: str, model: Model, provenance: Mapping[str, Any] | None, one_step: OneStep, t: float | None
 ) -> dict[str, Any]:
     """What `sublimate.json` holds: `start` is for our own sampler, `call` for the stock pipeline's."""
+    base = {"source": public_name(model.source), "content_hash": model.content_hash()}
     return {
         "kind": kind,
         "steps": 1,
         "guidance_scale": 1.0,
         "start": float(model.schedule.t_max if t is None else t),
         "call": dict(one_step.call),
-        "provenance": _provenance(model, provenance),
+        "provenance": _with_versions({**(provenance or {}), "base": base}),
     }
 
 
-def _provenance(model: Model, provenance: Mapping[str, Any] | None) -> dict[str, Any]:
+def _with_versions(provenance: Mapping[str, Any]) -> dict[str, Any]:
     names = ("sublimate", "diffusers", "transformers", "torch")
     versions = {name: version for name in names if (version := _version(name))}
-    base = {"source": model.source, "content_hash": model.content_hash()}
-    return json.loads(json.dumps({"base": base, **(provenance or {}), "versions": versions}))
+    return json.loads(json.dumps({**provenance, "versions": versions}))
 
 
 def _version(name: str) -> str | None:
@@ -282,9 +268,23 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _arguments(first: Mapping[str, Any], call: Mapping[str, Any]) -> str:
-    values = [json.dumps(value) for value in first.values()]
-    return ", ".join([*values, *(f"{name}={value!r}" for name, value in call.items())])
+def _card(model: Model, record: Mapping[str, Any], usage: list[str], title: str, license: str | None) -> str:
+    """The model card; `usage` makes a `pipeline`, the call that the record holds is added."""
+    prompt = ['"..."'] if model.backbone.text_components else []
+    arguments = ", ".join([*prompt, *(f"{name}={value!r}" for name, value in record.get("call", {}).items())])
+    student = "start" in record
+    return model_card(
+        title=title,
+        kind=record["kind"],
+        summary=f"Draws an image in a single network pass, starting from pure noise at t = {record['start']:g}."
+        if student
+        else "A diffusers pipeline with changed weights.",
+        usage="\n".join([*usage, f"image = pipeline({arguments}).images[0]"]),
+        base=model.source,
+        provenance=record["provenance"],
+        tags=("one-step", "distillation") if student else (),
+        license=license or inherited_license(Path(model.source)),
+    )
 
 
 def _write(folder: Path, marker: str, record: Mapping[str, Any], card: str, save: Any) -> Path:

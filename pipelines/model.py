@@ -81,7 +81,10 @@ class Model:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Model:
         """Moves every network, in place."""
-        for module in self.components().values():
+        # All of the pipeline's, a safety checker too, which is none of the model's components.
+        for module in self.pipeline.components.values():
+            if not isinstance(module, nn.Module):
+                continue
             module.to(device=device)
             # diffusers warns about every conversion, so only what needs one is converted.
             if dtype is not None and any(p.dtype != dtype for p in module.parameters()):

@@ -29,7 +29,8 @@ class UNet2D(Backbone):
         refuse_unknown(condition, ("text",) if network.config.num_class_embeds else (), network)
         with tapped(network, features) as taps:
             y = network(x_in, t_net, class_labels=condition.get("text")).sample
-        return y, taps
+        # A network that also predicts its variance does so in the second half of the channels.
+        return y[:, : x_in.shape[1]], taps
 
     def latent_shape(
         self, pipe: Pipeline, height: int | None = None, width: int | None = None
@@ -66,6 +67,8 @@ class UNet2D(Backbone):
     def one_step(self, pipe: Pipeline, t: float | None = None) -> OneStep:
         if pipe.unet.config.num_class_embeds:
             raise ValueError("DDIMPipeline cannot pass class labels, so no stock pipeline runs this student.")
+        if pipe.unet.config.out_channels != pipe.unet.config.in_channels:
+            raise ValueError("DDIMPipeline cannot run a network that also predicts its variance: train without it.")
         return OneStep("DDIMPipeline", ddim_at(pipe.scheduler, t), {"num_inference_steps": 1})
 
     def feature_taps(self, network: Network) -> tuple[str, ...]:

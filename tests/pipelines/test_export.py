@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DModel
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 
 from sublimate.diffusion.samplers import one_step
+from sublimate.pipelines.cards import inherited_license, model_card
 from sublimate.pipelines.export import LORA_FILE, export_lora, export_student, save_model
 from sublimate.pipelines.generate import generate
 from sublimate.pipelines.model import Model, open_model
@@ -259,6 +260,56 @@ def test_a_model_is_saved_as_it_is(tiny_sd, tmp_path):
     model = open_model(tiny_sd)
     with torch.no_grad():
         model.parameters()["text_encoder/final_layer_norm.bias"].add_(1)
-    again = open_model(save_model(model, tmp_path / "edited"))
+    given = {"base": {"source": "somewhere", "content_hash": "abc"}, "method": "esd"}
+    folder = save_model(model, tmp_path / "edited", provenance=given)
+    again = open_model(folder)
     assert again.content_hash() == model.content_hash()
     assert dict(again.pipeline.scheduler.config) == dict(model.pipeline.scheduler.config)
+    record = json.loads((folder / "sublimate.json").read_text())
+    assert record["content_hash"] == model.content_hash()
+    assert record["provenance"].items() >= given.items()
+
+
+def test_a_saved_student_stays_a_student(tiny_sd_v, tmp_path):
+    model = open_model(tiny_sd_v)
+    student = open_model(export_student(model, student_of(model), tmp_path / "student", t=700))
+    again = open_model(save_model(student, tmp_path / "edited"))
+    assert (again.defaults["start"], again.defaults["steps"], again.guidance_scale) == (700, 1, 1)
+    assert "num_inference_steps=1" in (tmp_path / "edited" / "README.md").read_text()
+    assert torch.equal(generate(again, ["a cat"]), generate(student, ["a cat"]))
+
+
+def test_local_paths_stay_private(tiny_sd, tmp_path):
+    model = open_model(tiny_sd)
+    folder = export_student(model, model.denoiser, tmp_path / "student", provenance={"base": str(tiny_sd)})
+    for name in ("README.md", "sublimate.json"):
+        assert str(tiny_sd) not in (folder / name).read_text()
+        assert tiny_sd.name in (folder / name).read_text()
+
+
+def test_cards_inherit_the_license_and_name_a_base_on_the_hub(tmp_path):
+    options = {"title": "t", "summary": "s", "usage": "u", "provenance": {"a|b": "c|d"}}
+    card = model_card(kind="lora", base="owner/name", license="mit", **options)
+    (tmp_path / "README.md").write_text(card)
+    assert "base_model: owner/name\nbase_model_relation: adapter" in card
+    assert inherited_license(tmp_path) == "mit"
+    other = model_card(kind="attachment", base="ink", **options)
+    (tmp_path / "README.md").write_text(other)
+    assert "base_model:" not in other
+    assert "license: other" in other
+    assert inherited_license(tmp_path) is None
+    assert inherited_license(tmp_path / "nowhere") is None
+    with pytest.raises(ValueError, match="weights, lora, attachment, not 'pickle'"):
+        model_card(kind="pickle", base="ink", **options)
+
+
+def test_pixel_students_that_no_stock_pipeline_runs_are_refused(tiny_unconditional, tmp_path):
+    for option, message in (({"num_class_embeds": 3}, "class labels"), ({"out_channels": 6}, "variance")):
+        model = open_model(tiny_unconditional)
+        model.pipeline.unet = UNet2DModel.from_config(model.pipeline.unet.config, **option)
+        model = Model(model.pipeline, "odd")
+        condition = model.encode_prompts(["2"] if "num_class_embeds" in option else [""])
+        output = model.denoiser(torch.zeros(1, 3, 8, 8), 10, condition).output
+        assert output.shape == (1, 3, 8, 8)
+        with pytest.raises(ValueError, match=message):
+            export_student(model, model.denoiser, tmp_path / "student")
