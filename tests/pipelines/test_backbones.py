@@ -11,6 +11,7 @@ import torch
 from sublimate.diffusion.conditions import Condition
 from sublimate.pipelines.backbones.base import Backbone, backbone_for, known_backbones
 from sublimate.pipelines.model import Model, open_model
+from sublimate.pipelines.tokens import concept_span
 
 FAMILIES = ("tiny_sd", "tiny_sd_v", "tiny_unconditional", "tiny_edm", "tiny_sd3")
 TEXT_FAMILIES = ("tiny_sd", "tiny_sd_v", "tiny_sd3")
@@ -267,6 +268,7 @@ def test_concepts_are_found_in_every_tokenizers_rows(models):
     prompt = "a painting of Van Gogh in red"
     (span,) = models["tiny_sd"].find_concept(prompt, "van gogh")
     assert (span.start, span.stop, span.end, span.last) == (4, 6, 8, 16)
+    assert (span.rows, span.tail) == (slice(4, 6), slice(4, 16))
     clip, t5 = models["tiny_sd3"].find_concept("a painting of van gogh in red", "Van Gogh")
     assert clip == span
     assert (t5.start, t5.stop, t5.end, t5.last) == (19, 21, 23, 272)
@@ -296,6 +298,15 @@ def test_a_concept_that_does_not_occur_is_an_error(models, name):
 def test_concepts_are_whole_words(models, name):
     with pytest.raises(ValueError, match="does not mention 'cat'"):
         models[name].find_concept("a catx", "cat")
+
+
+def test_a_word_that_goes_on_is_another_word_for_t5_too(models):
+    # "▁cat" and "x" are tokens of their own there, so the tokens of "cat" do occur.
+    tokenizer = models["tiny_sd3"].pipeline.tokenizer_3
+    assert tokenizer.tokenize("catx") == ["▁cat", "x"]
+    with pytest.raises(ValueError, match="does not mention 'cat'"):
+        concept_span(tokenizer, "a catx", "cat", 256)
+    assert concept_span(tokenizer, "a catx, a cat", "cat", 256).rows == slice(5, 6)
 
 
 def test_prompt_rows_leave_out_start_and_end(models):
