@@ -23,6 +23,7 @@ from sublimate.pipelines.backbones.base import OneStep
 from sublimate.pipelines.cards import inherited_license, model_card, public_name
 from sublimate.pipelines.folders import written_aside
 from sublimate.pipelines.model import DEFAULTS_FILE, Model
+from sublimate.pipelines.progress import without_bars
 
 INDEX = "model_index.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -287,6 +288,7 @@ def _card(model: Model, record: Mapping[str, Any], usage: list[str], title: str,
     )
 
 
+@without_bars()
 def _write(folder: Path, marker: str, record: Mapping[str, Any], card: str, save: Any) -> Path:
     with written_aside(folder, marker) as aside:
         save(aside)

@@ -25,6 +25,7 @@ from sublimate.diffusion.denoisers import Denoiser
 from sublimate.diffusion.schedules import Schedule
 from sublimate.pipelines.backbones.base import Backbone, EntryPoint, backbone_for
 from sublimate.pipelines.checkpoints import check_folder, read_json, refuse_pickle, single_file_family
+from sublimate.pipelines.progress import without_bars
 from sublimate.pipelines.tokens import TokenSpan
 
 DEFAULTS_FILE = "sublimate.json"
@@ -278,6 +279,7 @@ def _hub_problem(name: str, revision: str | None, error: Exception) -> str:
     return f"{name} cannot be fetched from the hub ({_first_line(cause)})"
 
 
+@without_bars()
 def _open_folder(folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
     kind = check_folder(folder, variant)
     backbone_for(kind)
@@ -289,6 +291,7 @@ def _open_folder(folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
         raise ValueError(f"{folder} cannot be opened as a {kind} ({_first_line(error)})") from error
 
 
+@without_bars()
 def _open_file(path: Path, dtype: torch.dtype, token: str | bool | None) -> Any:
     refuse_pickle(path)
     if path.suffix != ".safetensors":

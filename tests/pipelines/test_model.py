@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from sublimate.pipelines import model as model_module
 from sublimate.pipelines.checkpoints import single_file_family
+from sublimate.pipelines.export import export_student
 from sublimate.pipelines.model import open_model, packaged_names
 
 FAMILIES = ("tiny_sd", "tiny_sd_v", "tiny_unconditional", "tiny_edm", "tiny_sd3")
@@ -47,6 +48,20 @@ def test_networks_are_frozen_and_in_evaluation_mode(request, name):
     assert not any(parameter.requires_grad for parameter in model.parameters().values())
     assert not any(module.training for module in model.components().values())
     assert not any(module.training for module in model.denoiser.modules() if module is not model.denoiser)
+
+
+def test_opening_is_silent_and_leaves_progress_bars_as_they_were(tiny_sd, tmp_path, capsys):
+    capsys.readouterr()
+    model = open_model(tiny_sd)
+    export_student(model, model.denoiser, tmp_path / "student")
+    assert capsys.readouterr() == ("", "")
+    assert diffusers.utils.logging.is_progress_bar_enabled()
+    diffusers.utils.logging.disable_progress_bar()
+    try:
+        open_model(tiny_sd)
+        assert not diffusers.utils.logging.is_progress_bar_enabled()
+    finally:
+        diffusers.utils.logging.enable_progress_bar()
 
 
 def test_keys_name_component_and_parameter(tiny_sd):
