@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 
 from sublimate.erasure.methods.uce import UCE
@@ -165,11 +165,14 @@ def test_fit_leaves_the_model_alone_and_says_where_the_edit_comes_from(sd):
     assert edit.provenance["versions"].keys() == {"sublimate", "torch", "diffusers", "transformers"}
 
 
-def test_the_edit_is_a_lora(sd, tmp_path):
-    edit = UCE(tokens="last", templates=TEMPLATES).fit(sd, CAT)
-    assert max(len(a) for _, a in edit.low_rank.values()) == 2
-    save_file(edit.to_lora(sd), tmp_path / "pytorch_lora_weights.safetensors")
-    pipeline = StableDiffusionPipeline.from_pretrained(sd.source)
+@pytest.mark.parametrize("family", ["sd", "sd3"])
+def test_the_edit_is_a_lora(family, tmp_path, request):
+    model = request.getfixturevalue(family)
+    edit = UCE(tokens="last", templates=TEMPLATES).fit(model, CAT)
+    # Two templates, in each one row per tokenizer.
+    assert max(len(a) for _, a in edit.low_rank.values()) == {"sd": 2, "sd3": 4}[family]
+    save_file(edit.to_lora(model), tmp_path / "pytorch_lora_weights.safetensors")
+    pipeline = DiffusionPipeline.from_pretrained(model.source)
 
     def draw(pipe):
         pipe.set_progress_bar_config(disable=True)
@@ -178,8 +181,8 @@ def test_the_edit_is_a_lora(sd, tmp_path):
         return pipe("a cat", num_inference_steps=2, guidance_scale=1, output_type="latent", generator=generator).images
 
     plain = draw(pipeline)
-    with edit.applied(sd):
-        expected = draw(sd.pipeline)
+    with edit.applied(model):
+        expected = draw(model.pipeline)
     pipeline.load_lora_weights(tmp_path)
     torch.testing.assert_close(draw(pipeline), expected, rtol=0, atol=1e-5)
     assert (expected - plain).abs().max() > 1e-3
