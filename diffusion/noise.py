@@ -87,6 +87,18 @@ class Schedule(ABC):
         """The standard deviation of the pure noise that a one-step student trained at t is given."""
         return self.noise_scale
 
+    def callable_time(self, log_snr: float) -> float:
+        """The time nearest to a log-SNR at which a network, and an exported student, can be started.
+
+        Raises:
+            ValueError: for a level outside [t_min, t_max].
+        """
+        t = float(self.t_at_log_snr(log_snr))
+        if not self.t_min <= t <= self.t_max:
+            ends = [round(float(self.log_snr(end)), 2) for end in (self.t_max, self.t_min)]
+            raise ValueError(f"A log-SNR of {log_snr} lies outside this schedule, whose range is {ends}.")
+        return t
+
     def uniform_time(self, u: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
         """The times that training draws, by inverting their distribution function.
 

@@ -113,6 +113,10 @@ class DiscreteVP(Schedule):
             weight = torch.where(left == len(levels) - 2, linear_alpha, weight)
         return left - 1 + weight.clamp(max=1.0)
 
+    def callable_time(self, log_snr: float) -> float:
+        """As in `Schedule`: the nearest whole time, because stock schedulers know no other."""
+        return float(round(super().callable_time(log_snr)))
+
     def _time_at(self, u: Tensor) -> Tensor:
         # Every whole time is equally likely, t_min and t_max too.
         return (u * (self.t_max + 1)).floor().clamp(max=self.t_max)

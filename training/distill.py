@@ -69,7 +69,7 @@ class DistillConfig(Config):
         method = registry.load(OBJECTIVES, self.method, Objective)
         options = validate_section(method.Config, self.objective)
         batch = self.trainer.train_batch_size * self.trainer.gradient_accumulation_steps
-        return options.passes() * batch * self.trainer.max_train_steps
+        return batch * sum(options.passes(step) for step in range(self.trainer.max_train_steps))
 
 
 def distill(
@@ -162,9 +162,9 @@ def _validator(model: Model, objective: Objective, config: DistillConfig) -> Cal
     condition = model.encode_prompts(config.validation_prompts)
 
     def validate(step: int) -> None:
-        student = objective.exports().module
-        t = model.schedule.t_max
-        x0 = student((model.schedule.noise_scale * z).to(model.device), t, condition).x0
+        artefact, schedule = objective.exports(), model.schedule
+        t = schedule.t_max if artefact.start_time is None else artefact.start_time
+        x0 = artefact.module((schedule.start_scale(t) * z).to(model.device), t, condition).x0
         folder = config.trainer.output_dir / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         picture = image_grid(model.decode(x0).clamp(0, 1), columns=8)
@@ -177,6 +177,6 @@ def _export(model: Model, objective: Objective, config: DistillConfig, folder: P
     artefact = objective.exports()
     provenance = {**objective.describe(), "config": dump_config(config), "base": model.source}
     if artefact.kind == "lora":
-        export_lora(model, artefact.module, folder, provenance=provenance)
+        export_lora(model, artefact.module, folder, t=artefact.start_time, provenance=provenance)
     else:
         export_student(model, artefact.module, folder, t=artefact.start_time, provenance=provenance)

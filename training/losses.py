@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sublimate.diffusion.predictions import Prediction
+
 # h(r) = f''(r) r^2 for r = p/q (teacher over student), f as in f-distill (arXiv 2502.15681, Table 1).
 # Constants matter only beside other terms: after normalisation to mean one they drop out. "js" belongs to
 # f = r log r - (r+1) log((r+1)/2), which is twice the Jensen-Shannon divergence.
@@ -43,6 +45,20 @@ def pseudo_target_loss(x0: Tensor, direction: Tensor) -> Tensor:
     x0, direction = x0.float(), direction.detach().float()
     moved = direction * (x0 - x0.detach())
     return (0.5 * direction.square() + moved).flatten(1).mean(1)
+
+
+def denoising_loss(prediction: Prediction, x0: Tensor, eps: Tensor) -> Tensor:
+    """|y - y*|^2 per sample as a mean over elements, y* the network's own target (eps, v, flow, F).
+
+    Args:
+        prediction: the network's, at x_t = alpha_t x0 + sigma_t eps.
+        x0, eps: (batch, ...), what x_t was made of.
+
+    Returns:
+        float32 (batch,).
+    """
+    target = prediction.parametrization.target(x0, eps, prediction.coefficients)
+    return (prediction.output.float() - target.float()).square().flatten(1).mean(1)
 
 
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:

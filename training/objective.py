@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from sublimate.diffusion.conditions import Condition
+from sublimate.pipelines.few_steps import FewSteps
 from sublimate.training.config import Config
 from sublimate.training.players import Player
 from sublimate.training.randomness import SampleRandom
@@ -19,8 +20,8 @@ class ObjectiveConfig(Config, ABC):
     """Base of every objective's options; defaults are the paper's."""
 
     @abstractmethod
-    def passes(self) -> float:
-        """Network passes per sample and training step: forward 1, backward 2 to weights and 1 to inputs alone."""
+    def passes(self, step: int = 0) -> float:
+        """Network passes per sample in one training step: forward 1, backward 2 to weights and 1 to inputs alone."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,21 @@ class Loss:
 
 @dataclass(frozen=True)
 class Artefact:
-    """What a finished objective hands to the exporter: `kind` decides the format on disk (design section 3)."""
+    """What a finished objective hands to the exporter.
+
+    Attributes:
+        kind: the format on disk: a stock pipeline, a LoRA for the base, or an addition that only this library loads.
+        module: what was trained.
+        start_time: the time at which a student is given pure noise; None is the schedule's end.
+        few_steps: how the student is sampled in several steps; None for a student of one step.
+        attachment: the name and options of an attachment, JSON values.
+    """
 
     kind: Literal["weights", "lora", "attachment"]
     module: nn.Module
     start_time: float | None = None
+    few_steps: FewSteps | None = None
+    attachment: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Objective(ABC):

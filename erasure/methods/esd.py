@@ -66,7 +66,7 @@ class ESDConfig(FineTuningConfig):
             fill(template, "")
         return templates
 
-    def passes(self) -> float:
+    def passes(self, step: int = 0) -> float:
         """For a request with preserved concepts (if `retain` is set) and without `within`, which adds 1."""
         sampling = (self.sampling_steps - 1) / 2 * (1 if self.start_guidance == 1 else 2)
         return sampling + 2 + 3 + (3 if self.null_pin else 0) + (sampling + 1 + 3 if self.retain else 0)

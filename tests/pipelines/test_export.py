@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from sublimate.diffusion.samplers import one_step
 from sublimate.pipelines.cards import inherited_license, model_card
 from sublimate.pipelines.export import LORA_FILE, export_lora, export_student, save_model
+from sublimate.pipelines.folders import written_aside
 from sublimate.pipelines.generate import generate
 from sublimate.pipelines.model import Model, open_model
 
@@ -172,6 +173,22 @@ def test_the_base_keeps_its_weights_scheduler_and_config(tiny_sd, tmp_path):
     assert dict(model.pipeline.scheduler.config) == scheduler
 
 
+def test_adapters_are_merged_into_a_copy(tiny_sd, tmp_path):
+    # A player's tree shares the base's storage: merging in place would change the teacher.
+    model = open_model(tiny_sd)
+    before = model.content_hash()
+    memo = {id(p): p for p in model.denoiser.parameters()}
+    student = inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q"]), copy.deepcopy(model.denoiser, memo))
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            parameter.add_(0.5 if ".lora_" in name else 0.0)
+    expected = images_of(model, student, None)
+    export_student(model, student, tmp_path / "student")
+    assert model.content_hash() == before
+    assert torch.equal(images_of(model, student, None), expected)
+    assert any(".lora_" in name for name, _ in student.named_parameters())
+
+
 def test_the_record_says_how_it_was_made(tiny_sd, tmp_path):
     model = open_model(tiny_sd)
     folder = export_student(model, model.denoiser, tmp_path / "student", t=500, provenance={"method": "f_distill"})
@@ -238,6 +255,24 @@ def test_a_failed_export_leaves_the_earlier_one(tiny_sd, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk is full"):
         export_student(model, model.denoiser, folder, provenance={"round": 2})
     assert (folder / "sublimate.json").read_bytes() == earlier
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+def test_an_earlier_export_comes_back_when_the_new_one_cannot_take_its_name(tmp_path, monkeypatch):
+    folder = tmp_path / "student"
+    with written_aside(folder, "marker") as aside:
+        (aside / "marker").write_text("first")
+    rename = Path.rename
+
+    def fail(path: Path, target: Path) -> Path:
+        if path.name.endswith(".partial"):
+            raise OSError("no permission")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="no permission"), written_aside(folder, "marker") as aside:
+        (aside / "marker").write_text("second")
+    assert (folder / "marker").read_text() == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 

@@ -11,13 +11,19 @@ import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors.torch import load_file, save_file
 
 from sublimate.pipelines import model as model_module
 from sublimate.pipelines.checkpoints import single_file_family
 from sublimate.pipelines.export import export_student
-from sublimate.pipelines.model import open_model, packaged_names
+from sublimate.pipelines.model import Model, open_model, packaged_names
 
 FAMILIES = ("tiny_sd", "tiny_sd_v", "tiny_unconditional", "tiny_edm", "tiny_sd3")
 
@@ -48,6 +54,14 @@ def test_networks_are_frozen_and_in_evaluation_mode(request, name):
     assert not any(parameter.requires_grad for parameter in model.parameters().values())
     assert not any(module.training for module in model.components().values())
     assert not any(module.training for module in model.denoiser.modules() if module is not model.denoiser)
+
+
+def test_a_pipeline_in_training_is_frozen_too(tiny_sd):
+    pipeline = open_model(tiny_sd).pipeline
+    pipeline.unet.train().requires_grad_(True)
+    model = Model(pipeline, "mine")
+    assert not model.denoiser.network.training
+    assert not any(parameter.requires_grad for parameter in model.parameters().values())
 
 
 def test_opening_is_silent_and_leaves_progress_bars_as_they_were(tiny_sd, tmp_path, capsys):
@@ -92,7 +106,9 @@ def test_a_checkpoint_of_mixed_precision_opens_in_one(broken, dtype):
 
 def test_a_t5_opens_in_one_precision(tiny_sd3):
     # transformers keeps some of T5's layers in float32.
-    assert dtypes(open_model(tiny_sd3, dtype=torch.bfloat16)) == {torch.bfloat16}
+    encoder = DiffusionPipeline.from_pretrained(tiny_sd3, dtype=torch.float16).text_encoder_3
+    assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float16, torch.float32}
+    assert dtypes(open_model(tiny_sd3, dtype=torch.float16)) == {torch.float16}
 
 
 def test_variants(tiny_sd, tmp_path):
@@ -231,6 +247,7 @@ class Answer:
         (RepositoryNotFoundError("no", response=Answer()), "has no model owner/name, or it is private"),
         (RevisionNotFoundError("no", response=Answer()), "has no revision 'v9'"),
         (HTTPError("slow"), "cannot be reached"),
+        (HfHubHTTPError("500 it broke\nsorry", response=Answer()), r"cannot be fetched from the hub \(500 it broke\)"),
         (OSError("Could not find the necessary `safetensors` weights"), "as pickles only"),
         (ValueError("\nthe first\nthe second"), r"cannot be fetched from the hub \(the first\)"),
     ],

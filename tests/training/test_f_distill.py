@@ -115,7 +115,7 @@ def quadrature(objective, times, power):
     points = torch.quasirandom.SobolEngine(2, scramble=True, seed=0).draw_base2(power, dtype=torch.float64)
     z, eps = torch.special.ndtri(points.clamp(1e-12, 1 - 1e-12)).repeat(len(times), 1).split(1, dim=1)
     t = times.repeat_interleave(2**power)
-    objective._draw = lambda batch: batch.adding(z=z, eps=eps, eps_real=eps, t=t)
+    objective.draw = lambda batch: batch.adding(z=z, eps=eps, eps_real=eps, t=t)
     return Batch(Condition(), SampleRandom(0, 0, "x", []))
 
 

@@ -1,10 +1,12 @@
 """One property matrix over all objectives, on tiny checkpoints of real classes of every family."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
 
+from sublimate.diffusion.denoisers import Denoiser
 from sublimate.pipelines.model import open_model
 from sublimate.training import registry
 from sublimate.training.data import ModelSource
@@ -103,8 +105,33 @@ class TestObjective:
             for a, b in zip(gradients(plain, turn), gradients(saving, turn), strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * float(a.abs().max()) + 1e-10)
 
-    def test_the_cost_is_counted(self, model, case, tmp_path):
-        assert make(model, case).config.passes() > 0
+    def test_a_step_makes_the_passes_that_its_options_name_and_no_other(self, model, case, tmp_path):
+        trainer = make_trainer(model, case, tmp_path, train_batch_size=4)
+        with counted(trainer, model) as passes:
+            for turn in trainer.objective.turns(0):
+                trainer._take(turn)
+        assert sum(passes) == 4 * trainer.objective.config.passes(0)
+
+
+@contextlib.contextmanager
+def counted(trainer, model):
+    """Samples through every network: forward 1; backward 2 if weights train, 1 if inputs alone need gradients."""
+    passes = []
+
+    def count(network, inputs, keywords, output):
+        x_in = inputs[0] if inputs else keywords["hidden_states"]
+        passes.append(len(x_in))
+        if any(p.requires_grad for p in network.parameters()) and torch.is_grad_enabled():
+            output.sample.register_hook(lambda gradient: passes.append(2 * len(gradient)))
+        elif x_in.requires_grad:  # not the output: the loss may read features alone
+            x_in.register_hook(lambda gradient: passes.append(len(gradient)))
+
+    trees = [model.denoiser, *(player.module for player in trainer.players.values())]
+    networks = {id(d.network): d.network for d in trees if isinstance(d, Denoiser)}
+    hooks = [network.register_forward_hook(count, with_kwargs=True) for network in networks.values()]
+    yield passes
+    for hook in hooks:
+        hook.remove()
 
 
 def gradients(trainer, turn):
@@ -125,24 +152,3 @@ def gradients(trainer, turn):
         for name, step in steps.items():
             trainer.optimizers[name].step = step
     return found
-
-
-def test_passes_of_f_distill_are_what_the_networks_are_called(request, tmp_path):
-    """Counts samples through every network: forward 1; backward 2 to weights, 1 to inputs alone."""
-    model = open_model(str(request.getfixturevalue("tiny_sd")))
-    trainer = make_trainer(model, "f_distill", tmp_path, train_batch_size=4)
-    student, critic = (trainer.players[n].module for n in ("student", "critic"))
-    forwards = 0
-
-    def count(network, inputs, keywords, output):
-        nonlocal forwards
-        forwards += len(inputs[0])
-
-    networks = [d.network for d in (model.denoiser, student, critic)]
-    hooks = [n.register_forward_hook(count, with_kwargs=True) for n in networks]
-    for turn in trainer.objective.turns(0):
-        trainer._take(turn)
-    for hook in hooks:
-        hook.remove()
-    backwards = 2 * 4 + 2 * 4 + 1 * 4  # the critic's turn, the student's turn, and through the teacher's features
-    assert forwards + backwards == 4 * trainer.objective.config.passes()

@@ -25,7 +25,7 @@ class AutoencodingConfig(ObjectiveConfig):
     edge_weight: float = Field(default=0.5, ge=0)
     autoencoder: PlayerConfig = PlayerConfig(learning_rate=1e-3)
 
-    def passes(self) -> float:
+    def passes(self, step: int = 0) -> float:
         return 3
 
 

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from sublimate.diffusion.conditions import Condition
-from sublimate.diffusion.denoisers import Denoiser
 from sublimate.diffusion.predictions import add_noise
+from sublimate.training.losses import denoising_loss
 from sublimate.training.objective import Artefact, Batch, Loss, ObjectiveConfig, SoloObjective, Turn
 from sublimate.training.players import PlayerConfig, make_player
-
-
-class Trainee(Protocol):
-    """What the objective reads of a model."""
-
-    denoiser: Denoiser
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]: ...
-
-    def null_condition(self) -> Condition: ...
+from sublimate.training.teacher import Trainee
 
 
 class DenoisingConfig(ObjectiveConfig):
@@ -39,7 +29,7 @@ class DenoisingConfig(ObjectiveConfig):
     time_range: tuple[float, float] = (0.0, 1.0)
     student: PlayerConfig = PlayerConfig()
 
-    def passes(self) -> float:
+    def passes(self, step: int = 0) -> float:
         return 3
 
 
@@ -56,7 +46,7 @@ class Denoising(SoloObjective):
 
     def __init__(self, model: Trainee, config: DenoisingConfig) -> None:
         super().__init__(model, config, "student", make_player(model.denoiser, config.student, ema=True))
-        self.schedule, self.parametrization = model.denoiser.schedule, model.denoiser.parametrization
+        self.schedule = model.denoiser.schedule
         self.shape, self.null = tuple(model.latent_shape), model.null_condition()
 
     @property
@@ -74,8 +64,7 @@ class Denoising(SoloObjective):
         x0, eps, t = batch["images"], batch["eps"], batch["t"]
         condition = _dropping(batch.condition, self.null, batch["dropped"]) if self.null else batch.condition
         prediction = self.student(add_noise(self.schedule, x0, eps, t), t, condition)
-        target = self.parametrization.target(x0, eps, self.schedule.at(t))
-        return Loss((prediction.output.float() - target.float()).square().mean())
+        return Loss(denoising_loss(prediction, x0, eps).mean())
 
     @property
     def student(self) -> nn.Module:

@@ -1,0 +1,181 @@
+"""Distribution matching: the shape of every objective in which a one-step student faces a critic of its samples."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from sublimate.diffusion.conditions import Condition
+from sublimate.diffusion.guidance import guided
+from sublimate.diffusion.predictions import Prediction, add_noise
+from sublimate.training.discriminator import make_discriminator
+from sublimate.training.losses import denoising_loss, discriminator_loss
+from sublimate.training.objective import Artefact, Batch, Loss, Objective, ObjectiveConfig, Turn
+from sublimate.training.players import Player, PlayerConfig, make_player
+from sublimate.training.teacher import Teacher, check_guidance, frozen
+
+STUDENT = "student"
+
+
+class MatchingConfig(ObjectiveConfig):
+    """Options of distribution matching.
+
+    Attributes:
+        guidance_scale: the teacher's guidance; 1 is none.
+        start_log_snr: log(alpha^2/sigma^2) of the level at which the student is given pure noise; None is the
+            schedule's end.
+        critic_updates: critic (and discriminator) updates per student update.
+        time_range: noise levels used, as fractions of the schedule's time.
+        discriminator_width: hidden width of the discriminator's heads, where there is one.
+        student, critic, discriminator: how each player is made and optimised.
+    """
+
+    guidance_scale: float = Field(default=1.0, ge=1)
+    start_log_snr: float | None = None
+    critic_updates: int = Field(default=1, ge=1)
+    time_range: tuple[float, float] = (0.02, 0.98)
+    discriminator_width: int = Field(default=256, ge=1)
+    student: PlayerConfig = PlayerConfig()
+    critic: PlayerConfig = PlayerConfig()
+    discriminator: PlayerConfig = PlayerConfig()
+
+    @property
+    def adversarial(self) -> bool:
+        """Whether a discriminator, and with it a real class of images, takes part."""
+        return False
+
+    @property
+    def teacher_passes(self) -> int:
+        """Network passes of one guided prediction."""
+        return 1 if self.guidance_scale == 1 else 2
+
+    def passes(self, step: int = 0) -> float:
+        # The sample, the critic's update, and the teacher's features of a real and a generated sample.
+        critic_turn = 1 + 3 + 2 * self.adversarial
+        return self.critic_updates * critic_turn + self.student_passes(step)
+
+    @abstractmethod
+    def student_passes(self, step: int = 0) -> float:
+        """Network passes per sample of the student's turn, counted as in `passes`."""
+
+
+class Matching(Objective):
+    """Brings the distribution of x0 = mu_theta(start_scale z, t_start, c), z ~ N(0, I), towards the teacher's.
+
+    A step has `critic_updates` critic turns and one student turn. In a critic's turn the critic learns to denoise the
+    student's samples (its score is then s_q), and the discriminator, where there is one, to tell the `images` from
+    them on the frozen teacher's features; its logit estimates log(p_t/q_t) of the images it is shown. What the student
+    minimises is the objective's own: `student_loss`, after `prepare_student` where samples are coupled.
+
+    Both see the batch with the draws `z`, `eps` (batch, *latent_shape) and `t` (batch,), the teacher as `self.teach`
+    (guided) or `self.teacher` (plain), and the players as `self.student`, `self.critic` and `self.discriminator`.
+
+    Args:
+        model: the teacher; stays frozen.
+        config: options.
+    """
+
+    Config: ClassVar[type[MatchingConfig]]  # type: ignore[assignment]
+
+    def __init__(self, model: Teacher, config: MatchingConfig) -> None:
+        super().__init__(model, config)
+        self.teacher = frozen(model)
+        self.schedule = self.teacher.schedule
+        self.shape, self.null = tuple(model.latent_shape), model.null_condition()
+        check_guidance(self.null, config.guidance_scale)
+        start = config.start_log_snr
+        self.start = self.schedule.t_max if start is None else self.schedule.callable_time(start)
+        self.taps = model.feature_taps() if config.adversarial else ()
+        self._players = {
+            STUDENT: make_player(self.teacher, config.student, ema=True),
+            "critic": make_player(self.teacher, config.critic),
+        }
+        if config.adversarial:
+            judge = make_discriminator(self.teacher, self.taps, self.shape, self.null, config.discriminator_width)
+            self._players["discriminator"] = make_player(judge, config.discriminator)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        wanted = {"prompts": bool(self.null), "images": "discriminator" in self._players}
+        return frozenset(name for name, present in wanted.items() if present)
+
+    def players(self) -> dict[str, Player]:
+        return self._players
+
+    @property
+    def student(self) -> nn.Module:
+        return self._players[STUDENT].module
+
+    @property
+    def critic(self) -> nn.Module:
+        return self._players["critic"].module
+
+    @property
+    def discriminator(self) -> nn.Module:
+        return self._players["discriminator"].module
+
+    def turns(self, step: int) -> tuple[Turn, ...]:
+        trains = tuple(name for name in self._players if name != STUDENT)
+        critics = tuple(Turn(f"critic{i}", trains) for i in range(self.config.critic_updates))
+        return (*critics, Turn(STUDENT, (STUDENT,)))
+
+    def prepare(self, turn: Turn, batch: Batch, step: int) -> Batch:
+        batch = self.draw(batch)
+        if turn.name == STUDENT:
+            return self.prepare_student(batch, step)
+        return batch.adding(x0=self.generate(batch["z"], batch.condition))
+
+    def loss(self, turn: Turn, batch: Batch, step: int) -> Loss:
+        return self.student_loss(batch, step) if turn.name == STUDENT else self.critic_loss(batch)
+
+    def prepare_student(self, batch: Batch, step: int) -> Batch:
+        """Decides on the whole batch, without gradients, what couples the samples of the student's turn."""
+        return batch
+
+    @abstractmethod
+    def student_loss(self, batch: Batch, step: int) -> Loss:
+        """What the student minimises, on a micro-batch."""
+
+    def critic_loss(self, batch: Batch) -> Loss:
+        """Denoising score matching on the student's samples `x0`, and the discriminator's loss beside it."""
+        x_t = self.noised(batch["x0"], batch)
+        prediction = self.critic(x_t, batch["t"], batch.condition)
+        denoising = denoising_loss(prediction, batch["x0"], batch["eps"]).mean()
+        if "discriminator" not in self._players:
+            return Loss(denoising)
+        with torch.no_grad():
+            fake = self.teacher(x_t, batch["t"], batch.condition, features=self.taps)
+            x_t = add_noise(self.schedule, batch["images"], batch["eps_real"], batch["t"])
+            real = self.teacher(x_t, batch["t"], batch.condition, features=self.taps)
+        judge = self.discriminator
+        gan = discriminator_loss(judge(real, batch["t"]), judge(fake, batch["t"])).mean()
+        return Loss(denoising + gan, {"critic/denoising": denoising, "critic/discriminator": gan})
+
+    def generate(self, z: Tensor, condition: Condition) -> Tensor:
+        """The student's samples x0 from z ~ N(0, I), both (batch, *latent_shape)."""
+        return self.student(self.schedule.start_scale(self.start) * z, self.start, condition).x0
+
+    def noised(self, x0: Tensor, batch: Batch) -> Tensor:
+        """x_t = alpha_t x0 + sigma_t eps with the batch's draws."""
+        return add_noise(self.schedule, x0, batch["eps"], batch["t"])
+
+    def teach(self, x_t: Tensor, batch: Batch, *, features: tuple[str, ...] = ()) -> Prediction:
+        """The guided teacher's prediction at the batch's times."""
+        scale = self.config.guidance_scale
+        return guided(self.teacher, x_t, batch["t"], batch.condition, self.null, scale, features=features)
+
+    def draw(self, batch: Batch) -> Batch:
+        """The random numbers of a turn: z, eps, t, and eps_real for the discriminator's real samples."""
+        device = next(self.teacher.parameters()).device
+        low, high = self.config.time_range
+        t = self.schedule.uniform_time(batch.random.uniform(device), low, high)
+        names = ("z", "eps", "eps_real") if "discriminator" in self._players else ("z", "eps")
+        return batch.adding(t=t, **{name: batch.random.normal(self.shape, device) for name in names})
+
+    def exports(self) -> Artefact:
+        kind: Literal["weights", "lora"] = "weights" if self.config.student.kind == "full" else "lora"
+        return Artefact(kind, self.student, self.start)

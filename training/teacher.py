@@ -1,0 +1,47 @@
+"""What objectives read of a model, and the checks of options that depend on it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from sublimate.diffusion.conditions import Condition
+from sublimate.diffusion.denoisers import Denoiser
+
+
+class Trainee(Protocol):
+    """What training alone reads of a model."""
+
+    denoiser: Denoiser
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]: ...
+
+    def null_condition(self) -> Condition: ...
+
+
+class Teacher(Trainee, Protocol):
+    """What distillation reads of a model besides: the features that serve a discriminator."""
+
+    def feature_taps(self) -> tuple[str, ...]: ...
+
+
+def frozen(teacher: Trainee) -> Denoiser:
+    """The teacher's denoiser, in evaluation mode and without gradients to its weights."""
+    return teacher.denoiser.requires_grad_(False).eval()
+
+
+def check_guidance(null: Condition, *scales: float) -> None:
+    """Refuses guidance where there is no text to guide by.
+
+    Args:
+        null: the teacher's null condition; without keys for an unconditional teacher.
+        scales: the guidance scales that will be used; 1 is none.
+
+    Raises:
+        ValueError: when the teacher is unconditional and a scale is not 1.
+    """
+    if not null and any(scale != 1 for scale in scales):
+        raise ValueError(
+            f"objective.guidance_scale is {', '.join(map(str, scales))}, but the teacher is unconditional: "
+            "set it to 1."
+        )
