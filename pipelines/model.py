@@ -135,6 +135,16 @@ class Model:
         """x0 -> images, about [0, 1], not clamped; differentiable."""
         return self.backbone.decode(self.pipeline, latents)
 
+    def denoiser_with_number_input(self) -> Denoiser:
+        """A denoiser over the same weights that can also be told the guidance scale or a target time.
+
+        Raises:
+            ValueError: when the family's stock network has no such input.
+        """
+        ours = self.denoiser
+        network = self.backbone.with_number_input(ours.network)
+        return Denoiser(network, ours.call, ours.schedule, ours.parametrization)
+
     def feature_taps(self) -> tuple[str, ...]:
         """The modules whose outputs serve a discriminator by default; `backbone.feature_taps` knows more."""
         return self.backbone.feature_taps(self.denoiser.network)[: self.backbone.discriminator_taps]

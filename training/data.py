@@ -36,16 +36,27 @@ class ModelSource:
         model: encodes the prompts (its text encoder stays frozen).
         prompts: one per sample; empty for an unconditional model.
         latents: (samples, *latent_shape), `latents[i]` shows `prompts[i]`; None when the objective is data-free.
+        negatives: negative prompts, paired with prompts at random; the condition then has them as "negative".
     """
 
-    def __init__(self, model: Model, prompts: Sequence[str] = (), latents: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        prompts: Sequence[str] = (),
+        latents: Tensor | None = None,
+        negatives: Sequence[str] = (),
+    ) -> None:
         if latents is not None and prompts and len(latents) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts do not match {len(latents)} images: give one prompt per image.")
-        self.model, self.prompts, self.latents = model, list(prompts), latents
+        self.model, self.prompts, self.latents, self.negatives = model, list(prompts), latents, list(negatives)
 
     @property
     def provides(self) -> frozenset[str]:
-        given = {"prompts": bool(self.prompts), "images": self.latents is not None}
+        given = {
+            "prompts": bool(self.prompts),
+            "images": self.latents is not None,
+            "negatives": bool(self.negatives),
+        }
         return frozenset(name for name, present in given.items() if present)
 
     def batch(self, random: SampleRandom) -> Batch:
@@ -54,6 +65,9 @@ class ModelSource:
         with torch.no_grad():
             prompts = [self.prompts[i] for i in indices.tolist()] if self.prompts else []
             condition = self.model.encode_prompts(prompts) if prompts else Condition()
+            if self.negatives:
+                chosen = [self.negatives[i] for i in random.integers(len(self.negatives)).tolist()]
+                condition = condition.replace(negative=self.model.encode_prompts(chosen)["text"])
         tensors = {} if self.latents is None else {"images": self.latents[indices]}
         return Batch(condition, random, tensors)
 

@@ -18,6 +18,7 @@ from sublimate.training import registry
 from sublimate.training.config import Config, dump_config, validate_section
 from sublimate.training.data import ModelSource, Source, read_image_folder, read_prompts
 from sublimate.training.ink.sources import captioned
+from sublimate.training.ink.vocabulary import SYNONYMS
 from sublimate.training.objective import Objective
 from sublimate.training.trainer import Trainer, TrainerConfig
 
@@ -31,6 +32,7 @@ class DataConfig(Config):
         prompts: "ink" for captions of Ink's grammar, or a text or JSON-lines file; None for an unconditional model.
         images: the real class and the data of data-driven objectives: "teacher" for the (edited) teacher's own
             guided samples, "ink" for renderings, a folder of images with `metadata.jsonl`; None for none.
+        negatives: negative prompts for objectives that need them: "ink" for Ink's own concepts, or a text file.
         count: captions and images to draw when they come from "ink" or "teacher".
         teacher_steps: sampling steps of the teacher's own samples.
         seed: seed of those draws.
@@ -38,6 +40,7 @@ class DataConfig(Config):
 
     prompts: str | None = "ink"
     images: str | None = "teacher"
+    negatives: str | None = None
     count: int = Field(default=4096, ge=1)
     teacher_steps: int = Field(default=25, ge=1)
     seed: int = Field(default=0, ge=0)
@@ -134,7 +137,12 @@ def make_source(model: Model, data: DataConfig, guidance_scale: float, *, progre
             latents = torch.cat([model.encode(part) for part in images.split(64)])
     else:
         latents = None
-    return ModelSource(model, prompts, latents)
+    negatives = list(SYNONYMS) if data.negatives == "ink" else _prompts_of(data.negatives)
+    return ModelSource(model, prompts, latents, negatives)
+
+
+def _prompts_of(file: str | None) -> list[str]:
+    return [] if file is None else read_prompts(Path(file))
 
 
 def _prompts_and_images(data: DataConfig) -> tuple[list[str], Tensor | None]:
@@ -148,9 +156,7 @@ def _prompts_and_images(data: DataConfig) -> tuple[list[str], Tensor | None]:
         return read_image_folder(Path(data.images))
     else:
         prompts, images = [], None
-    if data.prompts not in (None, "ink"):
-        prompts = read_prompts(Path(data.prompts))
-    return prompts, images
+    return prompts if data.prompts == "ink" else _prompts_of(data.prompts), images
 
 
 def _validator(model: Model, objective: Objective, config: DistillConfig) -> Callable[[int], None] | None:

@@ -20,9 +20,11 @@ class Trainee(Protocol):
 
 
 class Teacher(Trainee, Protocol):
-    """What distillation reads of a model besides: the features that serve a discriminator."""
+    """What distillation reads of a model besides: features for a discriminator, a denoiser that is told a number."""
 
     def feature_taps(self) -> tuple[str, ...]: ...
+
+    def denoiser_with_number_input(self) -> Denoiser: ...
 
 
 def frozen(teacher: Trainee) -> Denoiser:

@@ -173,6 +173,16 @@ class Backbone(ABC):
         """Whether the network is told the guidance scale, as the condition's "guidance", instead of being guided."""
         return False
 
+    def with_number_input(self, network: Network) -> Network:
+        """The network with an input for one more number per sample, the guidance scale or a target time.
+
+        Its weights are the network's own tensors, and the new layer is zero, so that it starts out ignored.
+
+        Raises:
+            ValueError: when the family's stock network has no such input.
+        """
+        raise ValueError(f"A {type(network).__name__} cannot be told the guidance scale or a target time.")
+
     def feature_taps(self, network: Network) -> tuple[str, ...]:
         """Modules whose output makes a good feature; the first `discriminator_taps` of them serve a discriminator."""
         return ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -15,6 +16,9 @@ from sublimate.pipelines.backbones.base import Backbone, EntryPoint, Network, On
 from sublimate.pipelines.features import tapped
 from sublimate.pipelines.one_step import ddim_at
 from sublimate.pipelines.tokens import TokenSpan, concept_span, prompt_span, tokenize
+
+NUMBER_WIDTH = 256
+"""Width of the embedded number, as in latent consistency models (Luo et al. 2023, arXiv 2310.04378)."""
 
 
 class StableDiffusion(Backbone):
@@ -32,10 +36,10 @@ class StableDiffusion(Backbone):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if "text" not in condition:
             raise ValueError("Stable Diffusion needs a text condition: encode a prompt, '' for none.")
-        # Latent consistency models are told the guidance scale; a player may have added the layer that reads it.
+        # Latent consistency models are told the guidance scale, trajectory models the time they jump to.
         projection = network.time_embedding.cond_proj
-        refuse_unknown(condition, ("text",) if projection is None else ("text", "guidance"), network)
-        embedding = None if projection is None else _guidance_embedding(condition, projection.in_features, x_in)
+        refuse_unknown(condition, ("text",) if projection is None else ("text", "guidance", "target_time"), network)
+        embedding = None if projection is None else _number_embedding(condition, projection.in_features, x_in)
         with tapped(network, features) as taps:
             y = network(x_in, t_net, encoder_hidden_states=condition["text"], timestep_cond=embedding).sample
         return y, taps
@@ -79,6 +83,17 @@ class StableDiffusion(Backbone):
     def reads_guidance(self, network: Network) -> bool:
         return network.time_embedding.cond_proj is not None
 
+    def with_number_input(self, network: Network) -> Network:
+        if self.reads_guidance(network):
+            return network
+        twin = copy.deepcopy(network, {id(p): p for p in (*network.parameters(), *network.buffers())})
+        embedding = twin.time_embedding
+        projection = nn.Linear(NUMBER_WIDTH, embedding.linear_1.in_features, bias=False)
+        nn.init.zeros_(projection.weight)
+        embedding.cond_proj = projection.to(embedding.linear_1.weight)
+        twin.register_to_config(time_cond_proj_dim=NUMBER_WIDTH)
+        return twin
+
     def feature_taps(self, network: Network) -> tuple[str, ...]:
         downs = tuple(f"down_blocks.{i}" for i in range(len(network.down_blocks)))
         ups = tuple(f"up_blocks.{i}" for i in range(len(network.up_blocks)))
@@ -98,15 +113,23 @@ class StableDiffusion(Backbone):
         return (concept_span(pipe.tokenizer, prompt, concept, pipe.tokenizer.model_max_length),)
 
 
-def _guidance_embedding(condition: Condition, width: int, x_in: Tensor) -> Tensor:
-    """What a guidance-distilled UNet is told: sines and cosines of w = scale - 1, (batch, width).
+def _number_embedding(condition: Condition, width: int, x_in: Tensor) -> Tensor:
+    """What a UNet with an additional input is told: sines and cosines of a number, (batch, width).
 
-    Meng et al. 2023, arXiv 2210.03142; w is multiplied by 1000 as in latent consistency models. The scale is 1, no
-    guidance, unless the condition says otherwise.
+    The number is w = scale - 1 for a guidance-distilled UNet (Meng et al. 2023, arXiv 2210.03142), multiplied by 1000
+    as in latent consistency models. For a target time it is the time as a fraction of the table. Both are 0 unless the
+    condition says otherwise: no guidance, a jump to clean data.
     """
-    scale = condition["guidance"] if "guidance" in condition else torch.ones(len(x_in), device=x_in.device)
+    if "target_time" in condition:
+        if "guidance" in condition:
+            raise ValueError("A UNet has one additional input: tell it the guidance scale or a target time, not both.")
+        number = (condition["target_time"].float() + 1) / 1000
+    elif "guidance" in condition:
+        number = condition["guidance"].float() - 1
+    else:
+        number = torch.zeros(len(x_in), device=x_in.device)
     half = width // 2
     frequencies = torch.exp(torch.arange(half, device=x_in.device) * (-math.log(10000.0) / (half - 1)))
-    angles = 1000.0 * (scale.float() - 1)[:, None] * frequencies
+    angles = 1000.0 * number[:, None] * frequencies
     embedding = torch.cat([angles.sin(), angles.cos()], dim=1)
     return nn.functional.pad(embedding, (0, width % 2)).to(x_in.dtype)
