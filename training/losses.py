@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sublimate.diffusion.predictions import Prediction
+from sublimate.diffusion.predictions import Prediction, per_sample
 
 # h(r) = f''(r) r^2 for r = p/q (teacher over student), f as in f-distill (arXiv 2502.15681, Table 1).
 # Constants matter only beside other terms: after normalisation to mean one they drop out. "js" belongs to
@@ -47,6 +47,23 @@ def pseudo_target_loss(x0: Tensor, direction: Tensor) -> Tensor:
     return (0.5 * direction.square() + moved).flatten(1).mean(1)
 
 
+def score_difference(x0: Tensor, p: Prediction, q: Prediction, *, normalized: bool) -> Tensor:
+    """mu_q - mu_p, the direction in which reverse KL moves x0 (up to sigma^2/alpha^2, see `pseudo_target_loss`).
+
+    Args:
+        x0: the student's samples, (batch, ...).
+        p, q: predictions of the (guided) teacher and of the critic at the noised samples.
+        normalized: divide each sample's by mean|x0 - mu_p|, DMD's weight (Yin et al. 2024, arXiv 2311.18828, eq. 8).
+
+    Returns:
+        float32, shaped like x0.
+    """
+    difference = (q.x0 - p.x0).float()
+    if not normalized:
+        return difference
+    return difference / per_sample((x0 - p.x0).float().abs().flatten(1).mean(1).clamp_min(1e-6), x0)
+
+
 def denoising_loss(prediction: Prediction, x0: Tensor, eps: Tensor) -> Tensor:
     """|y - y*|^2 per sample as a mean over elements, y* the network's own target (eps, v, flow, F).
 
@@ -59,6 +76,42 @@ def denoising_loss(prediction: Prediction, x0: Tensor, eps: Tensor) -> Tensor:
     """
     target = prediction.parametrization.target(x0, eps, prediction.coefficients)
     return (prediction.output.float() - target.float()).square().flatten(1).mean(1)
+
+
+def squared_loss(x: Tensor, target: Tensor) -> Tensor:
+    """(x - target)^2 per sample as a mean over elements; both (batch, ...), float32 (batch,)."""
+    return (x.float() - target.float()).square().flatten(1).mean(1)
+
+
+def pseudo_huber_loss(x: Tensor, target: Tensor, c: float) -> Tensor:
+    """sqrt((x - target)^2 + c^2) - c per sample as a mean over elements.
+
+    Squared / 2c where the difference is far below c, absolute far above.
+
+    Args:
+        x, target: (batch, ...).
+        c: > 0, in units of x.
+
+    Returns:
+        float32 (batch,).
+    """
+    difference = (x.float() - target.float()).square()
+    # sqrt(d + c^2) - c without the difference of nearly equal numbers.
+    return (difference / ((difference + c * c).sqrt() + c)).flatten(1).mean(1)
+
+
+def pseudo_huber_norm(x: Tensor, target: Tensor, c: float) -> Tensor:
+    """sqrt(|x - target|^2 + c^2) - c per sample, with the norm over all its elements (iCT, arXiv 2310.14189, 3.3).
+
+    Args:
+        x, target: (batch, ...).
+        c: > 0, in units of x; a tiny one gives the plain norm, with gradient 0 instead of none where x is the target.
+
+    Returns:
+        float32 (batch,).
+    """
+    difference = (x.float() - target.float()).square().flatten(1).sum(1)
+    return difference / ((difference + c * c).sqrt() + c)
 
 
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sublimate.diffusion.predictions import Prediction, per_sample
-from sublimate.training.losses import F_DIVERGENCES, generator_loss, pseudo_target_loss
+from sublimate.training.losses import F_DIVERGENCES, generator_loss, pseudo_target_loss, score_difference
 from sublimate.training.matching import Matching, MatchingConfig
 from sublimate.training.objective import Batch, Loss
 from sublimate.training.teacher import Teacher
@@ -119,10 +119,8 @@ class FDistill(Matching):
         x_t = self.noised(x0, batch)
         q = self.critic(x_t, batch["t"], batch.condition)
         p = self.teach(x_t, batch, features=self.taps)
-        weight = self._weight(p, batch["t"])
-        if self.config.sample_normalization:
-            weight = weight / (x0 - p.x0).float().abs().flatten(1).mean(1).clamp_min(1e-6)
-        return per_sample(weight, x0) * (q.x0 - p.x0).float()
+        difference = score_difference(x0, p, q, normalized=self.config.sample_normalization)
+        return per_sample(self._weight(p, batch["t"]), x0) * difference
 
     def _weight(self, prediction: Prediction, t: Tensor) -> Tensor:
         """h(r) per sample, float32 (batch,)."""
