@@ -27,5 +27,4 @@ def command(
         typer.echo(dump_config(resolved), nl=False)
         typer.echo(f"# {passes:,.0f} network passes of one sample (a backward pass counts as two)")
         return
-    folder = distill(resolved)
-    typer.echo(f'Wrote {folder}: DiffusionPipeline.from_pretrained("{folder}"), one step.')
+    typer.echo(f"Wrote {distill(resolved)}; how to load it stands in its README.md.")

@@ -12,13 +12,17 @@ def command(
     model: Annotated[str, typer.Argument(help="A packaged name (ink), a diffusers folder, a file or a hub id.")],
     edit: Annotated[list[Path] | None, typer.Option(help="An edit to apply first; repeatable.")] = None,
     n: Annotated[int, typer.Option(min=2, help="Images for the distances (on Ink).")] = 5000,
-    judged: Annotated[int, typer.Option(min=1, help="Prompts judged for agreement.")] = 2000,
+    judged: Annotated[
+        int | None, typer.Option(min=1, help="Prompts judged for agreement; min(2000, n) by default.")
+    ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help='JSON lines with "text" and one label per group, instead of Ink\'s grammar.')
     ] = None,
     detector: Annotated[str, typer.Option(help="ink, or an image classifier's folder or hub id.")] = "ink",
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; the checkpoint's own by default.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(min=0, help="1 is no guidance.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="As in `generate`; the model's own by default.")] = None,
+    eta: Annotated[float | None, typer.Option(min=0, max=1, help="Noise of a few-step sampler; 0 is none.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Keys the noise and the prompts.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Also write the numbers to this JSON file.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
@@ -41,14 +45,15 @@ def command(
         Edit.load(path).apply(opened)
 
     def draw(texts, seed):  # type: ignore[no-untyped-def]
-        return generate(opened, texts, steps=steps, guidance_scale=guidance_scale, seed=seed, progress=True)
+        options = {"guidance_scale": guidance_scale, "sampler": sampler, "eta": eta}
+        return generate(opened, texts, steps=steps, seed=seed, progress=True, **options)  # type: ignore[arg-type]
 
     if prompts is not None:
         asked = read_prompt_set(prompts)
         found = agreement(judge, draw(asked.texts, seed), asked.expected)
         measured = {"agreement": {name: plain(rate) for name, rate in found.groups.items()}}
     else:
-        quality = ink_quality(draw, n=n, judged=judged, seed=seed)
+        quality = ink_quality(draw, n=n, judged=min(2000, n) if judged is None else judged, seed=seed)
         found, measured = quality.agreement, quality.to_dict()
         typer.echo(f"fidelity: {quality.fidelity}\nfloor (real against real): {quality.floor}")
     for name, rate in {**found.groups, "all that was asked": found.together, "rejected": found.rejected}.items():

@@ -17,7 +17,11 @@ def command(
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; the checkpoint's own by default.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(min=0, help="1 is no guidance.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What guidance leads away from.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="ddim, euler, heun or one_step.")] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(help="ddim, euler, heun, one_step, consistency, target_driven, trajectory; the model's own."),
+    ] = None,
+    eta: Annotated[float | None, typer.Option(min=0, max=1, help="Noise of a few-step sampler; 0 is none.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Keys the noise.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
@@ -38,6 +42,7 @@ def command(
         guidance_scale=guidance_scale,
         negative_prompt=negative_prompt,
         sampler=sampler,
+        eta=eta,
         seed=seed,
         progress=True,
     ).cpu()

@@ -88,6 +88,17 @@ class Condition(dict[str, Tensor]):
         text = Condition({key: null[key] for key in self.text_keys}).expand(self.batch_size or 1)
         return Condition({**self, **text})
 
+    def dropping(self, rows: Tensor, null: Condition) -> Condition:
+        """A copy in which some samples' text is the null condition's.
+
+        Args:
+            rows: (batch,) bool, where.
+            null: as in `with_null`.
+        """
+        without = self.with_null(null)
+        where = {key: rows.view(-1, *[1] * (value.ndim - 1)) for key, value in self.items()}
+        return Condition({key: torch.where(where[key], without[key], value) for key, value in self.items()})
+
     @staticmethod
     def cat(conditions: Sequence[Condition]) -> Condition:
         """Several batches as one.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -190,6 +190,18 @@ class Prediction:
         on_x_t = (a * q - b * p) / determinant
         on_output = (c.alpha * b - c.sigma * a) / determinant
         return weighted_sum(on_x_t, self.x_t, on_output, self.output)
+
+    def shifted(self, delta: Tensor) -> Prediction:
+        """The prediction whose eps is larger by `delta` at the same x_t, and whose x0 follows; same parametrization.
+
+        Args:
+            delta: shaped like x_t; -sigma g adds g to the score.
+        """
+        c = self.coefficients
+        p, q = self.parametrization.coefficients(c)
+        # y = p x0 + q eps with x0 = (x_t - sigma eps) / alpha.
+        slope = (c.alpha * q - c.sigma * p) / c.alpha
+        return replace(self, output=weighted_sum(torch.ones_like(slope), self.output, slope, delta))
 
     def _quantity(self, kind: str) -> Tensor:
         # What is predicted directly stays determined where the solve is singular, and stays exact.

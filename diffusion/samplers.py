@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from sublimate.diffusion.predictions import Prediction, add_noise
+from sublimate.diffusion.predictions import Prediction, per_sample, weighted_sum
 from sublimate.diffusion.schedules import Schedule
 
 Denoise = Callable[[Tensor, Tensor], Prediction]
@@ -17,6 +17,9 @@ Denoise = Callable[[Tensor, Tensor], Prediction]
 
 Noise = Callable[[Tensor], Tensor]
 """x -> N(0, I) of x's shape, dtype and device."""
+
+Jump = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x (batch, ...), t (batch,), s (batch,), both float64) -> x at s, no noisier than t."""
 
 Grid = Tensor | Sequence[float]
 """Descending times; samplers step from each to the next, `Schedule.grid` makes them."""
@@ -89,17 +92,33 @@ def heun(denoise: Denoise, x: Tensor, schedule: Schedule, grid: Grid) -> Tensor:
         x at grid[-1], shaped like x.
     """
     for t, to in _steps(grid):
-        (alpha, sigma), (alpha_to, sigma_to) = _level(schedule, t), _level(schedule, to)
-        first = denoise(x, _times(x, t))
-        proposal = first.combine(alpha_to, sigma_to)
-        if sigma_to == 0:
-            x = proposal
-            continue
-        second = denoise(proposal, _times(x, to))
-        # Trapezoidal rule; x itself is alpha x0 + sigma eps of the first prediction.
-        half = (alpha_to - alpha) / 2, (sigma_to - sigma) / 2
-        x = first.combine(alpha + half[0], sigma + half[1]) + second.combine(*half)
+        x = heun_step(denoise, denoise, x, schedule, _times(x, t), to)
     return x
+
+
+def heun_step(predict: Denoise, correct: Denoise, x: Tensor, schedule: Schedule, t: Tensor, to: float) -> Tensor:
+    """One of `heun`'s steps, whose two predictions may differ.
+
+    Args:
+        predict: denoises at the step's start.
+        correct: denoises at the end of the proposal; not called where that is clean.
+        x: (batch, ...) at t.
+        schedule: what the times mean.
+        t: (batch,) float64, where each sample is.
+        to: where all of them go.
+
+    Returns:
+        x at `to`, shaped like x.
+    """
+    c, (alpha_to, sigma_to) = schedule.at(t), _level(schedule, to)
+    first = predict(x, t)
+    proposal = first.combine(alpha_to, sigma_to)
+    if sigma_to == 0:
+        return proposal
+    second = correct(proposal, _times(x, to))
+    # Trapezoidal rule; x itself is alpha x0 + sigma eps of the first prediction.
+    half = (alpha_to - c.alpha) / 2, (sigma_to - c.sigma) / 2
+    return first.combine(c.alpha + half[0], c.sigma + half[1]) + second.combine(*half)
 
 
 def one_step(denoise: Denoise, z: Tensor, schedule: Schedule, t: float | None = None) -> Tensor:
@@ -119,7 +138,7 @@ def one_step(denoise: Denoise, z: Tensor, schedule: Schedule, t: float | None = 
 
 
 def consistency(denoise: Denoise, z: Tensor, schedule: Schedule, times: Grid, noise: Noise) -> Tensor:
-    """Multistep consistency sampling (Song et al. 2023, arXiv 2303.01469, algorithm 1).
+    """Multistep consistency sampling (Song et al. 2023, arXiv 2303.01469, algorithm 1): jumps that end at clean data.
 
     Args:
         denoise: the consistency function.
@@ -135,12 +154,67 @@ def consistency(denoise: Denoise, z: Tensor, schedule: Schedule, times: Grid, no
     Raises:
         ValueError: without times.
     """
-    start, *rest = _floats(times, 1)
-    x0 = one_step(denoise, z, schedule, start)
-    for t in rest:
-        t_all = _times(z, t)
-        x0 = denoise(add_noise(schedule, x0, noise(x0), t_all), t_all).x0
-    return x0
+    calls = _floats(times, 1)
+    targets = [schedule.t_clean] * len(calls)
+    return jumps(lambda x, t, s: denoise(x, t).x0, z, schedule, calls, targets, noise)
+
+
+def jumps(jump: Jump, z: Tensor, schedule: Schedule, times: Grid, targets: Sequence[float], noise: Noise) -> Tensor:
+    """Sampling by jumps along trajectories, each followed by fresh noise (Kim et al. 2024, arXiv 2310.02279, alg. 3).
+
+    After the jump from t to s, fresh noise brings x from s up to the time t' of the next call, as the forward process
+    would: x_t' = (alpha_t'/alpha_s) x_s + sqrt(sigma_t'^2 - (alpha_t'/alpha_s)^2 sigma_s^2) n. A jump that ends at t'
+    itself adds none.
+
+    Args:
+        jump: what takes x from t to s.
+        z: (batch, ...) N(0, I).
+        schedule: what the times mean.
+        times: descending, all the times `jump` starts from; the first is where z starts.
+        targets: where each jump ends: at or below the time of the next one, the last at t_clean.
+        noise: fresh noise; called after a jump that ends below the next time only.
+
+    Returns:
+        x0, shaped like z.
+
+    Raises:
+        ValueError: for times and targets that do not fit together.
+    """
+    calls = _floats(times, 1)
+    ends, limits = [float(s) for s in targets], [*calls[1:], schedule.t_clean]
+    if len(ends) != len(calls) or any(s > limit for s, limit in zip(ends, limits, strict=False)):
+        raise ValueError(
+            f"Jumps from {calls} need one target each, at or below the next one's start and {limits[-1]:g} for the "
+            f"last, but have {ends}."
+        )
+    x = schedule.start_scale(calls[0]) * z
+    for t, s, to in zip(calls, ends, limits, strict=True):
+        x = jump(x, _times(x, t), _times(x, s))
+        if s < to:
+            c, c_to = schedule.at(s), schedule.at(to)
+            kept = c_to.alpha / c.alpha
+            fresh = (c_to.sigma**2 - (kept * c.sigma) ** 2).clamp_min(0).sqrt()
+            x = weighted_sum(kept, x, fresh, noise(x))
+    return x
+
+
+def dynamic_threshold(x0: Tensor, quantile: float = 0.995, limit: float = 1.0) -> Tensor:
+    """Clips x0 sample by sample (Saharia et al. 2022, arXiv 2205.11487, section 2.3): clamp(x0, -s, s) / s.
+
+    s is the quantile of |x0| over the sample's elements, but at least 1 and at most `limit`; with a limit of 1 this is
+    plain clipping to [-1, 1].
+
+    Args:
+        x0: (batch, ...).
+        quantile: in [0, 1].
+        limit: the largest s, at least 1.
+
+    Returns:
+        shaped like x0, within [-1, 1].
+    """
+    s = x0.abs().float().flatten(1).quantile(quantile, dim=1).clamp(1.0, limit).to(x0.dtype)
+    bound = per_sample(s, x0)
+    return x0.clamp(-bound, bound) / bound
 
 
 def _floats(grid: Grid, least: int) -> list[float]:

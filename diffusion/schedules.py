@@ -49,25 +49,28 @@ class DiscreteVP(Schedule):
 
     Between the table's times log alphas_cumprod is linear (Ho et al. 2020, eq. 4; alphas_cumprod(-1) = 1). If the last
     entry is 0 (zero terminal SNR), alpha is linear over the last interval instead. At a table's time the derivatives
-    are those of the interval above it. d_sigma is infinite at t = -1.
+    are those of the interval above it. d_sigma is infinite at t = -1. If the first entry is 1, t = 0 is clean itself
+    and t_min is 1.
 
     Args:
-        alphas_cumprod: (N,) strictly decreasing, within (0, 1); the last entry may be 0.
+        alphas_cumprod: (N,) strictly decreasing, within (0, 1); the first entry may be 1 and the last 0.
 
     Raises:
         ValueError: for a table that is not such.
     """
 
     t_min, t_clean = 0.0, -1.0
-    spacings = ("trailing", "leading", "linspace")
+    spacings: tuple[str, ...] = ("trailing", "leading", "linspace")
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
         table = alphas_cumprod.detach().to("cpu", torch.float64)
         if table.ndim != 1 or len(table) < 2:
             raise ValueError(f"alphas_cumprod needs shape (N,) with N > 1, but has {tuple(table.shape)}.")
         levels = torch.cat([torch.ones(1, dtype=torch.float64), table])
-        if bool((levels.diff() >= 0).any()) or float(levels[-1]) < 0:
-            raise ValueError("alphas_cumprod must fall strictly from below 1 to 0 or above.")
+        if float(table[0]) == 1:
+            self.t_clean, self.t_min, self.spacings = 0.0, 1.0, ("trailing",)
+        if bool((levels.diff()[int(self.t_min) :] >= 0).any()) or float(levels[-1]) < 0 or float(table[0]) > 1:
+            raise ValueError("alphas_cumprod must fall strictly from 1 or below to 0 or above.")
         self.alphas_cumprod = table
         self.t_max = len(table) - 1.0
         self.zero_terminal = float(table[-1]) == 0
@@ -105,7 +108,7 @@ class DiscreteVP(Schedule):
         """As in `Schedule`; levels beyond t_max give t_max."""
         log_level = torch.nn.functional.logsigmoid(as_double(log_snr))
         levels = self._log_levels(log_level.device)
-        left = torch.searchsorted(-levels, -log_level.detach()).sub(1).clamp(0, len(levels) - 2)
+        left = torch.searchsorted(-levels, -log_level.detach(), right=True).sub(1).clamp(0, len(levels) - 2)
         start = _entries(levels, left)
         weight = (log_level - start) / (_entries(levels, left + 1) - start)
         if self.zero_terminal:
@@ -119,13 +122,15 @@ class DiscreteVP(Schedule):
 
     def _time_at(self, u: Tensor) -> Tensor:
         # Every whole time is equally likely, t_min and t_max too.
-        return (u * (self.t_max + 1)).floor().clamp(max=self.t_max)
+        return (self.t_min + u * (self.t_max + 1 - self.t_min)).floor().clamp(max=self.t_max)
 
     def _grid(self, steps: int, spacing: str) -> Tensor:
         """The timesteps of diffusers' schedulers (Lin et al. 2024, arXiv 2305.08891, table 2)."""
         n = len(self.alphas_cumprod)
-        if steps > n:
-            raise ValueError(f"A table of {n} times has no grid of {steps} steps; use at most {n}.")
+        # Rounding would let the last of almost n steps start at a t = 0 that is clean.
+        most = n if self.t_clean < 0 else n // 2
+        if steps > most:
+            raise ValueError(f"A table of {n} times has no grid of {steps} steps; use at most {most}.")
         if steps == 1 and spacing != "trailing":
             raise ValueError(f"One step of spacing {spacing!r} would start at t=0, without noise; use 'trailing'.")
         i = torch.arange(steps, dtype=torch.float64)

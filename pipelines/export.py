@@ -7,6 +7,7 @@ import importlib.metadata
 import inspect
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sublimate.diffusion.denoisers import Denoiser
-from sublimate.pipelines.backbones.base import OneStep
+from sublimate.pipelines.backbones.base import StockSampling
 from sublimate.pipelines.cards import inherited_license, model_card, public_name
+from sublimate.pipelines.few_steps import FewSteps
 from sublimate.pipelines.folders import written_aside
 from sublimate.pipelines.model import DEFAULTS_FILE, Model
 from sublimate.pipelines.progress import without_bars
@@ -35,21 +37,24 @@ def export_student(
     folder: str | Path,
     *,
     t: float | None = None,
+    few_steps: FewSteps | None = None,
     provenance: Mapping[str, Any] | None = None,
     title: str | None = None,
     license: str | None = None,
 ) -> Path:
-    """Writes a one-step student as a diffusers folder of stock classes.
+    """Writes a student as a diffusers folder of stock classes.
 
     A fresh process without this library opens it with `DiffusionPipeline.from_pretrained` and gets, with
     `num_inference_steps=1` and the family's value for no guidance, exactly the student's x0 at time t from the
-    pipeline's own initial noise. Beside `model_index.json` lie `sublimate.json` and a model card.
+    pipeline's own initial noise; for a student of several steps, with the call that the card shows, what our own
+    sampler draws from the same noise. Beside `model_index.json` lie `sublimate.json` and a model card.
 
     Args:
         model: the student's base: everything but the denoiser is taken from it.
         network: the student, as a denoiser or as its network; adapters are merged into a copy.
         folder: where to write; an earlier export there is replaced once the new one is complete.
-        t: the time the student starts at; the schedule's end unless given.
+        t: the time a one-step student starts at; the schedule's end unless given.
+        few_steps: how a student of several steps is sampled; None for a student of one step.
         provenance: how it was made; JSON values. The base and the versions are added.
         title: the card's headline.
         license: the card's license; the base model's unless given.
@@ -61,15 +66,15 @@ def export_student(
         ValueError: when no stock pipeline runs this student exactly, or the folder holds something else.
     """
     student = _stock_network(model, network)
-    one_step = model.backbone.one_step(model.pipeline, t)
-    pipeline = _stock_pipeline(model, student, one_step)
-    record = _record("weights", model, provenance, one_step, t)
+    stock = _stock_sampling(model, t, few_steps)
+    pipeline = _stock_pipeline(model, student, stock)
+    record = _record("weights", model, provenance, stock, t)
     usage = [
         "from diffusers import DiffusionPipeline",
         "",
         'pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")',
     ]
-    card = _card(model, record, usage, title or "One-step student", license)
+    card = _card(model, record, usage, title or f"{_pace(record)} student", license)
     return _write(Path(folder), INDEX, record, card, lambda aside: pipeline.save_pretrained(aside))
 
 
@@ -79,6 +84,7 @@ def export_lora(
     folder: str | Path,
     *,
     t: float | None = None,
+    few_steps: FewSteps | None = None,
     provenance: Mapping[str, Any] | None = None,
     title: str | None = None,
     license: str | None = None,
@@ -92,7 +98,8 @@ def export_lora(
         model: the student's base.
         network: the student, as a denoiser or as its network, with LoRA layers.
         folder: where to write; an earlier export there is replaced once the new one is complete.
-        t: the time the student starts at; the schedule's end unless given.
+        t: the time a one-step student starts at; the schedule's end unless given.
+        few_steps: how a student of several steps is sampled; None for a student of one step.
         provenance: how it was made; JSON values. The base and the versions are added.
         title: the card's headline.
         license: the card's license; the base model's unless given.
@@ -104,21 +111,21 @@ def export_lora(
         ValueError: when the network has no LoRA layers, or the folder holds something else.
     """
     state = _lora_state(_unwrapped(model, network), model.backbone.network_attribute)
-    one_step = model.backbone.one_step(model.pipeline, t)
-    record = _record("lora", model, provenance, one_step, t)
-    scheduler = type(one_step.scheduler).__name__
+    stock = _stock_sampling(model, t, few_steps)
+    record = _record("lora", model, provenance, stock, t)
+    scheduler = type(stock.scheduler).__name__
     usage = [
-        f"from diffusers import {scheduler}, {one_step.pipeline_class}",
+        f"from diffusers import {scheduler}, {stock.pipeline_class}",
         "",
-        f'pipeline = {one_step.pipeline_class}.from_pretrained("path/to/the/base/model")',
+        f'pipeline = {stock.pipeline_class}.from_pretrained("path/to/the/base/model")',
         'pipeline.load_lora_weights("path/to/this/folder")',
         f'pipeline.scheduler = {scheduler}.from_pretrained("path/to/this/folder", subfolder="scheduler")',
     ]
-    card = _card(model, record, usage, title or "One-step LoRA", license)
+    card = _card(model, record, usage, title or f"{_pace(record)} LoRA", license)
 
     def save(aside: Path) -> None:
         save_file(state, aside / LORA_FILE, {"format": "pt"})
-        one_step.scheduler.save_pretrained(aside / "scheduler")
+        stock.scheduler.save_pretrained(aside / "scheduler")
 
     return _write(Path(folder), LORA_FILE, record, card, save)
 
@@ -206,15 +213,23 @@ def _merged(network: nn.Module) -> nn.Module:
     return network
 
 
-def _stock_pipeline(model: Model, student: nn.Module, one_step: OneStep) -> Any:
+def _stock_sampling(model: Model, t: float | None, few_steps: FewSteps | None) -> StockSampling:
+    if few_steps is None:
+        return model.backbone.one_step(model.pipeline, t)
+    if t is not None and t != few_steps.call_times(model.schedule)[0]:
+        raise ValueError(f"A student of few steps starts at its first time, not at {t}: leave out t.")
+    return model.backbone.few_steps(model.pipeline, few_steps)
+
+
+def _stock_pipeline(model: Model, student: nn.Module, stock: StockSampling) -> Any:
     """The base's pipeline with the student in it; components are shared, not copied."""
-    cls = getattr(diffusers, one_step.pipeline_class)
+    cls = getattr(diffusers, stock.pipeline_class)
     accepted = inspect.signature(cls.__init__).parameters
     available = {
         **{name: value for name, value in model.pipeline.config.items() if not name.startswith("_")},
         **model.pipeline.components,
         model.backbone.network_attribute: student,
-        "scheduler": one_step.scheduler,
+        "scheduler": stock.scheduler,
     }
     return cls(**{name: value for name, value in available.items() if name in accepted})
 
@@ -242,16 +257,28 @@ def _lora_state(network: nn.Module, component: str) -> dict[str, Tensor]:
 
 
 def _record(
-    kind: str, model: Model, provenance: Mapping[str, Any] | None, one_step: OneStep, t: float | None
+    kind: str, model: Model, provenance: Mapping[str, Any] | None, stock: StockSampling, t: float | None
 ) -> dict[str, Any]:
-    """What `sublimate.json` holds: `start` is for our own sampler, `call` for the stock pipeline's."""
+    """What `sublimate.json` holds: `call` is for the stock pipeline, what stands beside it for our own samplers."""
     base = {"source": public_name(model.source), "content_hash": model.content_hash()}
-    return {
-        "kind": kind,
+    few = stock.few_steps
+    sampling: dict[str, Any] = {
         "steps": 1,
         "guidance_scale": 1.0,
         "start": float(model.schedule.t_max if t is None else t),
-        "call": dict(one_step.call),
+    }
+    if few is not None:
+        times = few.call_times(model.schedule)
+        sampling = {
+            "steps": few.steps,
+            "guidance_scale": few.guidance_scale,
+            "start": times[0],
+            "few_steps": replace(few, times=times).to_dict(),
+        }
+    return {
+        "kind": kind,
+        **sampling,
+        "call": dict(stock.call),
         "provenance": _with_versions({**(provenance or {}), "base": base}),
     }
 
@@ -277,15 +304,32 @@ def _card(model: Model, record: Mapping[str, Any], usage: list[str], title: str,
     return model_card(
         title=title,
         kind=record["kind"],
-        summary=f"Draws an image in a single network pass, starting from pure noise at t = {record['start']:g}."
-        if student
-        else "A diffusers pipeline with changed weights.",
+        summary=_summary(record),
         usage="\n".join([*usage, f"image = pipeline({arguments}).images[0]"]),
         base=model.source,
         provenance=record["provenance"],
-        tags=("one-step", "distillation") if student else (),
+        tags=(_pace(record).lower(), "distillation") if student else (),
         license=license or inherited_license(Path(model.source)),
     )
+
+
+def _pace(record: Mapping[str, Any]) -> str:
+    return "One-step" if record["steps"] == 1 else "Few-step"
+
+
+def _summary(record: Mapping[str, Any]) -> str:
+    """The card's first sentences."""
+    if "start" not in record:
+        return "A diffusers pipeline with changed weights."
+    few, start = record.get("few_steps"), f"starting from pure noise at t = {record['start']:g}."
+    if few is None or few["steps"] == 1:
+        return f"Draws an image in a single network pass, {start}"
+    summary = f"Draws an image in {few['steps']} network passes by {few['sampler']} sampling, {start}"
+    if few["sampler"] == "trajectory" and few["eta"] < 1:
+        summary += (
+            " Stock pipelines cannot tell the network where to jump: with them it jumps to clean data (gamma 1)."
+        )
+    return summary
 
 
 @without_bars()

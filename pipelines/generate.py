@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,12 +13,18 @@ from tqdm.auto import tqdm
 
 from sublimate.diffusion import samplers
 from sublimate.diffusion.conditions import Condition
+from sublimate.diffusion.denoisers import Denoiser
 from sublimate.diffusion.guidance import guided
 from sublimate.diffusion.predictions import Prediction
+from sublimate.pipelines.discriminator_guidance import DiscriminatorGuidance
+from sublimate.pipelines.few_steps import FEW_STEP_SAMPLERS, DenoiseTowards, FewSteps, sample_few_steps
 from sublimate.pipelines.model import Model
 
-SAMPLERS = ("ddim", "euler", "heun", "one_step")
+SAMPLERS = ("ddim", "euler", "heun", "one_step", *FEW_STEP_SAMPLERS)
 STEPS = 25
+
+Run = Callable[[DenoiseTowards, Tensor, samplers.Noise], Tensor]
+"""(denoise, z ~ N(0, I), fresh noise) -> x0."""
 
 
 def image_generator(seed: int, index: int) -> torch.Generator:
@@ -30,7 +38,12 @@ def image_generator(seed: int, index: int) -> torch.Generator:
 
 def initial_noise(shape: Sequence[int], seed: int, indices: Sequence[int]) -> Tensor:
     """N(0, I) for some images, (len(indices), *shape) float32 on the CPU; each row depends on its own key only."""
-    return torch.stack([torch.randn(tuple(shape), generator=image_generator(seed, i)) for i in indices])
+    return _draw(shape, [image_generator(seed, i) for i in indices])
+
+
+def _draw(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+    """The next N(0, I) of each image, (len(generators), *shape)."""
+    return torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators])
 
 
 @torch.no_grad()
@@ -44,7 +57,10 @@ def generate(
     seed: int = 0,
     batch_size: int = 64,
     sampler: str | None = None,
+    eta: float | None = None,
+    clipped_calls: int | None = None,
     start: float | None = None,
+    discriminator: DiscriminatorGuidance | None = None,
     height: int | None = None,
     width: int | None = None,
     progress: bool = False,
@@ -59,9 +75,13 @@ def generate(
         negative_prompt: what guidance leads away from, instead of no text.
         seed: keys the noise, together with each image's place in `prompts`.
         batch_size: images at once.
-        sampler: "ddim", "euler", "heun" or "one_step"; the family's own unless given.
+        sampler: "ddim", "euler", "heun", "one_step", or a few-step student's "consistency", "target_driven" or
+            "trajectory" (see `FewSteps`); the checkpoint's own default, else its family's.
+        eta: of the few-step samplers: 0 is deterministic; the checkpoint's own default.
+        clipped_calls: of the few-step samplers: how many of the first calls clip their x0; the checkpoint's default.
         start: the schedule's time at which pure noise is put in, for a single step; the checkpoint's own default,
             else the schedule's end.
+        discriminator: corrects the score of "ddim" and "heun"; its own guidance scale is then the default.
         height, width: of the images in pixels; the checkpoint's own size unless given.
         progress: show a bar.
 
@@ -80,7 +100,10 @@ def generate(
         seed=seed,
         batch_size=batch_size,
         sampler=sampler,
+        eta=eta,
+        clipped_calls=clipped_calls,
         start=start,
+        discriminator=discriminator,
         height=height,
         width=width,
         progress=progress,
@@ -99,7 +122,10 @@ def generate_latents(
     seed: int = 0,
     batch_size: int = 64,
     sampler: str | None = None,
+    eta: float | None = None,
+    clipped_calls: int | None = None,
     start: float | None = None,
+    discriminator: DiscriminatorGuidance | None = None,
     height: int | None = None,
     width: int | None = None,
     progress: bool = False,
@@ -110,48 +136,111 @@ def generate_latents(
     texts = [""] * prompts if isinstance(prompts, int) else list(prompts)
     if not texts or batch_size < 1:
         raise ValueError(f"There is nothing to draw: {len(texts)} prompts in batches of {batch_size}.")
-    steps = int(model.defaults.get("steps", STEPS)) if steps is None else steps
-    scale = model.guidance_scale if guidance_scale is None else float(guidance_scale)
-    run = _sampler(model, model.backbone.sampler if sampler is None else sampler, steps, start)
-    null = _null(model, scale, negative_prompt)
+    few = _few_steps(model, sampler, steps, start, eta=eta, clipped_calls=clipped_calls)
+    if steps is None:
+        steps = few.steps if few else 1 if sampler == "one_step" else int(model.defaults.get("steps", STEPS))
+    if steps < 1:
+        raise ValueError(f"Sampling needs at least 1 step, not {steps}.")
+    default = model.guidance_scale if discriminator is None else discriminator.guidance_scale
+    scale = default if guidance_scale is None else float(guidance_scale)
+    name = sampler or model.backbone.sampler
+    if discriminator is not None and (few or name not in ("ddim", "heun")):
+        raise ValueError(f"A discriminator corrects the samplers ddim and heun, not {few.sampler if few else name}.")
+    run = _few_step_run(model, few) if few else _walk(model, name, steps, start)
+    reads_target = few is not None and few.sampler == "trajectory"
+    reads_guidance = not reads_target and model.backbone.reads_guidance(model.denoiser.network)
+    null = _null(model, scale, negative_prompt, reads_guidance)
     shape = model.backbone.latent_shape(model.pipeline, height, width)
-    calls = 2 * steps - 1 if sampler == "heun" else steps
+    calls = 2 * steps - 1 if name == "heun" and few is None else steps
     drawn = []
     with tqdm(total=len(texts) * calls, unit="pass", disable=not progress) as bar:
         for first in range(0, len(texts), batch_size):
             part = texts[first : first + batch_size]
+            generators = [image_generator(seed, i) for i in range(first, first + len(part))]
             condition = model.encode_prompts(part)
-            indices = range(first, first + len(part))
-            z = initial_noise(shape, seed, indices).to(model.device, model.dtype)
-            drawn.append(run(_denoise(model, condition, null, scale, bar), z))
+            told = telling(
+                model.denoiser,
+                condition,
+                null,
+                scale,
+                reads_guidance=reads_guidance,
+                reads_target=reads_target,
+            )
+
+            def denoise(x_t: Tensor, t: Tensor, s: Tensor, told: DenoiseTowards = told) -> Prediction:
+                bar.update(len(x_t))
+                return told(x_t, t, s)
+
+            def noise(x: Tensor, generators: Sequence[torch.Generator] = generators) -> Tensor:
+                return _draw(shape, generators).to(x)
+
+            z = _draw(shape, generators).to(model.device, model.dtype)
+            if discriminator is None:
+                drawn.append(run(denoise, z, noise))
+            else:
+                grid = model.schedule.grid(steps, model.backbone.grid_spacing)
+                drawn.append(discriminator.sample(_plain(denoise), z, condition, grid, noise, sampler=name))
     return torch.cat(drawn)
 
 
-def _sampler(model: Model, name: str, steps: int, start: float | None) -> Callable[[samplers.Denoise, Tensor], Tensor]:
-    """(denoise, z ~ N(0, I)) -> x0."""
+def _few_steps(
+    model: Model, sampler: str | None, steps: int | None, start: float | None, **options: Any
+) -> FewSteps | None:
+    """The few-step sampling that is asked for; None for every other sampler.
+
+    The checkpoint's own sampling is the default, and what is given replaces it; its times belong to its own number of
+    steps.
+    """
+    recorded = model.defaults.get("few_steps")
+    given = {name: value for name, value in options.items() if value is not None}
+    if sampler not in FEW_STEP_SAMPLERS and (sampler is not None or recorded is None):
+        if given:
+            raise ValueError(f"{', '.join(given)} belongs to the samplers {', '.join(FEW_STEP_SAMPLERS)}: choose one.")
+        return None
+    few = FewSteps("consistency") if recorded is None else FewSteps.from_dict(recorded)
+    if sampler is not None:
+        given["sampler"] = sampler
+    if steps is not None and steps != few.steps:
+        given |= {"steps": steps, "times": None}
+    if start is not None and start != few.call_times(model.schedule)[0]:
+        if steps != 1:
+            raise ValueError(f"A start of its own takes 1 step, not {steps or few.steps}: leave out start or steps.")
+        given["times"] = (float(start),)
+    return replace(few, **given)
+
+
+def _few_step_run(model: Model, few: FewSteps) -> Run:
+    return lambda denoise, z, noise: sample_few_steps(few, denoise, z, model.schedule, noise)
+
+
+def _walk(model: Model, name: str, steps: int, start: float | None) -> Run:
+    """The samplers of the probability-flow ODE, and of one step."""
     schedule = model.schedule
     if name not in SAMPLERS:
         raise ValueError(f"There is no sampler {name!r}; use one of {', '.join(SAMPLERS)}.")
-    if steps < 1:
-        raise ValueError(f"Sampling needs at least 1 step, not {steps}.")
     start = float(model.defaults.get("start", schedule.t_max)) if start is None else start
     if name == "one_step" or start != schedule.t_max:
         if steps != 1:
             raise ValueError(
                 f"The one_step sampler, and any start before the schedule's end, takes 1 step, not {steps}."
             )
-        return lambda denoise, z: samplers.one_step(denoise, z, schedule, start)
+        return lambda denoise, z, noise: samplers.one_step(_plain(denoise), z, schedule, start)
     walk = {"ddim": samplers.ddim, "euler": samplers.euler, "heun": samplers.heun}[name]
     grid = schedule.grid(steps, model.backbone.grid_spacing)
-    return lambda denoise, z: walk(denoise, schedule.noise_scale * z, schedule, grid)
+    return lambda denoise, z, noise: walk(_plain(denoise), schedule.noise_scale * z, schedule, grid)
 
 
-def _null(model: Model, scale: float, negative_prompt: str | None) -> Condition:
+def _plain(denoise: DenoiseTowards) -> samplers.Denoise:
+    """For samplers that jump nowhere: the time towards which they denoise is not told to any network."""
+    return lambda x, t: denoise(x, t, t)
+
+
+def _null(model: Model, scale: float, negative_prompt: str | None, reads_guidance: bool) -> Condition:
     if not scale >= 0:
         raise ValueError(f"The guidance scale cannot be {scale}: 1 is no guidance, larger is stronger.")
     if negative_prompt is not None and scale == 1:
         raise ValueError("A negative prompt needs guidance: set guidance_scale above 1.")
-    if model.backbone.reads_guidance(model.denoiser.network):
+    if reads_guidance:
         if negative_prompt is not None:
             raise ValueError(f"{model.source} is told the guidance scale and has no use for a negative prompt.")
         return Condition()
@@ -163,12 +252,32 @@ def _null(model: Model, scale: float, negative_prompt: str | None) -> Condition:
     return null
 
 
-def _denoise(model: Model, condition: Condition, null: Condition, scale: float, bar: tqdm) -> samplers.Denoise:
-    def denoise(x_t: Tensor, t: Tensor) -> Prediction:
-        bar.update(len(x_t))
-        if model.backbone.reads_guidance(model.denoiser.network):
-            told = condition.replace(guidance=torch.full((len(x_t),), scale, device=x_t.device))
-            return model.denoiser(x_t, t, told)
-        return guided(model.denoiser, x_t, t, condition, null, scale)
+def telling(
+    denoiser: Denoiser,
+    condition: Condition,
+    null: Condition,
+    scale: float,
+    *,
+    reads_guidance: bool = False,
+    reads_target: bool = False,
+) -> DenoiseTowards:
+    """A denoiser with condition and guidance chosen.
+
+    Args:
+        denoiser: the network.
+        condition: of batch size 1 or batch.
+        null: what guidance leads away from; not used for scale 1 or where the scale is told.
+        scale: 1 is none.
+        reads_guidance: the network is told the scale instead of being guided.
+        reads_target: it is told the time a jump ends at, and guided.
+    """
+
+    def denoise(x_t: Tensor, t: Tensor, s: Tensor) -> Prediction:
+        if reads_target:
+            return guided(denoiser, x_t, t, condition.expand(len(x_t)).replace(target_time=s), null, scale)
+        if reads_guidance:
+            told = torch.full((len(x_t),), scale, device=x_t.device)
+            return denoiser(x_t, t, condition.expand(len(x_t)).replace(guidance=told))
+        return guided(denoiser, x_t, t, condition, null, scale)
 
     return denoise

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from diffusers import CMStochasticIterativeScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
 
 _NOISE_OPTIONS = (
     "num_train_timesteps",
@@ -14,6 +15,16 @@ _NOISE_OPTIONS = (
     "trained_betas",
     "rescale_betas_zero_snr",
 )
+
+
+def noise_options(scheduler: Any) -> dict[str, Any]:
+    """What a scheduler over discrete betas says of its noise levels."""
+    return {name: scheduler.config[name] for name in _NOISE_OPTIONS if name in scheduler.config}
+
+
+def discrete_betas(scheduler: Any) -> Tensor:
+    """A scheduler's betas, (num_train_timesteps,) float32."""
+    return DDIMScheduler.from_config(noise_options(scheduler)).betas
 
 
 def ddim_at(scheduler: Any, t: float | None = None) -> DDIMScheduler:
@@ -29,14 +40,13 @@ def ddim_at(scheduler: Any, t: float | None = None) -> DDIMScheduler:
     Raises:
         ValueError: for a t that is not a whole time of the table.
     """
-    config = {name: scheduler.config[name] for name in _NOISE_OPTIONS if name in scheduler.config}
-    full = DDIMScheduler.from_config(config)
-    last = full.config.num_train_timesteps - 1
+    config, betas = noise_options(scheduler), discrete_betas(scheduler)
+    last = len(betas) - 1
     if t is not None and (t != int(t) or not 0 < t <= last):
         raise ValueError(f"A one-step student of this schedule starts at a whole time in 1..{last}, not at {t}.")
     if t is not None and t < last:
         steps = int(t) + 1
-        config = {"num_train_timesteps": steps, "trained_betas": full.betas[:steps].tolist()}
+        config = {"num_train_timesteps": steps, "trained_betas": betas[:steps].tolist()}
     return DDIMScheduler.from_config(
         config,
         prediction_type=scheduler.config.get("prediction_type", "epsilon"),

@@ -37,6 +37,7 @@ class ModelSource:
         prompts: one per sample; empty for an unconditional model.
         latents: (samples, *latent_shape), `latents[i]` shows `prompts[i]`; None when the objective is data-free.
         negatives: negative prompts, paired with prompts at random; the condition then has them as "negative".
+        samples: (samples, *latent_shape), the model's own, `samples[i]` for `prompts[i]`.
     """
 
     def __init__(
@@ -45,22 +46,21 @@ class ModelSource:
         prompts: Sequence[str] = (),
         latents: Tensor | None = None,
         negatives: Sequence[str] = (),
+        samples: Tensor | None = None,
     ) -> None:
-        if latents is not None and prompts and len(latents) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts do not match {len(latents)} images: give one prompt per image.")
-        self.model, self.prompts, self.latents, self.negatives = model, list(prompts), latents, list(negatives)
+        self.tensors = {name: x for name, x in (("images", latents), ("samples", samples)) if x is not None}
+        for name, x in self.tensors.items():
+            if prompts and len(x) != len(prompts):
+                raise ValueError(f"{len(prompts)} prompts do not match {len(x)} {name}: give one prompt for each.")
+        self.model, self.prompts, self.negatives = model, list(prompts), list(negatives)
 
     @property
     def provides(self) -> frozenset[str]:
-        given = {
-            "prompts": bool(self.prompts),
-            "images": self.latents is not None,
-            "negatives": bool(self.negatives),
-        }
-        return frozenset(name for name, present in given.items() if present)
+        given = {"prompts": bool(self.prompts), "negatives": bool(self.negatives)}
+        return frozenset(self.tensors) | {name for name, present in given.items() if present}
 
     def batch(self, random: SampleRandom) -> Batch:
-        count = len(self.prompts) or (len(self.latents) if self.latents is not None else 1)
+        count = len(self.prompts) or min((len(x) for x in self.tensors.values()), default=1)
         indices = random.integers(count)
         with torch.no_grad():
             prompts = [self.prompts[i] for i in indices.tolist()] if self.prompts else []
@@ -68,8 +68,7 @@ class ModelSource:
             if self.negatives:
                 chosen = [self.negatives[i] for i in random.integers(len(self.negatives)).tolist()]
                 condition = condition.replace(negative=self.model.encode_prompts(chosen)["text"])
-        tensors = {} if self.latents is None else {"images": self.latents[indices]}
-        return Batch(condition, random, tensors)
+        return Batch(condition, random, {name: x[indices] for name, x in self.tensors.items()})
 
 
 def read_prompts(path: Path) -> list[str]:

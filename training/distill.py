@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from sublimate.diffusion.conditions import Condition
+from sublimate.diffusion.denoisers import Denoiser
+from sublimate.pipelines.attachments import export_attachment
 from sublimate.pipelines.edit import Edit
 from sublimate.pipelines.export import export_lora, export_student
-from sublimate.pipelines.generate import generate_latents
+from sublimate.pipelines.few_steps import sample_few_steps
+from sublimate.pipelines.generate import generate_latents, telling
 from sublimate.pipelines.model import Model, open_model
 from sublimate.pipelines.pictures import image_grid, to_png
 from sublimate.training import registry
@@ -19,7 +24,7 @@ from sublimate.training.config import Config, dump_config, validate_section
 from sublimate.training.data import ModelSource, Source, read_image_folder, read_prompts
 from sublimate.training.ink.sources import captioned
 from sublimate.training.ink.vocabulary import SYNONYMS
-from sublimate.training.objective import Objective
+from sublimate.training.objective import Artefact, Objective
 from sublimate.training.trainer import Trainer, TrainerConfig
 
 OBJECTIVES = "sublimate.training.objectives"
@@ -99,7 +104,12 @@ def distill(
         Edit.load(path).apply(model)
     torch.manual_seed(config.trainer.seed)
     objective = method(model, options)
-    source = make_source(model, config.data, getattr(options, "guidance_scale", 1.0), progress=bool(progress))
+    artefact = objective.exports()
+    if artefact.few_steps is not None and artefact.kind != "attachment":
+        # Refused now rather than after training.
+        model.backbone.few_steps(model.pipeline, artefact.few_steps)
+    scale = getattr(options, "guidance_scale", 1.0)
+    source = make_source(model, config.data, scale, samples="samples" in objective.needs, progress=bool(progress))
     trainer = Trainer(
         objective, source, config.trainer, validate=_validator(model, objective, config), progress=bool(progress)
     )
@@ -113,32 +123,34 @@ def distill(
     return folder
 
 
-def make_source(model: Model, data: DataConfig, guidance_scale: float, *, progress: bool = True) -> Source:
+def make_source(
+    model: Model, data: DataConfig, guidance_scale: float, *, samples: bool = False, progress: bool = True
+) -> Source:
     """The source that `data` describes; images become latents once, here.
 
     Args:
         model: the teacher, with its edits applied.
         data: prompts and images.
         guidance_scale: guidance of the teacher's own samples, so that they follow the score being distilled.
+        samples: also draw the teacher's own sample of every prompt, for objectives that compare it with the image.
         progress: show a bar while sampling.
     """
     prompts, images = _prompts_and_images(data)
+
+    def drawn() -> Tensor:
+        steps, seed = data.teacher_steps, data.seed
+        texts = prompts or data.count
+        return generate_latents(model, texts, steps=steps, guidance_scale=guidance_scale, seed=seed, progress=progress)
+
     if data.images == "teacher":
-        latents: Tensor | None = generate_latents(
-            model,
-            prompts or data.count,
-            steps=data.teacher_steps,
-            guidance_scale=guidance_scale,
-            seed=data.seed,
-            progress=progress,
-        )
+        latents: Tensor | None = drawn()
     elif images is not None:
         with torch.no_grad():
             latents = torch.cat([model.encode(part) for part in images.split(64)])
     else:
         latents = None
     negatives = list(SYNONYMS) if data.negatives == "ink" else _prompts_of(data.negatives)
-    return ModelSource(model, prompts, latents, negatives)
+    return ModelSource(model, prompts, latents, negatives, drawn() if samples else None)
 
 
 def _prompts_of(file: str | None) -> list[str]:
@@ -163,14 +175,16 @@ def _validator(model: Model, objective: Objective, config: DistillConfig) -> Cal
     """Draws `validation_prompts` with the student into `<output_dir>/samples/`, the same noise every time."""
     if not config.validation_prompts:
         return None
+    if objective.exports().kind == "attachment":
+        raise ValueError(
+            f"{config.method} trains an attachment, which draws no pictures: leave out validation_prompts."
+        )
     generator = torch.Generator().manual_seed(config.trainer.seed)
     z = torch.randn((len(config.validation_prompts), *model.latent_shape), generator=generator)
     condition = model.encode_prompts(config.validation_prompts)
 
     def validate(step: int) -> None:
-        artefact, schedule = objective.exports(), model.schedule
-        t = schedule.t_max if artefact.start_time is None else artefact.start_time
-        x0 = artefact.module((schedule.start_scale(t) * z).to(model.device), t, condition).x0
+        x0 = _drawn(model, objective.exports(), condition, z, config.trainer.seed)
         folder = config.trainer.output_dir / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         picture = image_grid(model.decode(x0).clamp(0, 1), columns=8)
@@ -179,10 +193,38 @@ def _validator(model: Model, objective: Objective, config: DistillConfig) -> Cal
     return validate
 
 
+def _drawn(model: Model, artefact: Artefact, condition: Condition, z: Tensor, seed: int) -> Tensor:
+    """The student's x0 from z ~ N(0, I), in one step or in as many as it is made for."""
+    schedule, few = model.schedule, artefact.few_steps
+    if few is None:
+        t = schedule.t_max if artefact.start_time is None else artefact.start_time
+        return artefact.module((schedule.start_scale(t) * z).to(model.device), t, condition).x0
+    student = cast(Denoiser, artefact.module)
+    told = telling(
+        student,
+        condition,
+        model.null_condition(),
+        few.guidance_scale,
+        reads_guidance=model.backbone.reads_guidance(student.network),
+        reads_target=few.sampler == "trajectory",
+    )
+    generator = torch.Generator().manual_seed(seed + 1)
+    fresh = (torch.randn(z.shape, generator=generator) for _ in range(few.steps))
+    return sample_few_steps(few, told, z.to(model.device), schedule, lambda x: next(fresh).to(x))
+
+
 def _export(model: Model, objective: Objective, config: DistillConfig, folder: Path) -> None:
     artefact = objective.exports()
     provenance = {**objective.describe(), "config": dump_config(config), "base": model.source}
-    if artefact.kind == "lora":
-        export_lora(model, artefact.module, folder, t=artefact.start_time, provenance=provenance)
-    else:
-        export_student(model, artefact.module, folder, t=artefact.start_time, provenance=provenance)
+    if artefact.kind == "attachment":
+        export_attachment(model, artefact.module, folder, provenance=provenance, **artefact.attachment)
+        return
+    write = export_lora if artefact.kind == "lora" else export_student
+    write(
+        model,
+        artefact.module,
+        folder,
+        t=artefact.start_time,
+        few_steps=artefact.few_steps,
+        provenance=provenance,
+    )

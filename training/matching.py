@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.guidance import guided
 from sublimate.diffusion.predictions import Prediction, add_noise
-from sublimate.training.discriminator import make_discriminator
+from sublimate.pipelines.discriminator import make_discriminator
 from sublimate.training.losses import denoising_loss, discriminator_loss
 from sublimate.training.objective import Artefact, Batch, Loss, Objective, ObjectiveConfig, Turn
 from sublimate.training.players import Player, PlayerConfig, make_player

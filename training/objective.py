@@ -83,7 +83,8 @@ class Artefact:
         module: what was trained.
         start_time: the time at which a student is given pure noise; None is the schedule's end.
         few_steps: how the student is sampled in several steps; None for a student of one step.
-        attachment: the name and options of an attachment, JSON values.
+        attachment: what `pipelines.attachments.export_attachment` is told of an attachment: its name, options, summary
+            and usage.
     """
 
     kind: Literal["weights", "lora", "attachment"]
@@ -116,7 +117,7 @@ class Objective(ABC):
     @property
     @abstractmethod
     def needs(self) -> frozenset[str]:
-        """Data this objective reads, of {"prompts", "negatives", "images", "pairs", "masks", "low_res"}."""
+        """Data this objective reads, of {"prompts", "negatives", "images", "samples", "masks", "low_res"}."""
 
     @abstractmethod
     def players(self) -> dict[str, Player]:

@@ -16,6 +16,7 @@ from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.predictions import KINDS, Parametrization
 from sublimate.diffusion.schedules import Schedule, from_scheduler
 from sublimate.pipelines import backbones
+from sublimate.pipelines.few_steps import FewSteps
 from sublimate.pipelines.tokens import TokenSpan
 
 Pipeline = Any
@@ -45,18 +46,20 @@ class EntryPoint:
 
 
 @dataclass(frozen=True)
-class OneStep:
-    """How a stock pipeline makes a one-step student's x0.
+class StockSampling:
+    """How a stock pipeline samples a student.
 
     Attributes:
         pipeline_class: name of the diffusers class to save.
         scheduler: a stock scheduler.
         call: options of the pipeline's call.
+        few_steps: what it samples, with the times as the scheduler has them; None for a one-step student.
     """
 
     pipeline_class: str
     scheduler: Any
     call: Mapping[str, Any]
+    few_steps: FewSteps | None = None
 
 
 class Backbone(ABC):
@@ -158,7 +161,7 @@ class Backbone(ABC):
         """Latents -> images, about [0, 1], not clamped; differentiable."""
 
     @abstractmethod
-    def one_step(self, pipe: Pipeline, t: float | None = None) -> OneStep:
+    def one_step(self, pipe: Pipeline, t: float | None = None) -> StockSampling:
         """What makes the stock pipeline return exactly the x0 that the network predicts from pure noise at t.
 
         Args:
@@ -168,6 +171,18 @@ class Backbone(ABC):
         Raises:
             ValueError: when no stock scheduler does it.
         """
+
+    def few_steps(self, pipe: Pipeline, few: FewSteps) -> StockSampling:
+        """What makes the stock pipeline sample as `few` says, from the same noise.
+
+        Args:
+            pipe: the pipeline, with the scheduler it was trained with.
+            few: the sampling.
+
+        Raises:
+            ValueError: when no stock scheduler does it.
+        """
+        raise ValueError(f"{type(pipe).__name__} has no stock scheduler for {few.sampler} sampling.")
 
     def reads_guidance(self, network: Network) -> bool:
         """Whether the network is told the guidance scale, as the condition's "guidance", instead of being guided."""

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.predictions import Parametrization
 from sublimate.pipelines.autoencoders import decode_latents, encode_images
-from sublimate.pipelines.backbones.base import Backbone, EntryPoint, Network, OneStep, Pipeline, refuse_unknown
+from sublimate.pipelines.backbones.base import Backbone, EntryPoint, Network, Pipeline, StockSampling, refuse_unknown
 from sublimate.pipelines.features import tapped
+from sublimate.pipelines.few_steps import FewSteps
 from sublimate.pipelines.one_step import flow_at
+from sublimate.pipelines.stock_few_steps import flow_sampling
 from sublimate.pipelines.tokens import TokenSpan, concept_span, prompt_span, tokenize
 
 T5_LENGTH = 256
@@ -94,9 +96,14 @@ class StableDiffusion3(Backbone):
     def decode(self, pipe: Pipeline, latents: Tensor) -> Tensor:
         return decode_latents(pipe.vae, latents)
 
-    def one_step(self, pipe: Pipeline, t: float | None = None) -> OneStep:
+    def one_step(self, pipe: Pipeline, t: float | None = None) -> StockSampling:
         scheduler, call = flow_at(pipe.scheduler, t)
-        return OneStep("StableDiffusion3Pipeline", scheduler, {**call, **self.no_guidance})
+        return StockSampling("StableDiffusion3Pipeline", scheduler, {**call, **self.no_guidance})
+
+    def few_steps(self, pipe: Pipeline, few: FewSteps) -> StockSampling:
+        scheduler, call = flow_sampling(pipe.scheduler, self.schedule(pipe), few)
+        call |= {"guidance_scale": few.guidance_scale}
+        return StockSampling("StableDiffusion3Pipeline", scheduler, call, few)
 
     def feature_taps(self, network: Network) -> tuple[str, ...]:
         # A discriminator looks at blocks spread over the whole depth (LADD, Sauer et al. 2024, arXiv 2403.12015).

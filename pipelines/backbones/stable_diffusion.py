@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.pipelines.autoencoders import decode_latents, encode_images
-from sublimate.pipelines.backbones.base import Backbone, EntryPoint, Network, OneStep, Pipeline, refuse_unknown
+from sublimate.pipelines.backbones.base import Backbone, EntryPoint, Network, Pipeline, StockSampling, refuse_unknown
 from sublimate.pipelines.features import tapped
+from sublimate.pipelines.few_steps import FewSteps
 from sublimate.pipelines.one_step import ddim_at
+from sublimate.pipelines.stock_few_steps import table_sampling
 from sublimate.pipelines.tokens import TokenSpan, concept_span, prompt_span, tokenize
 
 NUMBER_WIDTH = 256
@@ -75,10 +77,14 @@ class StableDiffusion(Backbone):
     def decode(self, pipe: Pipeline, latents: Tensor) -> Tensor:
         return decode_latents(pipe.vae, latents)
 
-    def one_step(self, pipe: Pipeline, t: float | None = None) -> OneStep:
-        return OneStep(
+    def one_step(self, pipe: Pipeline, t: float | None = None) -> StockSampling:
+        return StockSampling(
             "StableDiffusionPipeline", ddim_at(pipe.scheduler, t), {"num_inference_steps": 1, **self.no_guidance}
         )
+
+    def few_steps(self, pipe: Pipeline, few: FewSteps) -> StockSampling:
+        scheduler, call = table_sampling(pipe.scheduler, self.schedule(pipe), few)
+        return StockSampling("StableDiffusionPipeline", scheduler, {**call, "guidance_scale": few.guidance_scale}, few)
 
     def reads_guidance(self, network: Network) -> bool:
         return network.time_embedding.cond_proj is not None

@@ -11,9 +11,11 @@ from torch import Tensor
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.predictions import Parametrization
 from sublimate.diffusion.schedules import EDM, Schedule
-from sublimate.pipelines.backbones.base import Backbone, Network, OneStep, Pipeline, refuse_unknown
+from sublimate.pipelines.backbones.base import Backbone, Network, Pipeline, StockSampling, refuse_unknown
 from sublimate.pipelines.features import tapped
+from sublimate.pipelines.few_steps import FewSteps
 from sublimate.pipelines.one_step import consistency_at, ddim_at
+from sublimate.pipelines.stock_few_steps import consistency_sampling, table_sampling
 
 
 class UNet2D(Backbone):
@@ -64,12 +66,22 @@ class UNet2D(Backbone):
     def decode(self, pipe: Pipeline, latents: Tensor) -> Tensor:
         return latents / 2 + 0.5
 
-    def one_step(self, pipe: Pipeline, t: float | None = None) -> OneStep:
+    def one_step(self, pipe: Pipeline, t: float | None = None) -> StockSampling:
         if pipe.unet.config.num_class_embeds:
             raise ValueError("DDIMPipeline cannot pass class labels, so no stock pipeline runs this student.")
         if pipe.unet.config.out_channels != pipe.unet.config.in_channels:
             raise ValueError("DDIMPipeline cannot run a network that also predicts its variance: train without it.")
-        return OneStep("DDIMPipeline", ddim_at(pipe.scheduler, t), {"num_inference_steps": 1})
+        return StockSampling("DDIMPipeline", ddim_at(pipe.scheduler, t), {"num_inference_steps": 1})
+
+    def few_steps(self, pipe: Pipeline, few: FewSteps) -> StockSampling:
+        self.one_step(pipe)  # refuses the networks that no stock pipeline runs
+        scheduler, call = table_sampling(pipe.scheduler, self.schedule(pipe), few)
+        if call.keys() != {"num_inference_steps"}:
+            raise ValueError(
+                f"DDPMPipeline cannot be told {' or '.join(sorted(call.keys() - {'num_inference_steps'}))}: sample by "
+                "consistency (eta 1), at times of the table's own grid."
+            )
+        return StockSampling("DDPMPipeline", scheduler, call, few)
 
     def feature_taps(self, network: Network) -> tuple[str, ...]:
         downs = tuple(f"down_blocks.{i}" for i in range(len(network.down_blocks)))
@@ -97,5 +109,9 @@ class PreconditionedUNet2D(UNet2D):
     def parametrization(self, pipe: Pipeline) -> Parametrization:
         return Parametrization("edm", pipe.scheduler.config.sigma_data)
 
-    def one_step(self, pipe: Pipeline, t: float | None = None) -> OneStep:
-        return OneStep("ConsistencyModelPipeline", consistency_at(pipe.scheduler, t), {"num_inference_steps": 1})
+    def one_step(self, pipe: Pipeline, t: float | None = None) -> StockSampling:
+        return StockSampling("ConsistencyModelPipeline", consistency_at(pipe.scheduler, t), {"num_inference_steps": 1})
+
+    def few_steps(self, pipe: Pipeline, few: FewSteps) -> StockSampling:
+        scheduler, call, rounded = consistency_sampling(pipe.scheduler, self.schedule(pipe), few)
+        return StockSampling("ConsistencyModelPipeline", scheduler, call, rounded)

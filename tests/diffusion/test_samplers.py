@@ -11,7 +11,7 @@ import torch
 from sublimate.diffusion.denoisers import Denoiser
 from sublimate.diffusion.mixtures import GaussianMixture, MixtureDenoiser
 from sublimate.diffusion.predictions import Parametrization, Prediction
-from sublimate.diffusion.samplers import consistency, ddim, euler, heun, one_step
+from sublimate.diffusion.samplers import consistency, ddim, dynamic_threshold, euler, heun, jumps, one_step
 from sublimate.diffusion.schedules import EDM, DiscreteVP, RectifiedFlow, TrigFlow, from_scheduler
 
 TABLE = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
@@ -274,3 +274,58 @@ def test_bad_input_is_refused(arguments, options):
 def test_consistency_needs_a_time():
     with pytest.raises(ValueError, match="at least 1"):
         consistency(gaussian(EDM()), torch.zeros(1, 1), EDM(), [], torch.zeros_like)
+
+
+@EVERY
+def test_jumps_by_the_exact_eps_compose(schedule):
+    """With one clean point the network's x0 and eps are the same everywhere on a trajectory."""
+    point = GaussianMixture(torch.ones(1), torch.full((1, 1), MEAN), torch.zeros(1)).double()
+    denoiser = MixtureDenoiser(point, schedule)
+
+    def jump(x, t, s):
+        c = schedule.at(s)
+        return denoiser(x, t).combine(c.alpha, c.sigma)
+
+    start, middle, end = (schedule.uniform_time(torch.full((3,), u)) for u in (0.9, 0.6, 0.2))
+    x = normal(1, 3, 1)
+    torch.testing.assert_close(jump(x, start, start), x, rtol=1e-9, atol=1e-9)
+    twice = jump(jump(x, start, middle), middle, end)
+    torch.testing.assert_close(twice, jump(x, start, end), rtol=1e-9, atol=1e-9)
+
+
+@EVERY
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_fresh_noise_restores_the_level_after_a_jump(schedule, share):
+    """Jumps that keep the marginals N(alpha m, alpha^2 s^2 + sigma^2) end at the data's own distribution."""
+    times = schedule.grid(4)[:-1].tolist()
+    targets = [t + share * (schedule.t_clean - t) for t in times[1:]] + [schedule.t_clean]
+    draws, seen = iter(range(2, 9)), []
+
+    def jump(x, t, s):
+        (c, to), moved = (schedule.at(t), schedule.at(s)), STD**2
+        seen.append((t, x))
+        spread = ((to.alpha**2 * moved + to.sigma**2) / (c.alpha**2 * moved + c.sigma**2)).sqrt()
+        return to.alpha[:, None] * MEAN + spread[:, None] * (x - c.alpha[:, None] * MEAN)
+
+    n = 20_000
+    x0 = jumps(jump, normal(1, n, 1), schedule, times, targets, lambda x: normal(next(draws), *x.shape))
+    for t, x in [*seen[1:], (torch.full((n,), schedule.t_clean), x0)]:
+        c = schedule.at(t[0])
+        std = float((c.alpha**2 * STD**2 + c.sigma**2).sqrt())
+        assert abs(float(x.mean() - c.alpha * MEAN)) < 0.03 * std
+        assert abs(float(x.std()) / std - 1) < 0.02
+    assert next(draws) == (2 if share == 0 else 5)
+
+
+def test_jumps_that_end_too_high_are_refused():
+    schedule = SCHEDULES["flow"]
+    for targets in ([0.5], [0.6, 0.0], [0.5, 0.1]):
+        with pytest.raises(ValueError, match="need one target each"):
+            jumps(lambda x, t, s: x, normal(0, 1, 1), schedule, [1.0, 0.5], targets, torch.randn_like)
+
+
+@pytest.mark.parametrize("limit", [1.0, 3.0])
+def test_dynamic_threshold_is_that_of_diffusers(limit):
+    stock = diffusers.DDIMScheduler(thresholding=True, sample_max_value=limit)
+    x0 = 2 * normal(3, 4, 3, 8, 8)
+    torch.testing.assert_close(dynamic_threshold(x0, limit=limit), stock._threshold_sample(x0), rtol=1e-6, atol=1e-6)

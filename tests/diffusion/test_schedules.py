@@ -160,12 +160,29 @@ def test_pure_noise_of_a_student_trained_at_another_time():
     assert TrigFlow(0.5).start_scale(1.0) == 0.5
 
 
+def test_a_table_may_be_clean_at_its_first_time():
+    table = SCHEDULES["discrete"].alphas_cumprod
+    ours = DiscreteVP(torch.cat([torch.ones(1, dtype=torch.float64), table[1:]]))
+    assert (ours.t_clean, ours.t_min, ours.t_max) == (0, 1, len(table) - 1)
+    assert float(ours.at(0.0).sigma) == 0
+    later = torch.arange(1.0, len(table), dtype=torch.float64)
+    assert torch.equal(ours.at(later).sigma, SCHEDULES["discrete"].at(later).sigma)
+    assert float(ours.t_at_log_snr(float("inf"))) == 0
+    torch.testing.assert_close(ours.t_at_log_snr(ours.log_snr(later)), later)
+    u = torch.linspace(0, 1, 1000, dtype=torch.float64)
+    assert torch.equal(ours.uniform_time(u).unique(), later)
+    assert torch.equal(ours.grid(5), torch.cat([SCHEDULES["discrete"].grid(5)[:-1], torch.zeros(1)]))
+
+
 @pytest.mark.parametrize(
     "make",
     [
         lambda: DiscreteVP(torch.tensor([0.5, 0.6])),
         lambda: DiscreteVP(torch.tensor([0.5, -0.1])),
-        lambda: DiscreteVP(torch.tensor([1.0, 0.5])),
+        lambda: DiscreteVP(torch.tensor([1.0, 1.0])),
+        lambda: DiscreteVP(torch.tensor([1.1, 0.5])),
+        lambda: DiscreteVP(torch.tensor([1.0, 0.5, 0.2])).grid(2),
+        lambda: DiscreteVP(torch.tensor([1.0, 0.5, 0.2])).grid(1, "linspace"),
         lambda: DiscreteVP(torch.ones(2, 2)),
         lambda: EDM(80, 0.002),
         lambda: EDM(rho=0),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +17,12 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 
 from sublimate.diffusion.samplers import one_step
+from sublimate.diffusion.schedules import RectifiedFlow
 from sublimate.pipelines.cards import inherited_license, model_card
 from sublimate.pipelines.export import LORA_FILE, export_lora, export_student, save_model
+from sublimate.pipelines.few_steps import FewSteps, sample_few_steps
 from sublimate.pipelines.folders import written_aside
-from sublimate.pipelines.generate import generate
+from sublimate.pipelines.generate import generate, telling
 from sublimate.pipelines.model import Model, open_model
 
 SEEDS = (11, 12)
@@ -38,21 +42,40 @@ STUDENTS = {
     "tiny_sd3@0.75": 0.75,
 }
 
+# Students of several steps; "told" ones are told the guidance scale.
+FEW_STEP_STUDENTS = {
+    "tiny_sd#consistency": FewSteps("consistency", grid_steps=50),
+    "tiny_sd_v#target_driven": FewSteps("target_driven", eta=0.3, grid_steps=250, guidance_scale=1.7),
+    "tiny_sd#times": FewSteps("target_driven", steps=3, eta=0.2, times=(999, 875, 251), guidance_scale=2.0),
+    "tiny_sd#deterministic": FewSteps("target_driven", grid_steps=250),
+    "tiny_sd#one": FewSteps("target_driven", steps=1, eta=0.2, grid_steps=250, guidance_scale=3.0),
+    "tiny_sd#told": FewSteps("consistency", steps=2, grid_steps=50, guidance_scale=8.0),
+    "tiny_unconditional#consistency": FewSteps("consistency", steps=3, grid_steps=50),
+    "tiny_edm#consistency": FewSteps("consistency", steps=3, grid_steps=18),
+    "tiny_edm#one": FewSteps("consistency", steps=1),
+    "tiny_sd3#deterministic": FewSteps("target_driven", steps=3, grid_steps=50, guidance_scale=2.0),
+    "tiny_sd3#consistency": FewSteps("consistency", steps=3),
+}
+GLOBAL_SEED = 13
+
 FRESH_PROCESS = """
 import json, sys
 sys.modules["sublimate"] = None
-import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+import diffusers, torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 jobs = json.load(open(sys.argv[1]))
 for job in jobs:
     pipeline = DiffusionPipeline.from_pretrained(job["folder"])
     if job["lora"]:
         pipeline.load_lora_weights(job["lora"])
-        pipeline.scheduler = DDIMScheduler.from_pretrained(job["lora"], subfolder="scheduler")
+        scheduler = getattr(diffusers, job["scheduler"])
+        pipeline.scheduler = scheduler.from_pretrained(job["lora"], subfolder="scheduler")
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in job["seeds"]]
     who = {"prompt": job["prompts"]} if job["prompts"] else {"batch_size": len(generators)}
+    # Stock flow pipelines draw their fresh noise from the global generator.
+    torch.manual_seed(job["global_seed"])
     images = pipeline(**who, generator=generators, output_type="pt", **job["call"]).images
     images = torch.as_tensor(images)
     expected = load_file(job["expected"])["images"]
@@ -83,6 +106,34 @@ def images_of(model: Model, student, t: float | None) -> torch.Tensor:
     return model.decode(x0).clamp(0, 1)
 
 
+@torch.no_grad()
+def few_step_images_of(model: Model, student, few: FewSteps) -> torch.Tensor:
+    condition = model.encode_prompts(prompts_of(model) or [""] * len(SEEDS))
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    torch.manual_seed(GLOBAL_SEED)
+
+    def draw(shape):
+        return torch.cat([torch.randn((1, *shape), generator=generator) for generator in generators])
+
+    def noise(x):
+        return torch.randn(x.shape) if isinstance(model.schedule, RectifiedFlow) else draw(x.shape[1:])
+
+    reads = model.backbone.reads_guidance(student.network)
+    told = telling(student, condition, model.null_condition(), few.guidance_scale, reads_guidance=reads)
+    return model.decode(sample_few_steps(few, told, draw(model.latent_shape), model.schedule, noise)).clamp(0, 1)
+
+
+def few_step_student_of(model: Model, name: str):
+    """A student with other weights; "told" ones have a number input whose layer is not zero."""
+    student = student_of(model)
+    if name.endswith("#told"):
+        student.network = model.backbone.with_number_input(student.network)
+        torch.nn.init.normal_(
+            student.network.time_embedding.cond_proj.weight, generator=torch.Generator().manual_seed(7)
+        )
+    return student
+
+
 def prompts_of(model: Model) -> list[str]:
     return list(PROMPTS) if model.backbone.text_components else []
 
@@ -102,7 +153,7 @@ def with_lora(model: Model, ranks: dict[str, int]):
 
 @pytest.fixture(scope="module")
 def folders(request: pytest.FixtureRequest) -> dict[str, Path]:
-    return {name: request.getfixturevalue(name) for name in {key.partition("@")[0] for key in STUDENTS}}
+    return {name: request.getfixturevalue(name) for name in {re.split("[@#]", key)[0] for key in STUDENTS}}
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +164,10 @@ def fresh(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
     def job(name: str, model: Model, images: torch.Tensor, folder: Path, lora: Path | None, call: dict) -> None:
         save_file({"images": images.contiguous()}, root / f"{name}.safetensors")
-        shared = {"name": name, "seeds": SEEDS, "prompts": prompts_of(model), "call": call}
+        shared = {"name": name, "seeds": SEEDS, "prompts": prompts_of(model), "call": call, "global_seed": GLOBAL_SEED}
+        if lora:
+            config = json.loads((lora / "scheduler" / "scheduler_config.json").read_text())
+            shared["scheduler"] = config["_class_name"]
         paths = {"folder": str(folder), "lora": lora and str(lora), "expected": str(root / f"{name}.safetensors")}
         jobs.append(shared | paths)
 
@@ -132,6 +186,24 @@ def fresh(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     folder = export_student(model, student, root / "merged")
     job("merged", model, images_of(model, student, None), folder, None, call)
 
+    for name, few in FEW_STEP_STUDENTS.items():
+        model = open_model(folders[name.partition("#")[0]])
+        student = few_step_student_of(model, name)
+        folder = export_student(model, student, root / name, few_steps=few)
+        record = json.loads((folder / "sublimate.json").read_text())
+        images = few_step_images_of(model, student, FewSteps.from_dict(record["few_steps"]))
+        job(name, model, images, folder, None, record["call"])
+
+    model = open_model(folders["tiny_sd"])
+    student, few = with_lora(model, {}), FewSteps("target_driven", eta=0.3, grid_steps=250, guidance_scale=1.7)
+    folder = export_lora(model, student, root / "few-step-lora", few_steps=few)
+    call = json.loads((folder / "sublimate.json").read_text())["call"]
+    job("few-step-lora", model, few_step_images_of(model, student, few), folders["tiny_sd"], folder, call)
+    # The student of four steps, asked for one.
+    one = replace(few, steps=1)
+    call = {**call, "num_inference_steps": 1}
+    job("few-step-lora-in-one", model, few_step_images_of(model, student, one), folders["tiny_sd"], folder, call)
+
     (root / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, "-c", FRESH_PROCESS, str(root / "jobs.json")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
@@ -146,8 +218,15 @@ def test_a_fresh_process_draws_the_students_x0(fresh, name):
     assert error < 1e-5
 
 
+@pytest.mark.parametrize("name", [*FEW_STEP_STUDENTS, "few-step-lora", "few-step-lora-in-one"])
+def test_a_fresh_process_samples_in_few_steps_like_ours(fresh, name):
+    error, _ = fresh[name]
+    assert error < 2e-5
+
+
 def test_pixel_students_are_saved_as_stock_pipelines(fresh):
     assert fresh["tiny_unconditional"][1] == "DDIMPipeline"
+    assert fresh["tiny_unconditional#consistency"][1] == "DDPMPipeline"
     assert fresh["tiny_edm"][1] == "ConsistencyModelPipeline"
 
 
@@ -163,6 +242,25 @@ def test_an_export_opens_as_a_model_that_samples_alike(folders, tmp_path, name):
     model.denoiser.load_state_dict(student.state_dict())
     expected = generate(model, prompts, seed=3, steps=1, guidance_scale=1, sampler="one_step", start=t)
     torch.testing.assert_close(drawn, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", FEW_STEP_STUDENTS)
+def test_a_few_step_export_opens_as_a_model_that_samples_alike(folders, tmp_path, name):
+    few = FEW_STEP_STUDENTS[name]
+    model = open_model(folders[name.partition("#")[0]])
+    student = few_step_student_of(model, name)
+    again = open_model(export_student(model, student, tmp_path / "student", few_steps=few))
+    assert (again.defaults["steps"], again.guidance_scale) == (few.steps, few.guidance_scale)
+    card = (tmp_path / "student" / "README.md").read_text()
+    assert f"eta={few.eta}" in card or "target_driven" not in name
+    assert ("few-step" in card.lower()) == (few.steps > 1)
+    drawn = generate(again, prompts_of(model) or len(SEEDS), seed=3)
+    model.pipeline.unet = student.network  # where it is one
+    ours = Model(model.pipeline, "student", {"few_steps": few.to_dict(), "guidance_scale": few.guidance_scale})
+    ours.denoiser = student
+    tolerance = 1e-3 if name.startswith("tiny_edm") else 2e-5  # its scheduler rounds the times
+    expected = generate(ours, prompts_of(model) or len(SEEDS), seed=3)
+    torch.testing.assert_close(drawn, expected, atol=tolerance, rtol=0)
 
 
 def test_the_base_keeps_its_weights_scheduler_and_config(tiny_sd, tmp_path):

@@ -77,6 +77,6 @@ def test_the_teachers_own_samples_are_the_real_class(tiny_sd, tmp_path):
     data = DataConfig(prompts=str(tmp_path / "p.txt"), images="teacher", teacher_steps=1)
     source = make_source(model, data, guidance_scale=2.0, progress=False)
     assert source.provides == {"prompts", "images"}
-    assert source.latents.shape == (2, *model.latent_shape)
+    assert source.tensors["images"].shape == (2, *model.latent_shape)
     with pytest.raises(ValueError, match="own captions"):
         make_source(model, DataConfig(prompts=str(tmp_path / "p.txt"), images=str(tmp_path)), 1.0)

@@ -12,7 +12,7 @@ from sublimate.diffusion.denoisers import Denoiser
 from sublimate.diffusion.mixtures import GaussianMixture, MixtureDenoiser
 from sublimate.diffusion.predictions import Parametrization, add_noise
 from sublimate.diffusion.schedules import TrigFlow
-from sublimate.training.discriminator import Discriminator
+from sublimate.pipelines.discriminator import Discriminator
 from sublimate.training.losses import F_DIVERGENCES, discriminator_loss
 from sublimate.training.objective import Batch, Turn
 from sublimate.training.objectives.f_distill import FDistill, FDistillConfig

@@ -20,6 +20,10 @@ FAMILIES = (
     *(pytest.param(f, marks=pytest.mark.slow) for f in ("tiny_sd", "tiny_unconditional", "tiny_sd3")),
 )
 LORA = {"kind": "lora", "rank": 2}
+# A small c magnifies the rounding of x0 where an eps-network sees almost no signal.
+SOFT = {"huber_c": 0.1}
+# Guidance that the student is not told, and that unconditional teachers can do without.
+BAKED = {"guidance_input": False, "guidance_range": None, **SOFT}
 
 # name: (method, options). A new objective adds its rows here.
 CASES = {
@@ -29,6 +33,31 @@ CASES = {
         {"critic_updates": 1, "gan_weight": 0.1, "discriminator_width": 8, "student": LORA, "critic": LORA},
     ),
     "f_distill-data-free": ("f_distill", {"critic_updates": 2, "divergence": "reverse_kl", "gan_weight": 0.0}),
+    "consistency_distillation": ("consistency_distillation", BAKED),
+    "consistency_distillation-lora": ("consistency_distillation", {**BAKED, "student": LORA}),
+    "consistency_distillation-self": ("consistency_distillation", {**BAKED, "target_decay": None, "loss": "l2"}),
+    "consistency_distillation-told": ("consistency_distillation", SOFT),
+    "target_driven": ("target_driven", {"student": LORA, "empty_prompts": 0.5, **SOFT}),
+    "target_driven-full": ("target_driven", {"student": {"kind": "full"}, "target_steps": (1, 3), **SOFT}),
+    "disback": ("disback", {"critic_updates": 1, "degradation_steps": 1, "record_every": 1, "critic": LORA}),
+    "disback-path-of-one": ("disback", {"critic_updates": 1, "degradation_steps": 0, "critic": LORA, "student": LORA}),
+    "consistency_training": ("consistency_training", {"dropout": 0.0, "huber": 0.01}),
+    "consistency_training-tuning": (
+        "consistency_training",
+        {
+            "initialize": "teacher",
+            "dropout": 0.0,
+            "huber": 0.01,
+            "pairs": {"kind": "continuous", "decay": 4},
+            "student": LORA,
+        },
+    ),
+    "consistency_trajectory": ("consistency_trajectory", {"solver_steps": 2, **SOFT}),
+    "consistency_trajectory-denoising": (
+        "consistency_trajectory",
+        {"guidance_scale": 1.0, "denoising_weight": 1.0, "target_decay": None, **SOFT},
+    ),
+    "discriminator_guidance": ("discriminator_guidance", {"discriminator_width": 8}),
     "denoising": ("denoising", {}),
     "denoising-lora": ("denoising", {"student": LORA}),
 }
@@ -47,16 +76,23 @@ def make(model, case):
     method, options = CASES[case]
     cls = registry.load(OBJECTIVES, method, Objective)
     if "guidance_scale" in cls.Config.model_fields:
-        options = {**options, "guidance_scale": 2.0 if model.null_condition() else 1.0}
+        options = {"guidance_scale": 2.0 if model.null_condition() else 1.0, **options}
     torch.manual_seed(0)
-    return cls(model, cls.Config(**options))
+    try:
+        return cls(model, cls.Config(**options))
+    except ValueError as refusal:
+        # Some families' stock networks have no input for one more number.
+        if "cannot be told" not in str(refusal):
+            raise
+        pytest.skip(str(refusal))
 
 
 def make_trainer(model, case, folder, **options):
     objective = make(model, case)
     prompts = ["red cat", "a dog", "cat"] if model.null_condition() else []
     latents = torch.randn((3, *model.latent_shape), generator=torch.Generator().manual_seed(1))
-    source = ModelSource(model, prompts, latents if "images" in objective.needs else None)
+    needed = {name: latents for name in ("images", "samples") if name in objective.needs}
+    source = ModelSource(model, prompts, needed.get("images"), samples=needed.get("samples"))
     defaults = {"max_train_steps": 2, "train_batch_size": 2, "ema_decay": 0.5}
     return Trainer(objective, source, TrainerConfig(output_dir=folder, **defaults | options), progress=False)
 
@@ -95,8 +131,11 @@ class TestObjective:
         whole = make_trainer(model, case, tmp_path / "a", train_batch_size=4)
         parts = make_trainer(model, case, tmp_path / "b", train_batch_size=1, gradient_accumulation_steps=4)
         for turn in whole.objective.turns(0):
-            for a, b in zip(gradients(whole, turn), gradients(parts, turn), strict=True):
-                torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-5 * float(a.abs().max()) + 1e-9)
+            found, expected = gradients(parts, turn), gradients(whole, turn)
+            # Some gradients are zero but for the rounding of larger ones, as of a bias before a softmax.
+            floor = 1e-9 + 1e-8 * max(float(a.abs().max()) for a in expected)
+            for a, b in zip(expected, found, strict=True):
+                torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-5 * float(a.abs().max()) + floor)
 
     def test_gradient_checkpointing_changes_nothing(self, model, case, tmp_path):
         plain = make_trainer(model, case, tmp_path / "a")
@@ -126,7 +165,8 @@ def counted(trainer, model):
         elif x_in.requires_grad:  # not the output: the loss may read features alone
             x_in.register_hook(lambda gradient: passes.append(len(gradient)))
 
-    trees = [model.denoiser, *(player.module for player in trainer.players.values())]
+    held = getattr(trainer.objective, "target", None)  # a tree that only gives targets
+    trees = [model.denoiser, held, *(player.module for player in trainer.players.values())]
     networks = {id(d.network): d.network for d in trees if isinstance(d, Denoiser)}
     hooks = [network.register_forward_hook(count, with_kwargs=True) for network in networks.values()]
     yield passes

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
-from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.predictions import add_noise
 from sublimate.training.losses import denoising_loss
 from sublimate.training.objective import Artefact, Batch, Loss, ObjectiveConfig, SoloObjective, Turn
@@ -62,7 +60,7 @@ class Denoising(SoloObjective):
 
     def loss(self, turn: Turn, batch: Batch, step: int) -> Loss:
         x0, eps, t = batch["images"], batch["eps"], batch["t"]
-        condition = _dropping(batch.condition, self.null, batch["dropped"]) if self.null else batch.condition
+        condition = batch.condition.dropping(batch["dropped"], self.null) if self.null else batch.condition
         prediction = self.student(add_noise(self.schedule, x0, eps, t), t, condition)
         return Loss(denoising_loss(prediction, x0, eps).mean())
 
@@ -72,10 +70,3 @@ class Denoising(SoloObjective):
 
     def exports(self) -> Artefact:
         return Artefact("weights" if self.config.student.kind == "full" else "lora", self.student)
-
-
-def _dropping(condition: Condition, null: Condition, dropped: Tensor) -> Condition:
-    """The condition with the null one in place of the dropped samples'."""
-    without = condition.with_null(null)
-    rows = {k: dropped.view(-1, *[1] * (v.dim() - 1)) for k, v in condition.items()}
-    return Condition({k: torch.where(rows[k], without[k], v) for k, v in condition.items()})

@@ -42,7 +42,7 @@ class Discriminator(nn.Module):
     def __init__(self, channels: Mapping[str, int], width: int = 256) -> None:
         super().__init__()
         # Module names may not contain dots, so heads are stored in the order of the taps.
-        self.taps = tuple(channels)
+        self.channels, self.taps = dict(channels), tuple(channels)
         self.heads = nn.ModuleList(Head(count, width) for count in channels.values())
 
     def forward(self, prediction: Prediction, t: Tensor) -> Tensor:

@@ -1,0 +1,174 @@
+"""Consistency distillation: few steps by agreeing along the teacher's guided trajectories (Song 2023, Luo 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+from torch.func import functional_call
+
+from sublimate.diffusion.conditions import Condition
+from sublimate.diffusion.predictions import Prediction, add_noise
+from sublimate.pipelines.few_steps import FewSteps
+from sublimate.training.consistency import GuidedSolver, jump
+from sublimate.training.ema import Average
+from sublimate.training.losses import pseudo_huber_loss, squared_loss
+from sublimate.training.objective import Artefact, Batch, Loss, ObjectiveConfig, SoloObjective, Turn
+from sublimate.training.players import PlayerConfig, make_player
+from sublimate.training.teacher import Teacher, check_guidance
+
+
+class ConsistencyDistillationConfig(ObjectiveConfig):
+    """Options of consistency distillation; defaults are those of diffusers' script for latent consistency models.
+
+    That script counts guidance from 0, so its range [5, 15] is [6, 16] here.
+
+    Attributes:
+        guidance_input: the student is told the scale (an embedding that stock pipelines fill from guidance_scale);
+            needs a network with that input and student.kind "full". Otherwise guidance is baked in.
+        guidance_scale: the teacher's guidance, 1 is none; with a range, what a student that is told the scale is
+            sampled with by default.
+        guidance_range: the teacher's guidance is drawn from it uniformly, per sample; None always uses the scale.
+        grid_steps: the teacher's steps from noise to data; each skips 1000/grid_steps times of a table.
+        target_decay: decay per step of the moving average of the student that gives the target; None is the student
+            itself, without gradient.
+        loss: "huber" is sqrt(d^2 + c^2) - c, "l2" is d^2, as means over elements.
+        huber_c: c, in units of x0.
+        sampling_steps: network calls of the exported student's default sampling.
+        student: how the student is made and optimised.
+    """
+
+    guidance_input: bool = True
+    guidance_scale: float = Field(default=8.5, ge=1)
+    guidance_range: tuple[float, float] | None = (6.0, 16.0)
+    grid_steps: int = Field(default=50, ge=1)
+    target_decay: float | None = Field(default=0.95, ge=0, lt=1)
+    loss: Literal["huber", "l2"] = "huber"
+    huber_c: float = Field(default=1e-3, gt=0)
+    sampling_steps: int = Field(default=4, ge=1)
+    student: PlayerConfig = PlayerConfig(learning_rate=1e-6)
+
+    @field_validator("guidance_range")
+    @classmethod
+    def _in_order(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not 1 <= value[0] <= value[1]:
+            raise ValueError(f"guidance_range goes from a scale of at least 1 to a larger one, not {value}.")
+        return value
+
+    def passes(self, step: int = 0) -> float:
+        # The teacher's step, the student forward and backward, the target.
+        return (1 if self.guidance_range is None and self.guidance_scale == 1 else 2) + 3 + 1
+
+
+class ConsistencyDistillation(SoloObjective):
+    """Minimises E_{x0, n, w, eps}[ d(f_theta(x_t, w, c, t), f_target(x_s, w, c, s)) ]   (Luo et al. 2023, alg. 1).
+
+    t = t_n and s = t_{n+1} are neighbours on the grid, x_t = alpha_t x0 + sigma_t eps, and x_s is one DDIM step of the
+    teacher with guidance w from x_t. A function that is constant along the teacher's trajectories and the identity at
+    clean data maps every x_t to its trajectory's end: for the exact one the loss vanishes up to the solver's error.
+
+    f is the network's x0, and x itself at clean data, so f(x, t_clean) = x holds for every parametrization and the
+    last step's target is the teacher's own x0. Song et al. and Luo et al. write f = c_skip(t) x + c_out(t) F instead.
+    EDM's preconditioning is that form with sigma_min = 0; in latent consistency models, with c_skip = .25/((10 t)^2 +
+    .25) on a table, c_skip is below 1e-5 and 1 - c_out below 1e-5 from t = 19 on, so f is the network's x0 there too.
+
+    Args:
+        model: the teacher; stays frozen.
+        config: options.
+    """
+
+    Config = ConsistencyDistillationConfig
+    paper: ClassVar[str] = "2310.04378"
+
+    def __init__(self, model: Teacher, config: ConsistencyDistillationConfig) -> None:
+        if config.guidance_input and config.student.kind != "full":
+            raise ValueError(
+                "A student that is told the guidance scale has a new layer, which no LoRA holds: set "
+                "objective.student.kind to full, or objective.guidance_input to false."
+            )
+        network = model.denoiser_with_number_input() if config.guidance_input else model.denoiser
+        super().__init__(model, config, "student", make_player(network, config.student, ema=True))
+        self.solver = GuidedSolver(model, config.grid_steps)
+        self.schedule, self.shape = self.solver.schedule, tuple(model.latent_shape)
+        check_guidance(self.solver.null, *(config.guidance_range or (config.guidance_scale,)))
+        self.few_steps = FewSteps(
+            "consistency",
+            steps=config.sampling_steps,
+            grid_steps=config.grid_steps,
+            guidance_scale=config.guidance_scale if config.guidance_input else 1.0,
+        )
+        self._average: Average | None = None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"images", "prompts"} if self.solver.null else {"images"})
+
+    def prepare(self, turn: Turn, batch: Batch, step: int) -> Batch:
+        device = batch["images"].device
+        t, s = self.solver.neighbours(batch.random.integers(self.config.grid_steps, device))
+        batch = batch.adding(t=t, s=s, eps=batch.random.normal(self.shape, device))
+        if self.config.guidance_range is None:
+            return batch
+        low, high = self.config.guidance_range
+        return batch.adding(scale=low + (high - low) * batch.random.uniform(device))
+
+    def loss(self, turn: Turn, batch: Batch, step: int) -> Loss:
+        t, s = batch["t"], batch["s"]
+        condition = self._told(batch)
+        x_t = add_noise(self.schedule, batch["images"], batch["eps"], t)
+        with torch.no_grad():
+            x_s = self.solver.step(x_t, t, s, batch.condition, self._scale(batch))
+            target = self._to_data(self.target, x_s, s, condition)
+        x0 = self._to_data(self.player.module, x_t, t, condition)
+        if self.config.loss == "l2":
+            return Loss(squared_loss(x0, target).mean())
+        return Loss(pseudo_huber_loss(x0, target, self.config.huber_c).mean())
+
+    def target(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
+        """The student's moving average, or the student itself."""
+        student = self.player.module
+        if self.config.target_decay is None:
+            return student(x_t, t, condition)
+        return functional_call(student, self._averaged().values, (x_t, t, condition))
+
+    def _to_data(self, network, x: Tensor, t: Tensor, condition: Condition) -> Tensor:  # type: ignore[no-untyped-def]
+        """f(x, t)."""
+        return jump(network, self.schedule, x, t, torch.full_like(t, self.schedule.t_clean), condition)
+
+    def _scale(self, batch: Batch) -> float | Tensor:
+        return self.config.guidance_scale if self.config.guidance_range is None else batch["scale"]
+
+    def _told(self, batch: Batch) -> Condition:
+        """What student and target are told."""
+        if not self.config.guidance_input:
+            return batch.condition
+        scale = torch.as_tensor(self._scale(batch), dtype=torch.float32, device=batch["t"].device)
+        return batch.condition.replace(guidance=scale.expand(len(batch)))
+
+    def _averaged(self) -> Average:
+        # Made at first use, when the student has reached its device and not yet moved.
+        if self._average is None:
+            self._average = Average(self.player.trainable(), self.config.target_decay or 0.0)
+        return self._average
+
+    def after_step(self, step: int) -> None:
+        if self.config.target_decay is not None:
+            self._averaged().update()
+
+    def state(self) -> dict[str, Tensor]:
+        if self.config.target_decay is None:
+            return {}
+        return {f"target.{name}": value for name, value in self._averaged().values.items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        if state.keys() != self.state().keys():
+            raise ValueError("The checkpoint's target does not fit this student: resume with the same options.")
+        if state:
+            self._averaged().load({name.removeprefix("target."): value for name, value in state.items()})
+
+    def exports(self) -> Artefact:
+        full = self.config.student.kind == "full"
+        return Artefact("weights" if full else "lora", self.player.module, few_steps=self.few_steps)
