@@ -168,7 +168,7 @@ def test_the_exact_function_is_stationary_up_to_the_first_order_of_the_step(sche
         objective = oracle_objective(
             schedule, huber=huber, pairs={"kind": "doubling", "first_steps": steps, "last_steps": steps}
         )
-        batch = prepared(objective, 2**15)
+        batch = prepared(objective, 2**13)
         sizes.append(float(gradient(objective, batch).norm()))
     with torch.no_grad():
         objective.player.module.mean += 0.2

@@ -5,22 +5,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from oracles import SCHEDULE, STUDENT, drawn, gradient, made_exact, mixture, sobol, tiny_model
 
 from sublimate.diffusion.conditions import Condition
-from sublimate.diffusion.denoisers import Denoiser
-from sublimate.diffusion.mixtures import GaussianMixture, MixtureDenoiser
-from sublimate.diffusion.predictions import Parametrization, add_noise
-from sublimate.diffusion.schedules import TrigFlow
+from sublimate.diffusion.predictions import add_noise
 from sublimate.pipelines.discriminator import Discriminator
 from sublimate.training.losses import F_DIVERGENCES, discriminator_loss
 from sublimate.training.objective import Batch, Turn
 from sublimate.training.objectives.f_distill import FDistill, FDistillConfig
-from sublimate.training.players import Player, PlayerConfig
 from sublimate.training.randomness import SampleRandom
 
-SCHEDULE = TrigFlow(sigma_data=1.0)
-STUDENT, CRITIC = Turn("student", ("student",)), Turn("critic0", ("critic", "discriminator"))
+CRITIC = Turn("critic0", ("critic", "discriminator"))
 EXACT = {
     "ratio_bounds": None,
     "ratio_normalization": False,
@@ -44,94 +39,21 @@ GRADIENTS = {
 }
 
 
-class Affine(nn.Module):
-    """The student x0 = a z + b, whose noised density is N(alpha b, alpha^2 a^2 + sigma^2)."""
-
-    def __init__(self, a, b):
-        super().__init__()
-        self.a, self.b = nn.Parameter(torch.tensor(a)), nn.Parameter(torch.tensor(b))
-
-    def forward(self, x_t, t, condition, *, features=()):
-        return SimpleNamespace(x0=self.a * x_t + self.b)
-
-    def mixture(self):
-        return GaussianMixture(torch.ones(1), self.b.detach().view(1, 1), self.a.detach().abs().view(1))
-
-
-class ExactCritic(nn.Module):
-    """The exact denoiser of the student's own distribution, whatever (a, b) are by now."""
-
-    def __init__(self, student):
-        super().__init__()
-        self.student, self.unused = student, nn.Parameter(torch.zeros(1))
-
-    def forward(self, x_t, t, condition, *, features=()):
-        return MixtureDenoiser(self.student.mixture(), SCHEDULE)(x_t, t, condition)
-
-
-class ExactRatio(nn.Module):
-    """log p_t/q_t in place of the discriminator's logit."""
-
-    def __init__(self, teacher, student):
-        super().__init__()
-        self.teacher, self.student, self.unused = teacher, student, nn.Parameter(torch.zeros(1))
-
-    def forward(self, prediction, t):
-        c = SCHEDULE.at(t)
-        p, q = (m.marginal(c.alpha, c.sigma) for m in (self.teacher, self.student.mixture().double()))
-        return (p.log_prob(prediction.x_t) - q.log_prob(prediction.x_t))[:, None]
-
-
-def network_call(network, x_t, t, condition, features):
-    y = network(x_t)
-    return y, {name: torch.cat([y, y.sin(), y.cos(), y * y], 1)[:, None] for name in features}
-
-
 def plain_objective(**options):
     """The objective on a tiny real denoiser; every test starts from this constructor."""
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(1, 8), nn.SiLU(), nn.Linear(8, 1))
-    denoiser = Denoiser(network, network_call, SCHEDULE, Parametrization("v_prediction"))
-    model = SimpleNamespace(
-        denoiser=denoiser, latent_shape=(1,), null_condition=Condition, feature_taps=lambda: ("middle",)
-    )
-    return FDistill(model, FDistillConfig(**options))
+    return FDistill(tiny_model(), FDistillConfig(**options))
 
 
-def oracle_objective(divergence, mixture, a, b, time_range=(0.02, 0.98)):
+def oracle_objective(divergence, teacher, a, b, time_range=(0.02, 0.98)):
     """The objective with every network replaced by the exact function it estimates."""
-    objective = plain_objective(divergence=divergence, time_range=time_range, **EXACT)
-    student = Affine(a, b)
-    objective.teacher, objective.taps = MixtureDenoiser(mixture, SCHEDULE), ()
-    parts = {"student": student, "critic": ExactCritic(student), "discriminator": ExactRatio(mixture, student)}
-    for name, module in parts.items():
-        objective._players[name] = Player(module, PlayerConfig(), frozenset(n for n, _ in module.named_parameters()))
-    objective._players["student"].set_trainable(True)
-    return objective
-
-
-def quadrature(objective, times, power):
-    """Replaces the random draws by 2^power Sobol points in (z, eps), the same ones at every time."""
-    points = torch.quasirandom.SobolEngine(2, scramble=True, seed=0).draw_base2(power, dtype=torch.float64)
-    z, eps = torch.special.ndtri(points.clamp(1e-12, 1 - 1e-12)).repeat(len(times), 1).split(1, dim=1)
-    t = times.repeat_interleave(2**power)
-    objective.draw = lambda batch: batch.adding(z=z, eps=eps, eps_real=eps, t=t)
-    return Batch(Condition(), SampleRandom(0, 0, "x", []))
-
-
-def gradient(objective, batch):
-    with torch.no_grad():
-        prepared = objective.prepare(STUDENT, batch, 0)
-    objective.student.zero_grad()
-    objective.loss(STUDENT, prepared, 0).total.backward()
-    return torch.stack([objective.student.a.grad, objective.student.b.grad])
+    return made_exact(plain_objective(divergence=divergence, time_range=time_range, **EXACT), teacher, a, b)
 
 
 @pytest.mark.parametrize("divergence", GRADIENTS)
 def test_gradient_is_that_of_the_divergence(divergence):
-    mixture = GaussianMixture(torch.tensor([0.3, 0.7]), torch.tensor([[-1.5], [1.0]]), torch.tensor([0.4, 0.5]))
-    objective = oracle_objective(divergence, mixture.double(), 0.8, 0.2)
-    batch = quadrature(objective, torch.tensor([math.atan2(0.6, 0.8)], dtype=torch.float64), 17)
+    teacher = mixture([0.3, 0.7], [-1.5, 1.0], [0.4, 0.5])
+    objective = oracle_objective(divergence, teacher, 0.8, 0.2)
+    batch = drawn(objective, torch.tensor([math.atan2(0.6, 0.8)], dtype=torch.float64), *sobol(17))
     # The loss carries the weight sigma^2/alpha^2 (pseudo_target's docstring).
     found = gradient(objective, batch).double() * (0.8 / 0.6) ** 2
     expected = torch.tensor(GRADIENTS[divergence], dtype=torch.float64)
@@ -142,9 +64,8 @@ def test_gradient_is_that_of_the_divergence(divergence):
 
 @pytest.mark.parametrize("divergence", GRADIENTS)
 def test_gradient_vanishes_when_the_student_is_the_teacher(divergence):
-    mixture = GaussianMixture(torch.ones(1), torch.tensor([[0.3]]), torch.tensor([0.6])).double()
-    objective = oracle_objective(divergence, mixture, 0.6, 0.3)
-    batch = quadrature(objective, torch.tensor([0.4, 0.9], dtype=torch.float64), 10)
+    objective = oracle_objective(divergence, mixture([1.0], [0.3], [0.6]), 0.6, 0.3)
+    batch = drawn(objective, torch.tensor([0.4, 0.9], dtype=torch.float64), *sobol(10))
     assert gradient(objective, batch).abs().max() < 1e-6
 
 
@@ -172,10 +93,9 @@ def test_weight_is_the_second_derivative_of_f(divergence):
 )
 def test_a_short_run_reaches_the_known_minimiser(divergence, minimiser):
     """Teacher .25 N(-1,.16) + .75 N(1,.16), t uniform in [.3, .6]: one minimum, by quadrature and BFGS."""
-    mixture = GaussianMixture(torch.tensor([0.25, 0.75]), torch.tensor([[-1.0], [1.0]]), torch.tensor([0.4, 0.4]))
-    objective = oracle_objective(divergence, mixture.double(), 1.2, 0.0)
+    objective = oracle_objective(divergence, mixture([0.25, 0.75], [-1.0, 1.0], [0.4, 0.4]), 1.2, 0.0)
     times = 0.3 + 0.3 * (torch.arange(6, dtype=torch.float64) + 0.5) / 6
-    batch = quadrature(objective, times, 11)
+    batch = drawn(objective, times, *sobol(11))
     optimizer = torch.optim.Adam(objective.student.parameters(), lr=0.03)
     for _ in range(150):
         gradient(objective, batch)

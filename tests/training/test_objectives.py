@@ -39,6 +39,8 @@ CASES = {
     "consistency_distillation-told": ("consistency_distillation", SOFT),
     "target_driven": ("target_driven", {"student": LORA, "empty_prompts": 0.5, **SOFT}),
     "target_driven-full": ("target_driven", {"student": {"kind": "full"}, "target_steps": (1, 3), **SOFT}),
+    "em_distillation": ("em_distillation", {"langevin_steps": 2, "step_z": 0.01}),
+    "em_distillation-lora": ("em_distillation", {"langevin_steps": 2, "step_z": 0.0, "student": LORA, "critic": LORA}),
     "disback": ("disback", {"critic_updates": 1, "degradation_steps": 1, "record_every": 1, "critic": LORA}),
     "disback-path-of-one": ("disback", {"critic_updates": 1, "degradation_steps": 0, "critic": LORA, "student": LORA}),
     "consistency_training": ("consistency_training", {"dropout": 0.0, "huber": 0.01}),

@@ -141,7 +141,7 @@ class ConsistencyTrajectory(SoloObjective):
         with torch.no_grad():
             x_u, u = self._solved(x_t, batch)
             target = self.jump(self.target, self.jump(self.target, x_u, u, s, batch), s, clean, batch)
-        estimate = self.jump(self.student, self.jump(self.target, x_t, t, s, batch), s, clean, batch)
+        estimate = self.jump(self.target, self.jump(self.student, x_t, t, s, batch), s, clean, batch)
         consistency = pseudo_huber_loss(estimate, target, config.huber_c).mean()
         if config.denoising_weight == 0:
             return Loss(consistency)
