@@ -47,6 +47,40 @@ def pseudo_target_loss(x0: Tensor, direction: Tensor) -> Tensor:
     return (0.5 * direction.square() + moved).flatten(1).mean(1)
 
 
+def f_weight_terms(divergence: str, ratio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """h(r), r h'(r) and r^2 h''(r) of one of `F_DIVERGENCES`.
+
+    Args:
+        divergence: its name.
+        ratio: r, positive, any shape; no gradient flows into it.
+    """
+    with torch.enable_grad():
+        r = ratio.detach().requires_grad_(True)
+        # Where h is constant or linear its derivatives do not depend on r: the zeros keep them differentiable.
+        h = F_DIVERGENCES[divergence](r) + 0 * r
+        (first,) = torch.autograd.grad(h.sum(), r, create_graph=True)
+        (second,) = torch.autograd.grad((first + 0 * r).sum(), r)
+    return h.detach(), (r * first).detach(), r.detach().square() * second
+
+
+def identity_terms(x0: Tensor, p: Prediction, q: Prediction) -> tuple[Tensor, Tensor]:
+    """(mu_p - mu_q)^T (mu_p - x0) and |mu_p - mu_q|^2 per sample, what score identities are made of.
+
+    Zhou et al. 2024, arXiv 2404.04057, eq. 23. Gradients flow through x0 and, from x_t, through both predictions.
+
+    Args:
+        x0: the student's samples, (batch, ...).
+        p, q: predictions of the (guided) teacher and of the critic at the noised samples.
+
+    Returns:
+        two tensors (batch,), float32 or x0's precision if that is higher.
+    """
+    wide = torch.promote_types(x0.dtype, torch.float32)
+    mu_p, mu_q = p.x0.to(wide), q.x0.to(wide)
+    difference = mu_p - mu_q
+    return (difference * (mu_p - x0.to(wide))).flatten(1).sum(1), difference.square().flatten(1).sum(1)
+
+
 def score_difference(x0: Tensor, p: Prediction, q: Prediction, *, normalized: bool) -> Tensor:
     """mu_q - mu_p, the direction in which reverse KL moves x0 (up to sigma^2/alpha^2, see `pseudo_target_loss`).
 

@@ -170,7 +170,7 @@ class Matching(Objective):
 
     def draw(self, batch: Batch) -> Batch:
         """The random numbers of a turn: z, eps, t, and eps_real for the discriminator's real samples."""
-        device = next(self.teacher.parameters()).device
+        device = next(self.student.parameters()).device
         low, high = self.config.time_range
         t = self.schedule.uniform_time(batch.random.uniform(device), low, high)
         names = ("z", "eps", "eps_real") if "discriminator" in self._players else ("z", "eps")

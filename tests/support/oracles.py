@@ -35,7 +35,7 @@ class Affine(nn.Module):
         super().__init__()
         self.a, self.b = (nn.Parameter(torch.tensor(value, dtype=torch.float64)) for value in (a, b))
 
-    def forward(self, x_t, t, condition, *, features=()):
+    def forward(self, x_t, t, condition=None, *, features=()):
         return SimpleNamespace(x0=self.a * x_t + self.b)
 
     def mixture(self):
@@ -50,7 +50,7 @@ class ExactCritic(nn.Module):
         self.schedule = schedule
         self.student, self.unused = student, nn.Parameter(torch.zeros(1))
 
-    def forward(self, x_t, t, condition, *, features=()):
+    def forward(self, x_t, t, condition=None, *, features=()):
         return MixtureDenoiser(self.student.mixture(), self.schedule)(x_t, t, condition)
 
 
