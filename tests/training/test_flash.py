@@ -143,7 +143,7 @@ def test_every_term_is_its_formula():
         logits = judge(objective.teacher(x_t, batch["judged"], features=objective.taps), None)
         adversarial = (1 - logits.sigmoid()).square().mean()
     assert float(loss.total) == pytest.approx(float(2 * distill + 0.5 * dmd + 0.3 * adversarial), rel=1e-5)
-    levels = schedule.uniform_time(torch.tensor(objective.config.discriminator_levels).double())
+    levels = schedule.uniform_time(torch.tensor(objective.config.discriminator_levels, dtype=torch.float64))
     assert bool((batch["judged"][:, None] - levels).abs().amin(1).max() < 1e-12)
 
 
