@@ -1,0 +1,204 @@
+"""Trains every objective from Ink's teacher with one budget of network passes, and measures all students alike.
+
+A resumable queue: every cell runs in a process of its own, writes one JSON file under `results/ink/` and is skipped
+when that exists; an interrupted training goes on from its checkpoint.
+
+    python benchmarks/ink.py                    # all cells that are missing
+    python benchmarks/ink.py --only f_distill   # cells whose name contains this
+    python benchmarks/ink.py --table            # the table of what is there
+    python benchmarks/ink.py --picture          # docs/ink_methods.png: the same prompts and noise for every student
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sublimate.evaluation.hardware import hardware_line
+from sublimate.evaluation.ink_study import ink_quality
+from sublimate.pipelines.discriminator_guidance import DiscriminatorGuidance
+from sublimate.pipelines.generate import generate
+from sublimate.pipelines.model import open_model
+from sublimate.pipelines.pictures import image_grid, to_png
+from sublimate.training import registry
+from sublimate.training.config import load_config, validate_section
+from sublimate.training.distill import OBJECTIVES, DistillConfig, distill
+from sublimate.training.ink.captions import prompts
+from sublimate.training.objective import Objective
+
+HERE = Path(__file__).parent
+RESULTS, RUNS, PICTURE = HERE / "results" / "ink", Path("runs/benchmark-ink"), Path("docs/ink_methods.png")
+BUDGET = 700_000
+"""Network passes of one sample that a cell may train for, about twelve minutes on two cores."""
+
+Draw = Callable[[Sequence[str], int], Tensor]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row: a packaged configuration, changes to it, and how many steps its student is drawn in.
+
+    Attributes:
+        config: of `configs/distill/`; None measures the teacher.
+        overrides: changes to it.
+        steps: sampling steps of the measurement.
+        budget: passes to train for.
+    """
+
+    config: str | None
+    overrides: tuple[str, ...] = ()
+    steps: int = 1
+    budget: int = BUDGET
+
+
+def _seeds(name: str, cell: Cell, seeds: Sequence[int]) -> dict[str, Cell]:
+    return {
+        f"{name}-{seed}": Cell(cell.config, (*cell.overrides, f"trainer.seed={seed}"), cell.steps, cell.budget)
+        for seed in seeds
+    }
+
+
+CELLS: dict[str, Cell] = {
+    "teacher": Cell(None, steps=25),
+    **_seeds("f_distill", Cell("ink_f_distill"), (0, 1)),
+    **_seeds("em_distillation", Cell("ink_em_distillation"), (0, 1)),
+    **_seeds("uni_instruct", Cell("ink_uni_instruct"), (0, 1)),
+    **_seeds("consistency_distillation", Cell("ink_consistency_distillation", steps=4), (0, 1)),
+    **_seeds("target_driven", Cell("ink_target_driven", steps=4), (0, 1)),
+    **_seeds("score_identity", Cell("ink_score_identity"), (0,)),
+    **_seeds("disback", Cell("ink_disback"), (0,)),
+    **_seeds("flash", Cell("ink_flash", steps=4), (0,)),
+    **_seeds("consistency_training", Cell("ink_consistency_training", steps=4), (0,)),
+    **_seeds("consistency_tuning", Cell("ink_consistency_tuning", steps=4), (0,)),
+    **_seeds("consistency_trajectory", Cell("ink_consistency_trajectory", steps=4), (0,)),
+    **_seeds("discriminator_guidance", Cell("ink_discriminator_guidance", steps=25), (0,)),
+    # The longer runs: the best one-step student against the teacher, Jensen-Shannon beside reverse KL.
+    **_seeds("long-jensen_shannon", Cell("ink_f_distill", budget=2 * BUDGET), (0, 1, 2)),
+    **_seeds(
+        "long-reverse_kl", Cell("ink_f_distill", ("objective.divergence=reverse_kl",), budget=2 * BUDGET), (0, 1, 2)
+    ),
+}
+
+
+def configured(name: str, cell: Cell) -> tuple[DistillConfig, int]:
+    """The run of a cell with as many steps as the budget allows, and the passes those cost."""
+    if cell.config is None:
+        raise ValueError(f"{name} trains nothing.")
+    config = load_config(DistillConfig, cell.config, [f"trainer.output_dir={RUNS / name}", *cell.overrides])
+    options = validate_section(registry.load(OBJECTIVES, config.method, Objective).Config, config.objective)
+    batch = config.trainer.train_batch_size * config.trainer.gradient_accumulation_steps
+    steps, spent = 0, 0.0
+    while spent + batch * options.passes(steps) <= cell.budget:
+        spent, steps = spent + batch * options.passes(steps), steps + 1
+    return config.model_copy(update={"trainer": config.trainer.model_copy(update={"max_train_steps": steps})}), round(
+        spent
+    )
+
+
+def drawing(name: str, cell: Cell) -> Draw:
+    """How a trained cell draws: its exported student, or the corrected teacher."""
+    if cell.config is None:
+        model = open_model("ink")
+        return lambda texts, seed: generate(model, texts, seed=seed, steps=cell.steps)
+    folder = RUNS / name / "student"
+    if (folder / "model_index.json").is_file():
+        student = open_model(str(folder))
+        return lambda texts, seed: generate(student, texts, seed=seed, steps=cell.steps)
+    model = open_model("ink")
+    guidance = DiscriminatorGuidance.load(model, folder)
+    return lambda texts, seed: generate(model, texts, seed=seed, steps=cell.steps, discriminator=guidance)
+
+
+def run_cell(name: str, n: int) -> None:
+    """Trains and measures one cell in this process, and writes its JSON file."""
+    cell = CELLS[name]
+    record: dict[str, Any] = {"cell": name, "steps": cell.steps}
+    if cell.config is not None:
+        config, passes = configured(name, cell)
+        began = time.perf_counter()
+        distill(config)
+        seconds = time.perf_counter() - began
+        updates = config.trainer.max_train_steps
+        record |= {"method": config.method, "config": cell.config, "overrides": cell.overrides, "passes": passes}
+        record |= {"updates": updates, "seconds_per_update": round(seconds / updates, 3)}
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    quality = ink_quality(drawing(name, cell), n=n, judged=min(2000, n))
+    record |= {"peak_memory_gib": round(memory, 2), "n": n, **quality.to_dict(), "hardware": hardware_line()}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def table() -> str:
+    """The cells that are there, as Markdown; accuracy is of everything a prompt asks for, with its 95 % interval."""
+    head = ("", "steps", "Ink-FID", "precision", "recall", "prompt accuracy", "rejected", "updates", "s/update", "GiB")
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name in CELLS:
+        path = RESULTS / f"{name}.json"
+        if not path.is_file():
+            continue
+        cell = json.loads(path.read_text())
+        together, rejected = (cell["agreement"][key] for key in ("together", "rejected"))
+        percent = [f"{100 * together[key]:.1f}" for key in ("value", "low", "high")]
+        fidelity = cell["fidelity"]
+        row = (
+            name,
+            cell["steps"],
+            f"{fidelity['fid']:.2f}",
+            f"{fidelity['precision']:.3f}",
+            f"{fidelity['recall']:.3f}",
+            f"{percent[0]} % [{percent[1]}, {percent[2]}]",
+            f"{100 * rejected['value']:.1f} %",
+            cell.get("updates", ""),
+            cell.get("seconds_per_update", ""),
+            cell["peak_memory_gib"],
+        )
+        lines.append("| " + " | ".join(map(str, row)) + " |")
+    return "\n".join(lines)
+
+
+def picture() -> None:
+    """One row per trained cell: the same sixteen prompts from the same noise."""
+    texts = [caption.text for caption in prompts(16, 7)]
+    done = [name for name in CELLS if (RESULTS / f"{name}.json").is_file()]
+    rows = [drawing(name, CELLS[name])(texts, 7) for name in done]
+    PICTURE.parent.mkdir(exist_ok=True)
+    PICTURE.write_bytes(to_png(image_grid(torch.cat(rows), columns=16)))
+    print(f"Wrote {PICTURE}: from the top {', '.join(done)}")
+
+
+def main() -> None:
+    """Runs the cells that are missing, one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="run cells whose name contains this")
+    parser.add_argument("--n", type=int, default=5000, help="images per measurement")
+    parser.add_argument("--cell", choices=CELLS, help="run this cell in this process")
+    parser.add_argument("--table", action="store_true", help="print the table and stop")
+    parser.add_argument("--picture", action="store_true", help="draw the picture and stop")
+    options = parser.parse_args()
+    if options.cell:
+        run_cell(options.cell, options.n)
+        return
+    if options.picture:
+        picture()
+    elif not options.table:
+        for name in CELLS:
+            if options.only in name and not (RESULTS / f"{name}.json").exists():
+                print(f"{name} ...", flush=True)
+                command = [sys.executable, __file__, "--cell", name, "--n", str(options.n)]
+                subprocess.run(command, check=True)
+    print(table())
+
+
+if __name__ == "__main__":
+    main()
