@@ -126,16 +126,22 @@ def generate_latents(
     clipped_calls: int | None = None,
     start: float | None = None,
     discriminator: DiscriminatorGuidance | None = None,
+    z: Tensor | None = None,
     height: int | None = None,
     width: int | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """As `generate`, without decoding: x0 (N, *latent_shape) in the model's precision, on its device."""
+    """As `generate`, without decoding: x0 (N, *latent_shape) in the model's precision, on its device.
+
+    `z`, (N, *latent_shape), replaces the initial noise of the seed.
+    """
     if isinstance(prompts, str):
         raise TypeError(f"Give a list of prompts: [{prompts!r}].")
     texts = [""] * prompts if isinstance(prompts, int) else list(prompts)
     if not texts or batch_size < 1:
         raise ValueError(f"There is nothing to draw: {len(texts)} prompts in batches of {batch_size}.")
+    if z is not None and len(z) != len(texts):
+        raise ValueError(f"{len(texts)} samples need as many initial noises, not {len(z)}.")
     few = _few_steps(model, sampler, steps, start, eta=eta, clipped_calls=clipped_calls)
     if steps is None:
         steps = few.steps if few else 1 if sampler == "one_step" else int(model.defaults.get("steps", STEPS))
@@ -174,12 +180,13 @@ def generate_latents(
             def noise(x: Tensor, generators: Sequence[torch.Generator] = generators) -> Tensor:
                 return _draw(shape, generators).to(x)
 
-            z = _draw(shape, generators).to(model.device, model.dtype)
+            own = _draw(shape, generators) if z is None else z[first : first + len(part)]
+            start_noise = own.to(model.device, model.dtype)
             if discriminator is None:
-                drawn.append(run(denoise, z, noise))
+                drawn.append(run(denoise, start_noise, noise))
             else:
                 grid = model.schedule.grid(steps, model.backbone.grid_spacing)
-                drawn.append(discriminator.sample(_plain(denoise), z, condition, grid, noise, sampler=name))
+                drawn.append(discriminator.sample(_plain(denoise), start_noise, condition, grid, noise, sampler=name))
     return torch.cat(drawn)
 
 

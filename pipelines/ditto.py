@@ -1,0 +1,126 @@
+"""DITTO-2: generation steered at inference, by optimising the initial noise through a one-step student (2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sublimate.pipelines.controls import Control
+from sublimate.pipelines.generate import generate_latents, initial_noise
+from sublimate.pipelines.model import Model
+
+
+@dataclass(frozen=True)
+class Steered:
+    """What `ditto` found.
+
+    Attributes:
+        images: (N, channels, height, width), drawn from `z` by the decoder; images in [0, 1].
+        surrogate_images: the same of the surrogate's single step, on which the control was optimised.
+        z: (N, *latent_shape), the optimised noise.
+        losses: (iterations + 1, N), the control's loss before every update and after the last.
+    """
+
+    images: Tensor
+    surrogate_images: Tensor
+    z: Tensor
+    losses: Tensor
+
+
+def ditto(
+    model: Model,
+    prompts: Sequence[str] | int,
+    control: Control,
+    *,
+    decoder: Model | None = None,
+    steps: int | None = None,
+    iterations: int = 70,
+    learning_rate: float = 0.05,
+    guidance_scale: float | None = None,
+    seed: int = 0,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> Steered:
+    """Finds noise from which a control is obeyed (arXiv 2405.20289, algorithm 1).
+
+        z* = argmin_z control(decode(M_1(z, c))),     images = decode(M_T(z*, c))
+
+    M_1 is one step of the student: cheap to differentiate, and close enough to the several steps M_T that follow. Adam
+    moves z alone; samples do not interact, and no weight receives a gradient.
+
+    Args:
+        model: the one-step student (a few-step student's first step, or any denoiser's), the surrogate.
+        prompts: one per sample, or how many an unconditional model shall draw.
+        control: the loss, see `pipelines.controls`; any differentiable function of the media.
+        decoder: draws the final media from z*; `model` unless given. It must share the surrogate's latent space.
+        steps: the decoder's sampling steps; its own default.
+        iterations: updates of z; 0 draws without steering.
+        learning_rate: Adam's, in units of z's standard deviation.
+        guidance_scale: of the decoder; its own default. The surrogate is not guided.
+        seed: keys the initial noise, together with each sample's place.
+        batch_size: samples optimised at once; changes nothing but rounding.
+        progress: show a bar.
+
+    Raises:
+        ValueError: for models of different latent spaces, or options that make no optimisation.
+    """
+    decoder = model if decoder is None else decoder
+    if decoder.latent_shape != model.latent_shape:
+        raise ValueError(
+            f"The decoder draws latents of {decoder.latent_shape}, the surrogate of {model.latent_shape}: "
+            "they must share one latent space."
+        )
+    if iterations < 0 or learning_rate <= 0:
+        raise ValueError(
+            f"Steering needs 0 or more iterations and a positive step, not {iterations}, {learning_rate}."
+        )
+    texts = [""] * prompts if isinstance(prompts, int) else list(prompts)
+    noise = initial_noise(model.latent_shape, seed, range(len(texts)))
+    found, losses, surrogates = [], [], []
+    with tqdm(total=len(texts) * iterations, unit="update", desc="ditto", disable=not progress) as bar:
+        for first in range(0, len(texts), batch_size):
+            part = slice(first, first + batch_size)
+            z, history, media = _optimised(model, texts[part], control, noise[part], iterations, learning_rate, bar)
+            found.append(z)
+            losses.append(history)
+            surrogates.append(media)
+    z = torch.cat(found)
+    latents = generate_latents(
+        decoder, prompts, z=z, steps=steps, guidance_scale=guidance_scale, batch_size=batch_size
+    )
+    with torch.no_grad():
+        images = torch.cat([decoder.decode(part).float().clamp(0, 1) for part in latents.split(batch_size)])
+    return Steered(images, torch.cat(surrogates), z, torch.cat(losses, dim=1))
+
+
+def surrogate(model: Model, z: Tensor, prompts: Sequence[str]) -> Tensor:
+    """The media of one step from z ~ N(0, I), (N, *latent_shape), not clamped; differentiable in z."""
+    schedule = model.schedule
+    start = float(model.defaults.get("start", schedule.t_max))
+    with torch.no_grad():
+        condition = model.encode_prompts(prompts)
+    return model.decode(model.denoiser(schedule.start_scale(start) * z, start, condition).x0)
+
+
+def _optimised(
+    model: Model, prompts: Sequence[str], control: Control, z: Tensor, iterations: int, learning_rate: float, bar: tqdm
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Optimised noise, losses (iterations + 1, batch) and the surrogate's last media, without gradients."""
+    z = z.to(model.device, model.dtype).clone().requires_grad_(True)
+    # Adam scales every element by its own history: samples of a batch stay apart.
+    optimizer = torch.optim.Adam([z], lr=learning_rate)
+    history = []
+    for _ in range(iterations):
+        loss = control(surrogate(model, z, prompts))
+        (z.grad,) = torch.autograd.grad(loss.sum(), [z])
+        history.append(loss.detach().float())
+        optimizer.step()
+        bar.update(len(z))
+    with torch.no_grad():
+        media = surrogate(model, z, prompts)
+        history.append(control(media).float())
+    return z.detach(), torch.stack(history), media.float().clamp(0, 1)
