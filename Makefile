@@ -25,11 +25,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+# Tests are many and small: two processes of one thread each.
+test quick: export OMP_NUM_THREADS = 1
+
 test: $(INSTALLED)  ## run every test
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2
 
 quick: $(INSTALLED)  ## run the quick suite
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest -n 2 -m "not slow"
 
 lint: $(INSTALLED)  ## formatting, lint and types
 	@$(BIN)/ruff format --check .
