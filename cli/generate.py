@@ -17,6 +17,9 @@ def command(
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; the checkpoint's own by default.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(min=0, help="1 is no guidance.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What guidance leads away from.")] = None,
+    negative_strength: Annotated[
+        float | None, typer.Option(min=0, help="Steer away inside attention instead, without guidance.")
+    ] = None,
     sampler: Annotated[
         str | None,
         typer.Option(help="ddim, euler, heun, one_step, consistency, target_driven, trajectory; the model's own."),
@@ -41,6 +44,7 @@ def command(
         steps=steps,
         guidance_scale=guidance_scale,
         negative_prompt=negative_prompt,
+        negative_strength=negative_strength,
         sampler=sampler,
         eta=eta,
         seed=seed,

@@ -88,8 +88,16 @@ class FewSteps:
         return cls(**{**values, "times": None if times is None else tuple(map(float, times))})
 
     def call_times(self, schedule: Schedule) -> tuple[float, ...]:
-        """The times of the network calls, descending."""
+        """The times of the network calls, descending.
+
+        Raises:
+            ValueError: for times outside the schedule.
+        """
         if self.times is not None:
+            if not all(schedule.t_clean < t <= schedule.t_max for t in self.times):
+                raise ValueError(
+                    f"Sampling times lie above {schedule.t_clean:g} and up to {schedule.t_max:g}, not {list(self.times)}."
+                )
             return self.times
         grid = schedule.grid(self.grid_steps or self.steps).tolist()[:-1]
         # As LCMScheduler and TCDScheduler choose: the first is always called.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from sublimate.diffusion.predictions import Prediction
 from sublimate.pipelines.discriminator_guidance import DiscriminatorGuidance
 from sublimate.pipelines.few_steps import FEW_STEP_SAMPLERS, DenoiseTowards, FewSteps, sample_few_steps
 from sublimate.pipelines.model import Model
+from sublimate.pipelines.negative_attention import NEGATIVE, STRENGTH, negative_attention
 
 SAMPLERS = ("ddim", "euler", "heun", "one_step", *FEW_STEP_SAMPLERS)
 STEPS = 25
@@ -54,6 +56,7 @@ def generate(
     steps: int | None = None,
     guidance_scale: float | None = None,
     negative_prompt: str | None = None,
+    negative_strength: float | None = None,
     seed: int = 0,
     batch_size: int = 64,
     sampler: str | None = None,
@@ -72,7 +75,8 @@ def generate(
         prompts: one per image, or how many images an unconditional model shall draw.
         steps: sampling steps; the checkpoint's own default, else 25.
         guidance_scale: 1 is none; the checkpoint's own default, else its family's.
-        negative_prompt: what guidance leads away from, instead of no text.
+        negative_prompt: what guidance leads away from, instead of no text; or, with a strength, negative attention.
+        negative_strength: of negative attention, for students that are not guided; about 0.1 to 0.5, 0 is none.
         seed: keys the noise, together with each image's place in `prompts`.
         batch_size: images at once.
         sampler: "ddim", "euler", "heun", "one_step", or a few-step student's "consistency", "target_driven" or
@@ -97,6 +101,7 @@ def generate(
         steps=steps,
         guidance_scale=guidance_scale,
         negative_prompt=negative_prompt,
+        negative_strength=negative_strength,
         seed=seed,
         batch_size=batch_size,
         sampler=sampler,
@@ -119,6 +124,7 @@ def generate_latents(
     steps: int | None = None,
     guidance_scale: float | None = None,
     negative_prompt: str | None = None,
+    negative_strength: float | None = None,
     seed: int = 0,
     batch_size: int = 64,
     sampler: str | None = None,
@@ -155,15 +161,20 @@ def generate_latents(
     run = _few_step_run(model, few) if few else _walk(model, name, steps, start)
     reads_target = few is not None and few.sampler == "trajectory"
     reads_guidance = not reads_target and model.backbone.reads_guidance(model.denoiser.network)
-    null = _null(model, scale, negative_prompt, reads_guidance)
+    if negative_strength is None:
+        null, negative = _null(model, scale, negative_prompt, reads_guidance), Condition()
+    else:
+        null, negative = Condition(), _negative(model, scale, negative_prompt, negative_strength)
     shape = model.backbone.latent_shape(model.pipeline, height, width)
     calls = 2 * steps - 1 if name == "heun" and few is None else steps
     drawn = []
-    with tqdm(total=len(texts) * calls, unit="pass", disable=not progress) as bar:
+    steered = negative_attention(model.denoiser.network) if negative else nullcontext()
+    with steered, tqdm(total=len(texts) * calls, unit="pass", disable=not progress) as bar:
         for first in range(0, len(texts), batch_size):
             part = texts[first : first + batch_size]
             generators = [image_generator(seed, i) for i in range(first, first + len(part))]
             condition = model.encode_prompts(part)
+            condition = condition.replace(**negative.expand(len(part)))
             told = telling(
                 model.denoiser,
                 condition,
@@ -257,6 +268,16 @@ def _null(model: Model, scale: float, negative_prompt: str | None, reads_guidanc
     if not null:
         raise ValueError(f"{model.source} has no text to guide by: set guidance_scale to 1.")
     return null
+
+
+def _negative(model: Model, scale: float, prompt: str | None, strength: float) -> Condition:
+    """What negative attention is told, of batch size 1."""
+    if prompt is None:
+        raise ValueError("negative_strength is of a negative prompt: give one, or leave it out.")
+    if scale != 1:
+        raise ValueError(f"Negative attention stands in for guidance: set guidance_scale to 1, not {scale}.")
+    states = model.encode_prompts([prompt])["text"]
+    return Condition({NEGATIVE: states, STRENGTH: torch.full((1,), float(strength), device=states.device)})
 
 
 def telling(

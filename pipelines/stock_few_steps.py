@@ -32,10 +32,12 @@ def table_sampling(scheduler: Any, schedule: Schedule, few: FewSteps) -> tuple[A
         few: the sampling.
 
     Raises:
-        ValueError: for clipped calls, which these schedulers do not have.
+        ValueError: for clipped calls or times between the table's, which these schedulers do not have.
     """
     _refuse_clipping(few)
     times = [int(t) for t in few.call_times(schedule)]
+    if tuple(times) != few.call_times(schedule):
+        raise ValueError(f"Stock schedulers know whole times of the table only, not {list(few.call_times(schedule))}.")
     shared = {
         "prediction_type": scheduler.config.get("prediction_type", "epsilon"),
         "original_inference_steps": few.grid_steps or scheduler.config.num_train_timesteps,
@@ -116,7 +118,7 @@ def consistency_sampling(
     # Karras et al. 2022, eq. 5 with sigma_min = 0, backwards; this scheduler lists its times from clean to noisy.
     ramp = [round((1 - (t / times[0]) ** (1 / rho)) * (_FINE_GRID - 1)) for t in times]
     stock.set_timesteps(timesteps=ramp[::-1])
-    rounded = replace(few, times=tuple(stock.sigmas.tolist()[:-1]))
+    rounded = replace(few, times=(times[0], *stock.sigmas.tolist()[1:-1]))
     call = {"num_inference_steps": 1} if few.steps == 1 else {"timesteps": ramp[::-1]}
     return stock, call, rounded
 

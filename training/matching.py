@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from sublimate.diffusion.conditions import Condition
+from sublimate.diffusion.denoisers import Denoiser
 from sublimate.diffusion.guidance import guided
 from sublimate.diffusion.predictions import Prediction, add_noise
 from sublimate.pipelines.discriminator import make_discriminator
@@ -107,12 +108,12 @@ class Matching(Objective):
         return self._players
 
     @property
-    def student(self) -> nn.Module:
-        return self._players[STUDENT].module
+    def student(self) -> Denoiser:
+        return cast(Denoiser, self._players[STUDENT].module)
 
     @property
-    def critic(self) -> nn.Module:
-        return self._players["critic"].module
+    def critic(self) -> Denoiser:
+        return cast(Denoiser, self._players["critic"].module)
 
     @property
     def discriminator(self) -> nn.Module:
@@ -127,7 +128,7 @@ class Matching(Objective):
         batch = self.draw(batch)
         if turn.name == STUDENT:
             return self.prepare_student(batch, step)
-        return batch.adding(x0=self.generate(batch["z"], batch.condition))
+        return batch.adding(x0=self.sample(batch))
 
     def loss(self, turn: Turn, batch: Batch, step: int) -> Loss:
         return self.student_loss(batch, step) if turn.name == STUDENT else self.critic_loss(batch)
@@ -158,6 +159,10 @@ class Matching(Objective):
     def generate(self, z: Tensor, condition: Condition) -> Tensor:
         """The student's samples x0 from z ~ N(0, I), both (batch, *latent_shape)."""
         return self.student(self.schedule.start_scale(self.start) * z, self.start, condition).x0
+
+    def sample(self, batch: Batch) -> Tensor:
+        """The student's samples x0 of a batch's draws."""
+        return self.generate(batch["z"], batch.condition)
 
     def noised(self, x0: Tensor, batch: Batch) -> Tensor:
         """x_t = alpha_t x0 + sigma_t eps with the batch's draws."""

@@ -226,12 +226,12 @@ class Backbone(ABC):
 
 
 def refuse_unknown(condition: Condition, known: Sequence[str], network: Network) -> None:
-    """Makes sure that nothing a network is told gets lost. A "negative" prompt is the caller's affair.
+    """Makes sure that nothing a network is told gets lost.
 
     Raises:
         ValueError: for an entry that the network cannot use.
     """
-    if unused := sorted(condition.keys() - {*known, "negative"}):
+    if unused := sorted(condition.keys() - set(known)):
         raise ValueError(f"{type(network).__name__} cannot use the condition's {unused}: leave them out.")
 
 

@@ -15,6 +15,7 @@ from sublimate.pipelines.autoencoders import decode_latents, encode_images
 from sublimate.pipelines.backbones.base import Backbone, EntryPoint, Network, Pipeline, StockSampling, refuse_unknown
 from sublimate.pipelines.features import tapped
 from sublimate.pipelines.few_steps import FewSteps
+from sublimate.pipelines.negative_attention import NEGATIVE, STRENGTH, negative_arguments
 from sublimate.pipelines.one_step import ddim_at
 from sublimate.pipelines.stock_few_steps import table_sampling
 from sublimate.pipelines.tokens import TokenSpan, concept_span, prompt_span, tokenize
@@ -40,10 +41,17 @@ class StableDiffusion(Backbone):
             raise ValueError("Stable Diffusion needs a text condition: encode a prompt, '' for none.")
         # Latent consistency models are told the guidance scale, trajectory models the time they jump to.
         projection = network.time_embedding.cond_proj
-        refuse_unknown(condition, ("text",) if projection is None else ("text", "guidance", "target_time"), network)
+        numbers = () if projection is None else ("guidance", "target_time")
+        refuse_unknown(condition, ("text", NEGATIVE, STRENGTH, *numbers), network)
         embedding = None if projection is None else _number_embedding(condition, projection.in_features, x_in)
         with tapped(network, features) as taps:
-            y = network(x_in, t_net, encoder_hidden_states=condition["text"], timestep_cond=embedding).sample
+            y = network(
+                x_in,
+                t_net,
+                encoder_hidden_states=condition["text"],
+                timestep_cond=embedding,
+                cross_attention_kwargs=negative_arguments(network, condition),
+            ).sample
         return y, taps
 
     def latent_shape(

@@ -97,3 +97,12 @@ def test_bad_values_are_refused():
 def test_copies_are_conditions():
     twin = copy.deepcopy(make())
     assert isinstance(twin, Condition) and torch.equal(twin["text"], make()["text"])
+
+
+def test_dropping_replaces_the_text_of_some_samples():
+    condition = Condition({"text": torch.ones(3, 2, 4), "text.pooled": torch.ones(3, 5), "extra": torch.arange(3.0)})
+    null = Condition({"text": torch.zeros(1, 2, 4), "text.pooled": torch.zeros(1, 5)})
+    found = condition.dropping(torch.tensor([False, True, False]), null)
+    for key in ("text", "text.pooled"):
+        assert found[key].flatten(1).mean(1).tolist() == [1, 0, 1]
+    assert torch.equal(found["extra"], condition["extra"])

@@ -193,6 +193,8 @@ def test_options_of_few_step_samplers_need_one(tiny_sd):
     ("name", "few", "message"),
     [
         ("tiny_sd", FewSteps("target_driven", clipped_calls=1), "leave out clipped_calls"),
+        ("tiny_sd", FewSteps("consistency", steps=2, times=(999, 400.5)), "whole times"),
+        ("tiny_sd", FewSteps("consistency", steps=2, times=(1200, 400)), "above -1 and up to 999"),
         ("tiny_unconditional", FewSteps("target_driven", eta=0.3), "cannot be told eta"),
         ("tiny_unconditional", FewSteps("consistency", steps=2, times=(999, 400)), "cannot be told timesteps"),
         ("tiny_edm", FewSteps("target_driven", eta=0.0), "set eta to 1"),
@@ -212,3 +214,16 @@ def test_a_shifted_flow_keeps_its_shift(tiny_sd3):
     scheduler.set_timesteps(sigmas=call["sigmas"])
     assert scheduler.config.shift == model.schedule.shift == 3
     assert scheduler.sigmas.tolist() == pytest.approx([*few.call_times(model.schedule), 0.0])
+
+
+@pytest.mark.parametrize("start", [2.3, 0.7, 80.0])
+def test_a_pixel_student_keeps_its_noise_levels(tiny_edm, start):
+    model = open_model(tiny_edm)
+    few = FewSteps("consistency", steps=3, times=(start, start / 3, 0.002))
+    stock = model.backbone.few_steps(model.pipeline, few)
+    assert stock.few_steps.times[0] == stock.scheduler.config.sigma_max == start
+    assert stock.few_steps.times == pytest.approx(few.times, rel=1e-3)
+    stock.scheduler.set_timesteps(timesteps=stock.call["timesteps"])
+    assert stock.scheduler.sigmas.tolist() == pytest.approx([*stock.few_steps.times, 0.0])
+    # What the exported folder's schedule makes of them.
+    assert stock.few_steps.call_times(EDM(sigma_max=start)) == stock.few_steps.times

@@ -98,7 +98,7 @@ class DisBack(Matching):
         return turns[:1] if step < self.config.degradation_steps else turns
 
     def student_loss(self, batch: Batch, step: int) -> Loss:
-        x0 = self.generate(batch["z"], batch.condition)
+        x0 = self.sample(batch)
         with torch.no_grad():
             x_t = self.noised(x0, batch)
             q = self.critic(x_t, batch["t"], batch.condition)

@@ -101,10 +101,10 @@ class FDistill(Matching):
         # Means over bins and over the batch couple the samples, so weighted directions are decided here.
         if not self.config.weighted:
             return batch
-        return batch.adding(direction=self._direction(self.generate(batch["z"], batch.condition), batch))
+        return batch.adding(direction=self._direction(self.sample(batch), batch))
 
     def student_loss(self, batch: Batch, step: int) -> Loss:
-        x0 = self.generate(batch["z"], batch.condition)
+        x0 = self.sample(batch)
         direction = batch["direction"] if self.config.weighted else self._direction(x0.detach(), batch)
         divergence = pseudo_target_loss(x0, direction).mean()
         if self.config.gan_weight == 0:

@@ -96,7 +96,7 @@ class UniInstruct(Matching):
         return clean, noisy
 
     def student_loss(self, batch: Batch, step: int) -> Loss:
-        x0 = self.generate(batch["z"], batch.condition)
+        x0 = self.sample(batch)
         x_t = self.noised(x0, batch)
         q = self.critic(x_t, batch["t"], batch.condition)
         p = self.teach(x_t, batch, features=self.taps)

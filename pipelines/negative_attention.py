@@ -1,0 +1,121 @@
+"""NASA: steering away from a negative prompt inside cross-attention, for students that cannot be guided (SNOOPI)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from sublimate.diffusion.conditions import Condition
+
+NEGATIVE, STRENGTH = "negative", "extra.negative_strength"
+"""The condition's keys: the negative prompt's states (batch, tokens, width), and how far to steer away (batch,)."""
+
+
+class NegativeAttention:
+    """An attention processor that takes off what the negative prompt would contribute (arXiv 2412.02687, eqs. 7-9).
+
+        Z = softmax(Q K+^T / sqrt(d)) V+ - strength softmax(Q K-^T / sqrt(d)) V-
+
+    with the layer's own projections for both prompts. The output projection is affine, so that with its bias b
+
+        W Z + b = out(c+) - strength (out(c-) - b),
+
+    and both terms come from the processor that was there before, whatever kernel it runs. Strength 0 changes nothing.
+    Self-attention passes through. The negative states arrive as arguments of the call, so a pass that is recomputed in
+    the backward pass sees its own.
+    """
+
+    def __init__(self, original: Any) -> None:
+        self.original = original
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        negative: Tensor | None = None,
+        strength: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        # The parameters are spelled out because diffusers drops what it does not find in this signature.
+        output = self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **kwargs)
+        if negative is None or strength is None or encoder_hidden_states is None:
+            return output
+        away = self.original(attn, hidden_states, negative, None, temb, **kwargs)
+        bias = attn.to_out[0].bias
+        if bias is not None:
+            away = away - bias / attn.rescale_output_factor
+        return output - strength.to(output.dtype)[:, None, None] * away
+
+
+def takes_negatives(network: nn.Module) -> bool:
+    """Whether negative attention is installed in a network."""
+    return any(isinstance(layer.processor, NegativeAttention) for layer in _layers(network))
+
+
+def install_negative_attention(network: nn.Module) -> None:
+    """Lets a UNet read the condition's "negative" and "extra.negative_strength"; without them it works as before.
+
+    Choose an attention kernel first: `set_attention` acts on the processors that are there.
+
+    Raises:
+        ValueError: when it is installed already, or the network has no cross-attention that it fits.
+    """
+    layers = _layers(network)
+    if takes_negatives(network):
+        raise ValueError(f"This {type(network).__name__} has negative attention already: remove it first.")
+    if not any(getattr(layer, "is_cross_attention", False) for layer in layers):
+        raise ValueError(
+            f"A {type(network).__name__} has no cross-attention: negative attention is for UNets with text."
+        )
+    if any(layer.residual_connection for layer in layers if getattr(layer, "is_cross_attention", False)):
+        raise ValueError("Negative attention does not fit cross-attention that adds its own input.")
+    for layer in layers:
+        layer.set_processor(NegativeAttention(layer.processor))
+
+
+def remove_negative_attention(network: nn.Module) -> None:
+    """Puts back the processors that were there before."""
+    for layer in _layers(network):
+        if isinstance(layer.processor, NegativeAttention):
+            layer.set_processor(layer.processor.original)
+
+
+@contextmanager
+def negative_attention(network: nn.Module) -> Iterator[None]:
+    """Within this context negative attention is installed; where it is already, nothing changes."""
+    if takes_negatives(network):
+        yield
+        return
+    install_negative_attention(network)
+    try:
+        yield
+    finally:
+        remove_negative_attention(network)
+
+
+def negative_arguments(network: nn.Module, condition: Condition) -> dict[str, Tensor] | None:
+    """What a UNet's attention processors are told of a condition, `cross_attention_kwargs`; None for nothing.
+
+    Raises:
+        ValueError: when there is a negative prompt, but nothing in the network that reads it, or no strength.
+    """
+    if NEGATIVE not in condition:
+        return None
+    if not takes_negatives(network):
+        raise ValueError(
+            f"This {type(network).__name__} cannot read a negative prompt: call install_negative_attention first."
+        )
+    if STRENGTH not in condition:
+        raise ValueError(f"A negative prompt needs {STRENGTH!r}, one number per sample.")
+    return {"negative": condition[NEGATIVE], "strength": condition[STRENGTH]}
+
+
+def _layers(network: nn.Module) -> list[Any]:
+    """The layers that delegate to an attention processor."""
+    return [module for module in network.modules() if hasattr(module, "set_processor")]

@@ -1,0 +1,166 @@
+"""Negative attention against attention written out, and what it must leave alone."""
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention
+
+from sublimate.diffusion.conditions import Condition
+from sublimate.pipelines.attention import set_attention
+from sublimate.pipelines.generate import generate
+from sublimate.pipelines.model import open_model
+from sublimate.pipelines.negative_attention import (
+    NEGATIVE,
+    STRENGTH,
+    NegativeAttention,
+    install_negative_attention,
+    negative_attention,
+    remove_negative_attention,
+    takes_negatives,
+)
+
+
+def draws(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def layer():
+    torch.manual_seed(0)
+    attention = Attention(8, cross_attention_dim=6, heads=2, dim_head=4, bias=True).eval()
+    attention.set_processor(NegativeAttention(attention.processor))
+    return attention
+
+
+def by_hand(layer, x, text):
+    """softmax(Q K^T / sqrt(d)) V with the layer's own projections, before the output projection."""
+    q, k, v = layer.to_q(x), layer.to_k(text), layer.to_v(text)
+    q, k, v = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in (q, k, v))
+    return ((q @ k.transpose(-1, -2) / 2).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def test_it_is_the_difference_of_two_attentions_before_the_output_projection(layer):
+    x, positive, negative = draws(3, 5, 8), draws(3, 4, 6, seed=1), draws(3, 7, 6, seed=2)
+    strength = torch.tensor([0.2, 0.0, 1.5])
+    found = layer(x, encoder_hidden_states=positive, negative=negative, strength=strength)
+    z = by_hand(layer, x, positive) - strength[:, None, None] * by_hand(layer, x, negative)
+    torch.testing.assert_close(found, layer.to_out[0](z), rtol=1e-5, atol=1e-6)
+
+
+def test_strength_zero_and_self_attention_change_nothing(layer):
+    x, positive, negative = draws(3, 5, 8), draws(3, 4, 6, seed=1), draws(3, 7, 6, seed=2)
+    plain = layer(x, encoder_hidden_states=positive)
+    assert torch.equal(layer(x, encoder_hidden_states=positive, negative=negative, strength=torch.zeros(3)), plain)
+    alone = Attention(8, heads=2, dim_head=4).eval()
+    expected = alone(x)
+    alone.set_processor(NegativeAttention(alone.processor))
+    assert torch.equal(alone(x, negative=negative, strength=torch.ones(3)), expected)
+
+
+def test_the_same_prompt_on_both_sides_scales_what_attention_adds(layer):
+    x, text = draws(3, 5, 8), draws(3, 4, 6, seed=1)
+    found = layer(x, encoder_hidden_states=text, negative=text, strength=torch.full((3,), 0.3))
+    torch.testing.assert_close(found, layer.to_out[0](0.7 * by_hand(layer, x, text)), rtol=1e-5, atol=1e-6)
+
+
+def told(model, count, strength, negative="a dog"):
+    states = model.encode_prompts([negative])["text"].expand(count, -1, -1)
+    return {NEGATIVE: states, STRENGTH: torch.as_tensor(strength).expand(count)}
+
+
+def test_a_unet_reads_the_condition_and_samples_stay_apart(tiny_sd_v):
+    model = open_model(tiny_sd_v)
+    install_negative_attention(model.denoiser.network)
+    condition = model.encode_prompts(["red cat", "a dog"])
+    x_t, t = draws(2, 4, 8, 8), 500
+    plain = model.denoiser(x_t, t, condition).output
+    zero = model.denoiser(x_t, t, condition.replace(**told(model, 2, 0.0))).output
+    assert torch.equal(plain, zero)
+    one = model.denoiser(x_t, t, condition.replace(**told(model, 2, [0.0, 0.8]))).output
+    # A batch of another size may round differently, this one may not differ at all.
+    assert torch.equal(one[0], plain[0]) and not torch.equal(one[1], plain[1])
+
+
+def test_it_survives_recomputation_in_the_backward_pass(tiny_sd_v):
+    """Two calls with different negatives before either is differentiated: each must recompute with its own."""
+
+    def gradients(saving):
+        model = open_model(tiny_sd_v)
+        network = model.denoiser.network.train()
+        install_negative_attention(network)
+        if saving:
+            network.enable_gradient_checkpointing()
+        network.requires_grad_(True)
+        condition, x_t = model.encode_prompts(["red cat"]), draws(1, 4, 8, 8)
+        losses = [
+            model.denoiser(x_t, 500, condition.replace(**told(model, 1, strength, text))).output.square().mean()
+            for strength, text in ((0.5, "a dog"), (0.9, "van gogh"))
+        ]
+        sum(losses).backward()
+        return [p.grad for p in network.parameters()]
+
+    for a, b in zip(gradients(False), gradients(True), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_removal_gives_back_the_processors_and_the_output(tiny_sd):
+    model = open_model(tiny_sd)
+    network, condition, x_t = model.denoiser.network, model.encode_prompts(["red cat"]), draws(1, 4, 8, 8)
+    before, processors = model.denoiser(x_t, 500, condition).output, list(network.attn_processors.values())
+    with negative_attention(network):
+        assert takes_negatives(network)
+        with negative_attention(network):
+            assert takes_negatives(network)
+        assert takes_negatives(network)
+    assert not takes_negatives(network)
+    assert list(network.attn_processors.values()) == processors
+    assert torch.equal(model.denoiser(x_t, 500, condition).output, before)
+    install_negative_attention(network)
+    with pytest.raises(ValueError, match="remove it first"):
+        install_negative_attention(network)
+    remove_negative_attention(network)
+    assert list(network.attn_processors.values()) == processors
+
+
+def test_it_runs_with_a_chosen_kernel(tiny_sd):
+    model = open_model(tiny_sd)
+    set_attention(model, "math")
+    with negative_attention(model.denoiser.network):
+        condition = model.encode_prompts(["red cat"]).replace(**told(model, 1, 0.5))
+        found = model.denoiser(draws(1, 4, 8, 8), 500, condition).output
+        with pytest.raises(ValueError, match="before negative attention"):
+            set_attention(model, "sdpa")
+    set_attention(model, "auto")
+    with negative_attention(model.denoiser.network):
+        expected = model.denoiser(draws(1, 4, 8, 8), 500, condition).output
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_generate_steers_a_student_that_is_not_guided(tiny_sd_v):
+    model, prompts = open_model(tiny_sd_v), ["red cat", "a dog"]
+    options = {"sampler": "one_step", "guidance_scale": 1.0}
+    plain = generate(model, prompts, **options)
+    assert torch.equal(generate(model, prompts, negative_prompt="gogh", negative_strength=0.0, **options), plain)
+    steered = generate(model, prompts, negative_prompt="gogh", negative_strength=0.5, **options)
+    assert not torch.equal(steered, plain)
+    one = generate(model, prompts, negative_prompt="gogh", negative_strength=0.5, batch_size=1, **options)
+    torch.testing.assert_close(steered, one, rtol=1e-4, atol=1e-5)
+    assert not takes_negatives(model.denoiser.network)
+
+
+def test_misuse_is_named(tiny_sd_v, tiny_unconditional, tiny_sd3):
+    model = open_model(tiny_sd_v)
+    condition = model.encode_prompts(["red cat"])
+    with pytest.raises(ValueError, match="cannot read a negative prompt"):
+        model.denoiser(draws(1, 4, 8, 8), 500, condition.replace(**told(model, 1, 0.5)))
+    with negative_attention(model.denoiser.network), pytest.raises(ValueError, match="one number per sample"):
+        model.denoiser(draws(1, 4, 8, 8), 500, condition.replace(negative=condition["text"]))
+    with pytest.raises(ValueError, match=r"set guidance_scale to 1, not 7\.5"):
+        generate(model, ["a dog"], negative_prompt="gogh", negative_strength=0.5)
+    with pytest.raises(ValueError, match="give one, or leave it out"):
+        generate(model, ["a dog"], guidance_scale=1.0, negative_strength=0.5)
+    for folder in (tiny_unconditional, tiny_sd3):
+        network = open_model(folder).denoiser.network
+        with pytest.raises(ValueError, match="has no cross-attention"):
+            install_negative_attention(network)
+    with pytest.raises(ValueError, match="cannot use the condition's"):
+        open_model(tiny_unconditional).denoiser(draws(1, 3, 8, 8), 500, Condition(negative=draws(1, 2)))

@@ -1,0 +1,125 @@
+"""SNOOPI: SwiftBrush's one-step distillation with random guidance, and with negative prompts (Nguyen et al. 2024)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar, Self
+
+import torch
+from pydantic import model_validator
+from torch import Tensor
+
+from sublimate.diffusion.conditions import Condition
+from sublimate.diffusion.denoisers import Denoiser
+from sublimate.diffusion.guidance import guided
+from sublimate.diffusion.predictions import Prediction
+from sublimate.pipelines.negative_attention import NEGATIVE, STRENGTH, install_negative_attention
+from sublimate.training.losses import pseudo_target_loss, score_difference
+from sublimate.training.matching import Matching, MatchingConfig
+from sublimate.training.objective import Batch, Loss, Turn
+from sublimate.training.players import PlayerConfig
+from sublimate.training.teacher import Teacher, check_guidance
+
+
+class SwiftBrushConfig(MatchingConfig):
+    """Options of SwiftBrush as SNOOPI trains it; defaults are those published for Stable Diffusion 1.5 and 2.1.
+
+    Attributes:
+        guidance_range: from which the teacher's guidance is drawn for each sample; None takes `guidance_scale`.
+        guide_critic: guide the critic by the same scale, as published (see `SwiftBrush`).
+        negative_attention: NASA-T, the student reads negative prompts.
+        sample_normalization: divide each sample's gradient by mean|x0 - mu_p|, DMD's weight.
+
+    The others are `MatchingConfig`'s.
+    """
+
+    guidance_range: tuple[float, float] | None = (0.5, 4.0)
+    guide_critic: bool = False
+    negative_attention: bool = False
+    sample_normalization: bool = True
+    student: PlayerConfig = PlayerConfig(learning_rate=1e-6)
+    critic: PlayerConfig = PlayerConfig(kind="lora", rank=64, lora_alpha=128, learning_rate=1e-3)
+
+    @model_validator(mode="after")
+    def _one_guidance(self) -> Self:
+        if self.guidance_range is not None and "guidance_scale" in self.model_fields_set:
+            raise ValueError("guidance_scale is not used where guidance_range is given: set one of them to null.")
+        return self
+
+    @property
+    def teacher_passes(self) -> int:
+        return 2 if self.guidance_range is not None else super().teacher_passes
+
+    def student_passes(self, step: int = 0) -> float:
+        return 3 + self.teacher_passes + (self.teacher_passes if self.guide_critic else 1)
+
+
+class SwiftBrush(Matching):
+    """Variational score distillation whose guidance is random (PG-SB, arXiv 2412.02687, eq. 6).
+
+        grad = E[w(t) (mu_q - mu_p^k)(x_t, t, c) dx0/dtheta],   mu^k = mu_null + k (mu_c - mu_null),   k ~ U(low, high)
+
+    The scale k is the teacher's: it is what the student distils, on average over the range. The published variant
+    guides the critic by k too (`guide_critic`). With both guided, mu_q^k = mu_p^k at every k where the critic equals
+    the teacher, so the unguided teacher's distribution is then a fixed point and guidance is not distilled.
+
+    With `negative_attention` (NASA-T) the student attends away from a random negative prompt y- with a random strength
+    in [0, 1), and the teacher is guided away from the same: (1 - k) mu(y-) + k mu(y). The critic reads no negatives,
+    which the paper found best. The student is exported as stock weights; `generate(..., negative_prompt=...,
+    negative_strength=...)` steers it.
+
+    Args:
+        model: the teacher; stays frozen.
+        config: options.
+
+    Raises:
+        ValueError: for guidance of an unconditional teacher, or negative attention of a family without it.
+    """
+
+    Config = SwiftBrushConfig
+    paper: ClassVar[str] = "2412.02687"
+
+    def __init__(self, model: Teacher, config: SwiftBrushConfig) -> None:
+        super().__init__(model, config)
+        check_guidance(self.null, *(config.guidance_range or ()))
+        if config.negative_attention:
+            install_negative_attention(self.student.network)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return super().needs | ({"negatives"} if self.config.negative_attention else set())
+
+    def prepare(self, turn: Turn, batch: Batch, step: int) -> Batch:
+        device = next(self.student.parameters()).device
+        low, high = self.config.guidance_range or (self.config.guidance_scale,) * 2
+        scale = low + (high - low) * batch.random.uniform(device)
+        batch = batch.adding(scale=scale)
+        if self.config.negative_attention:
+            # Only the student is told of negatives, the teacher sees them as its null text.
+            rest = Condition({name: value for name, value in batch.condition.items() if name != NEGATIVE})
+            told = {"negative": batch.condition[NEGATIVE], "strength": batch.random.uniform(device).float()}
+            batch = replace(batch.adding(**told), condition=rest)
+        return super().prepare(turn, batch, step)
+
+    def sample(self, batch: Batch) -> Tensor:
+        condition = batch.condition
+        if self.config.negative_attention:
+            condition = condition.replace(**{NEGATIVE: batch["negative"], STRENGTH: batch["strength"]})
+        return self.generate(batch["z"], condition)
+
+    def student_loss(self, batch: Batch, step: int) -> Loss:
+        x0 = self.sample(batch)
+        with torch.no_grad():
+            x_t = self.noised(x0, batch)
+            null = Condition(text=batch["negative"]) if self.config.negative_attention else self.null
+            p = self._guided(self.teacher, x_t, batch, null)
+            if self.config.guide_critic:
+                q = self._guided(self.critic, x_t, batch, self.null)
+            else:
+                q = self.critic(x_t, batch["t"], batch.condition)
+            direction = score_difference(x0, p, q, normalized=self.config.sample_normalization)
+        return Loss(pseudo_target_loss(x0, direction).mean())
+
+    def _guided(self, network: Denoiser, x_t: Tensor, batch: Batch, null: Condition) -> Prediction:
+        scale = batch["scale"] if self.config.guidance_range is not None else self.config.guidance_scale
+        return guided(network, x_t, batch["t"], batch.condition, null, scale)
