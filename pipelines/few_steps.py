@@ -96,7 +96,7 @@ class FewSteps:
         if self.times is not None:
             if not all(schedule.t_clean < t <= schedule.t_max for t in self.times):
                 raise ValueError(
-                    f"Sampling times lie above {schedule.t_clean:g} and up to {schedule.t_max:g}, not {list(self.times)}."
+                    f"Times lie above {schedule.t_clean:g} and up to {schedule.t_max:g}, not {list(self.times)}."
                 )
             return self.times
         grid = schedule.grid(self.grid_steps or self.steps).tolist()[:-1]

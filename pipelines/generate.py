@@ -20,7 +20,13 @@ from sublimate.diffusion.predictions import Prediction
 from sublimate.pipelines.discriminator_guidance import DiscriminatorGuidance
 from sublimate.pipelines.few_steps import FEW_STEP_SAMPLERS, DenoiseTowards, FewSteps, sample_few_steps
 from sublimate.pipelines.model import Model
-from sublimate.pipelines.negative_attention import NEGATIVE, STRENGTH, negative_attention
+from sublimate.pipelines.negative_attention import (
+    NEGATIVE,
+    STRENGTH,
+    negative_attention,
+    reads_negatives,
+    takes_negatives,
+)
 
 SAMPLERS = ("ddim", "euler", "heun", "one_step", *FEW_STEP_SAMPLERS)
 STEPS = 25
@@ -161,14 +167,15 @@ def generate_latents(
     run = _few_step_run(model, few) if few else _walk(model, name, steps, start)
     reads_target = few is not None and few.sampler == "trajectory"
     reads_guidance = not reads_target and model.backbone.reads_guidance(model.denoiser.network)
-    if negative_strength is None:
-        null, negative = _null(model, scale, negative_prompt, reads_guidance), Condition()
-    else:
+    network = model.denoiser.network
+    if negative_strength is not None or (reads_negatives(network) and not takes_negatives(network)):
         null, negative = Condition(), _negative(model, scale, negative_prompt, negative_strength)
+    else:
+        null, negative = _null(model, scale, negative_prompt, reads_guidance), Condition()
     shape = model.backbone.latent_shape(model.pipeline, height, width)
     calls = 2 * steps - 1 if name == "heun" and few is None else steps
     drawn = []
-    steered = negative_attention(model.denoiser.network) if negative else nullcontext()
+    steered = negative_attention(network) if STRENGTH in negative else nullcontext()
     with steered, tqdm(total=len(texts) * calls, unit="pass", disable=not progress) as bar:
         for first in range(0, len(texts), batch_size):
             part = texts[first : first + batch_size]
@@ -270,13 +277,15 @@ def _null(model: Model, scale: float, negative_prompt: str | None, reads_guidanc
     return null
 
 
-def _negative(model: Model, scale: float, prompt: str | None, strength: float) -> Condition:
-    """What negative attention is told, of batch size 1."""
-    if prompt is None:
+def _negative(model: Model, scale: float, prompt: str | None, strength: float | None) -> Condition:
+    """What negative attention, or an adapter that reads negative prompts, is told; of batch size 1."""
+    if prompt is None and strength is not None:
         raise ValueError("negative_strength is of a negative prompt: give one, or leave it out.")
     if scale != 1:
-        raise ValueError(f"Negative attention stands in for guidance: set guidance_scale to 1, not {scale}.")
-    states = model.encode_prompts([prompt])["text"]
+        raise ValueError(f"Attending to a negative prompt replaces guidance: set guidance_scale to 1, not {scale}.")
+    states = model.encode_prompts([prompt or ""])["text"]
+    if strength is None:
+        return Condition({NEGATIVE: states})
     return Condition({NEGATIVE: states, STRENGTH: torch.full((1,), float(strength), device=states.device)})
 
 

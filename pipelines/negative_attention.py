@@ -28,6 +28,8 @@ class NegativeAttention:
     the backward pass sees its own.
     """
 
+    reads_negatives = True
+
     def __init__(self, original: Any) -> None:
         self.original = original
 
@@ -55,7 +57,12 @@ class NegativeAttention:
 
 def takes_negatives(network: nn.Module) -> bool:
     """Whether negative attention is installed in a network."""
-    return any(isinstance(layer.processor, NegativeAttention) for layer in _layers(network))
+    return any(isinstance(layer.processor, NegativeAttention) for layer in attention_layers(network))
+
+
+def reads_negatives(network: nn.Module) -> bool:
+    """Whether a network reads negative prompts by whatever processors it has."""
+    return any(getattr(layer.processor, "reads_negatives", False) for layer in attention_layers(network))
 
 
 def install_negative_attention(network: nn.Module) -> None:
@@ -66,9 +73,9 @@ def install_negative_attention(network: nn.Module) -> None:
     Raises:
         ValueError: when it is installed already, or the network has no cross-attention that it fits.
     """
-    layers = _layers(network)
-    if takes_negatives(network):
-        raise ValueError(f"This {type(network).__name__} has negative attention already: remove it first.")
+    layers = attention_layers(network)
+    if reads_negatives(network):
+        raise ValueError(f"This {type(network).__name__} reads negative prompts already: remove what does so first.")
     if not any(getattr(layer, "is_cross_attention", False) for layer in layers):
         raise ValueError(
             f"A {type(network).__name__} has no cross-attention: negative attention is for UNets with text."
@@ -81,7 +88,7 @@ def install_negative_attention(network: nn.Module) -> None:
 
 def remove_negative_attention(network: nn.Module) -> None:
     """Puts back the processors that were there before."""
-    for layer in _layers(network):
+    for layer in attention_layers(network):
         if isinstance(layer.processor, NegativeAttention):
             layer.set_processor(layer.processor.original)
 
@@ -107,15 +114,16 @@ def negative_arguments(network: nn.Module, condition: Condition) -> dict[str, Te
     """
     if NEGATIVE not in condition:
         return None
-    if not takes_negatives(network):
+    if not reads_negatives(network):
         raise ValueError(
             f"This {type(network).__name__} cannot read a negative prompt: call install_negative_attention first."
         )
-    if STRENGTH not in condition:
-        raise ValueError(f"A negative prompt needs {STRENGTH!r}, one number per sample.")
-    return {"negative": condition[NEGATIVE], "strength": condition[STRENGTH]}
+    if takes_negatives(network) == (STRENGTH not in condition):
+        raise ValueError(f"{STRENGTH!r}, one number per sample, goes with negative attention, and with it alone.")
+    told = {"negative": condition[NEGATIVE]}
+    return told | {"strength": condition[STRENGTH]} if STRENGTH in condition else told
 
 
-def _layers(network: nn.Module) -> list[Any]:
+def attention_layers(network: nn.Module) -> list[Any]:
     """The layers that delegate to an attention processor."""
     return [module for module in network.modules() if hasattr(module, "set_processor")]

@@ -115,7 +115,7 @@ def test_removal_gives_back_the_processors_and_the_output(tiny_sd):
     assert list(network.attn_processors.values()) == processors
     assert torch.equal(model.denoiser(x_t, 500, condition).output, before)
     install_negative_attention(network)
-    with pytest.raises(ValueError, match="remove it first"):
+    with pytest.raises(ValueError, match="reads negative prompts already"):
         install_negative_attention(network)
     remove_negative_attention(network)
     assert list(network.attn_processors.values()) == processors

@@ -63,6 +63,8 @@ CASES = {
         "swiftbrush",
         {"guidance_range": None, "negative_attention": True, "guide_critic": True, "critic": LORA},
     ),
+    "speedupnet": ("speedupnet", {"guidance_steps": 1, "no_negative": 0.5}),
+    "speedupnet-consistency": ("speedupnet", {"guidance_steps": 0, "sampling_steps": 2, "solver_steps": 2}),
     "disback": ("disback", {"critic_updates": 1, "degradation_steps": 1, "record_every": 1, "critic": LORA}),
     "disback-path-of-one": ("disback", {"critic_updates": 1, "degradation_steps": 0, "critic": LORA, "student": LORA}),
     "consistency_training": ("consistency_training", {"dropout": 0.0, "huber": 0.01}),
