@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--detector", type=Path, help="a file to measure instead of the packaged one")
     parser.add_argument("--autoencoder", type=Path, help="a folder to use instead of the packaged one")
-    parser.add_argument("--n", type=int, default=2000)
+    parser.add_argument("--n", type=int, default=10_000)
     options = parser.parse_args()
     detector = InkDetector.load(options.detector) if options.detector else open_detector("ink")
     with as_file(files("sublimate.assets") / "ink" / "vae") as packaged:
