@@ -3,8 +3,8 @@
     python benchmarks/toys.py
 
 Teachers are mixtures of two Gaussians, the student is x0 = a z + b, times are six in [0.3, 0.6] of x_t = cos t x0 +
-sin t eps. Scores, critics and ratios are exact (`tests/support/oracles.py`), so only the objectives differ: reverse KL may
-settle on one mode, forward KL covers both, Jensen-Shannon and EM distillation lie between. Writes `results/toys.json`.
+sin t eps. Scores, critics and ratios are exact (`tests/support/oracles.py`), so only the objectives differ: reverse KL
+may settle on one mode, forward KL covers both, Jensen-Shannon and EM distillation lie between.
 """
 
 from __future__ import annotations
