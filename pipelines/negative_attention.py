@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sublimate.diffusion.conditions import Condition
@@ -55,9 +56,63 @@ class NegativeAttention:
         return output - strength.to(output.dtype)[:, None, None] * away
 
 
+class NegativeJointAttention:
+    """The same for joint attention, whose text tokens are a stream of their own.
+
+    The negative prompt's tokens follow the prompt's in that stream. Each prompt's tokens attend to the image and to
+    themselves, as the other did not exist, and image queries take off what they would read from the negative tokens,
+
+        Z = softmax(Q [K_image, K+]^T / sqrt(d)) [V_image, V+] - strength softmax(Q [K_image, K-]^T / sqrt(d)) [0, V-].
+
+    The image stream is one, so that strength 0 is the plain network.
+    """
+
+    reads_negatives = True
+
+    def __init__(self, original: Any) -> None:
+        self.original = original
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        tokens: int | None = None,
+        strength: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if tokens is None or strength is None or encoder_hidden_states is None:
+            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+        positive, negative = encoder_hidden_states[:, :tokens], encoder_hidden_states[:, tokens:]
+        image, text = self.original(attn, hidden_states, positive, attention_mask, **kwargs)
+        _, other = self.original(attn, hidden_states, negative, attention_mask, **kwargs)
+        away = nn.functional.linear(self._read(attn, hidden_states, negative), attn.to_out[0].weight)
+        image = image - strength.to(image.dtype)[:, None, None] * away
+        return image, torch.cat([text, other], dim=1)
+
+    @staticmethod
+    def _read(attn: Any, image: Tensor, text: Tensor) -> Tensor:
+        """What image queries read from the text alone, while they attend to both; (batch, image tokens, width)."""
+
+        def split(x: Tensor, norm: Any = None) -> Tensor:
+            x = x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            return x if norm is None else norm(x)
+
+        query = split(attn.to_q(image), attn.norm_q)
+        keys = split(attn.to_k(image), attn.norm_k), split(attn.add_k_proj(text), attn.norm_added_k)
+        value = split(attn.add_v_proj(text))
+        nothing = torch.zeros_like(keys[0])
+        z = nn.functional.scaled_dot_product_attention(query, torch.cat(keys, 2), torch.cat([nothing, value], 2))
+        return z.transpose(1, 2).flatten(2)
+
+
+_PROCESSORS = (NegativeAttention, NegativeJointAttention)
+
+
 def takes_negatives(network: nn.Module) -> bool:
     """Whether negative attention is installed in a network."""
-    return any(isinstance(layer.processor, NegativeAttention) for layer in attention_layers(network))
+    return any(isinstance(layer.processor, _PROCESSORS) for layer in attention_layers(network))
 
 
 def reads_negatives(network: nn.Module) -> bool:
@@ -66,30 +121,30 @@ def reads_negatives(network: nn.Module) -> bool:
 
 
 def install_negative_attention(network: nn.Module) -> None:
-    """Lets a UNet read the condition's "negative" and "extra.negative_strength"; without them it works as before.
+    """Lets a network read the condition's "negative" and "extra.negative_strength"; without them it works as before.
 
     Choose an attention kernel first: `set_attention` acts on the processors that are there.
 
     Raises:
-        ValueError: when it is installed already, or the network has no cross-attention that it fits.
+        ValueError: when it is installed already, or the network has no attention to text that it fits.
     """
     layers = attention_layers(network)
     if reads_negatives(network):
         raise ValueError(f"This {type(network).__name__} reads negative prompts already: remove what does so first.")
-    if not any(getattr(layer, "is_cross_attention", False) for layer in layers):
-        raise ValueError(
-            f"A {type(network).__name__} has no cross-attention: negative attention is for UNets with text."
-        )
-    if any(layer.residual_connection for layer in layers if getattr(layer, "is_cross_attention", False)):
+    joint = any(getattr(layer, "add_k_proj", None) is not None for layer in layers)
+    crossed = [layer for layer in layers if getattr(layer, "is_cross_attention", False)]
+    if not joint and not crossed:
+        raise ValueError(f"A {type(network).__name__} has no cross-attention and so no negative prompts.")
+    if not joint and any(layer.residual_connection for layer in crossed):
         raise ValueError("Negative attention does not fit cross-attention that adds its own input.")
     for layer in layers:
-        layer.set_processor(NegativeAttention(layer.processor))
+        layer.set_processor((NegativeJointAttention if joint else NegativeAttention)(layer.processor))
 
 
 def remove_negative_attention(network: nn.Module) -> None:
     """Puts back the processors that were there before."""
     for layer in attention_layers(network):
-        if isinstance(layer.processor, NegativeAttention):
+        if isinstance(layer.processor, _PROCESSORS):
             layer.set_processor(layer.processor.original)
 
 
@@ -107,7 +162,7 @@ def negative_attention(network: nn.Module) -> Iterator[None]:
 
 
 def negative_arguments(network: nn.Module, condition: Condition) -> dict[str, Tensor] | None:
-    """What a UNet's attention processors are told of a condition, `cross_attention_kwargs`; None for nothing.
+    """What attention processors are told of a condition's negative prompt; None for nothing.
 
     Raises:
         ValueError: when there is a negative prompt, but nothing in the network that reads it, or no strength.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +12,21 @@ from torch import Tensor
 
 from sublimate.diffusion.predictions import Prediction, per_sample
 
+Divergence = Literal[
+    "reverse_kl",
+    "forward_kl",
+    "jensen_shannon",
+    "softened_reverse_kl",
+    "squared_hellinger",
+    "jeffreys",
+    "neyman",
+    "pearson",
+]
+
 # h(r) = f''(r) r^2 for r = p/q (teacher over student), f as in f-distill (arXiv 2502.15681, Table 1).
 # Constants matter only beside other terms: after normalisation to mean one they drop out. "js" belongs to
 # f = r log r - (r+1) log((r+1)/2), which is twice the Jensen-Shannon divergence.
-F_DIVERGENCES: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
+F_DIVERGENCES: Mapping[Divergence, Callable[[Tensor], Tensor]] = MappingProxyType(
     {
         "reverse_kl": torch.ones_like,
         "forward_kl": lambda r: r,
@@ -47,7 +59,22 @@ def pseudo_target_loss(x0: Tensor, direction: Tensor) -> Tensor:
     return (0.5 * direction.square() + moved).flatten(1).mean(1)
 
 
-def f_weight_terms(divergence: str, ratio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def density_ratio(logits: Tensor, bounds: tuple[float, float] | None) -> Tensor:
+    """r = p/q as a discriminator sees it, without gradients.
+
+    Args:
+        logits: (batch, heads), estimates of log r; their mean is used, within [-10, 10].
+        bounds: clamp of r; None leaves it free.
+
+    Returns:
+        (batch,), float32 or the logits' precision if that is higher.
+    """
+    logits = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+    ratio = logits.mean(1).clamp(-10, 10).exp()
+    return ratio if bounds is None else ratio.clamp(*bounds)
+
+
+def f_weight_terms(divergence: Divergence, ratio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """h(r), r h'(r) and r^2 h''(r) of one of `F_DIVERGENCES`.
 
     Args:
@@ -87,7 +114,7 @@ def score_difference(x0: Tensor, p: Prediction, q: Prediction, *, normalized: bo
     Args:
         x0: the student's samples, (batch, ...).
         p, q: predictions of the (guided) teacher and of the critic at the noised samples.
-        normalized: divide each sample's by mean|x0 - mu_p|, DMD's weight (Yin et al. 2024, arXiv 2311.18828, eq. 8).
+        normalized: divide each sample's by its `distance_to_teacher`.
 
     Returns:
         float32, shaped like x0.
@@ -95,7 +122,22 @@ def score_difference(x0: Tensor, p: Prediction, q: Prediction, *, normalized: bo
     difference = (q.x0 - p.x0).float()
     if not normalized:
         return difference
-    return difference / per_sample((x0 - p.x0).float().abs().flatten(1).mean(1).clamp_min(1e-6), x0)
+    return difference / per_sample(distance_to_teacher(x0, p), x0)
+
+
+def distance_to_teacher(x0: Tensor, p: Prediction) -> Tensor:
+    """mean|x0 - mu_p| per sample without gradients, by which losses are divided so that noise levels weigh alike.
+
+    DMD's weight (Yin et al. 2024, arXiv 2311.18828, eq. 8), and SiD's.
+
+    Args:
+        x0: the student's samples, (batch, ...).
+        p: the (guided) teacher's prediction at the noised samples.
+
+    Returns:
+        float32 (batch,), at least 1e-6.
+    """
+    return (x0 - p.x0).detach().float().abs().flatten(1).mean(1).clamp_min(1e-6)
 
 
 def denoising_loss(prediction: Prediction, x0: Tensor, eps: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from sublimate.pipelines.autoencoders import decode_latents, encode_images
 from sublimate.pipelines.backbones.base import Backbone, EntryPoint, Network, Pipeline, StockSampling, refuse_unknown
 from sublimate.pipelines.features import tapped
 from sublimate.pipelines.few_steps import FewSteps
+from sublimate.pipelines.negative_attention import NEGATIVE, STRENGTH, negative_arguments
 from sublimate.pipelines.one_step import flow_at
 from sublimate.pipelines.stock_few_steps import flow_sampling
 from sublimate.pipelines.tokens import TokenSpan, concept_span, prompt_span, tokenize
@@ -48,14 +49,20 @@ class StableDiffusion3(Backbone):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if not {"text", "text.pooled"} <= condition.keys():
             raise ValueError("Stable Diffusion 3 needs a text condition: encode a prompt, '' for none.")
-        refuse_unknown(condition, ("text", "text.pooled"), network)
+        refuse_unknown(condition, ("text", "text.pooled", NEGATIVE, STRENGTH), network)
+        text, steering = condition["text"], None
+        if (told := negative_arguments(network, condition)) is not None:
+            # The negative prompt's tokens follow the prompt's.
+            steering = {"tokens": text.shape[1], "strength": told["strength"]}
+            text = torch.cat([text, told["negative"]], dim=1)
         # A joint block returns (text tokens, image tokens).
         with tapped(network, features, item=1) as taps:
             y = network(
                 hidden_states=x_in,
                 timestep=t_net,
-                encoder_hidden_states=condition["text"],
+                encoder_hidden_states=text,
                 pooled_projections=condition["text.pooled"],
+                joint_attention_kwargs=steering,
             ).sample
         return y, taps
 

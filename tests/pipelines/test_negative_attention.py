@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.pipelines.attention import set_attention
@@ -12,6 +12,7 @@ from sublimate.pipelines.negative_attention import (
     NEGATIVE,
     STRENGTH,
     NegativeAttention,
+    NegativeJointAttention,
     install_negative_attention,
     negative_attention,
     remove_negative_attention,
@@ -78,6 +79,51 @@ def test_a_unet_reads_the_condition_and_samples_stay_apart(tiny_sd_v):
     one = model.denoiser(x_t, t, condition.replace(**told(model, 2, [0.0, 0.8]))).output
     # A batch of another size may round differently, this one may not differ at all.
     assert torch.equal(one[0], plain[0]) and not torch.equal(one[1], plain[1])
+
+
+def test_joint_attention_by_hand():
+    """Image queries read image and prompt, less what they would read from the negative tokens; texts stay apart."""
+    torch.manual_seed(0)
+    layer = Attention(
+        8, heads=2, dim_head=4, added_kv_proj_dim=8, out_dim=8, context_pre_only=False, bias=True,
+        processor=JointAttnProcessor2_0(), qk_norm="rms_norm",
+    ).eval()  # fmt: skip
+    image, positive, negative = draws(3, 5, 8), draws(3, 4, 8, seed=1), draws(3, 6, 8, seed=2)
+    strength = torch.tensor([0.0, 0.4, 1.2])
+    plain, text = layer(image, encoder_hidden_states=positive)
+    _, other = layer(image, encoder_hidden_states=negative)
+    layer.set_processor(NegativeJointAttention(layer.processor))
+    both = torch.cat([positive, negative], 1)
+    found, texts = layer(image, encoder_hidden_states=both, tokens=4, strength=strength)
+
+    def heads(x, norm=None):
+        x = x.unflatten(-1, (2, 4)).transpose(1, 2)
+        return norm(x) if norm else x
+
+    query = heads(layer.to_q(image), layer.norm_q)
+    keys = torch.cat(
+        [heads(layer.to_k(image), layer.norm_k), heads(layer.add_k_proj(negative), layer.norm_added_k)], 2
+    )
+    weights = (query @ keys.transpose(-1, -2) / 2).softmax(-1)[..., 5:]
+    away = (weights @ heads(layer.add_v_proj(negative))).transpose(1, 2).flatten(2) @ layer.to_out[0].weight.T
+    torch.testing.assert_close(found, plain - strength[:, None, None] * away, rtol=1e-5, atol=1e-6)
+    assert torch.equal(found[0], plain[0])
+    torch.testing.assert_close(texts, torch.cat([text, other], 1))
+
+
+def test_a_joint_transformer_reads_the_condition_and_its_text_stream_stays(tiny_sd3):
+    model = open_model(tiny_sd3)
+    install_negative_attention(model.denoiser.network)
+    condition, x_t = model.encode_prompts(["red cat", "a dog"]), draws(2, 4, 8, 8)
+    plain = model.denoiser(x_t, 0.7, condition).output
+    assert torch.equal(model.denoiser(x_t, 0.7, condition.replace(**told(model, 2, 0.0))).output, plain)
+    one = model.denoiser(x_t, 0.7, condition.replace(**told(model, 2, [0.0, 0.8]))).output
+    assert torch.equal(one[0], plain[0]) and not torch.equal(one[1], plain[1])
+    remove_negative_attention(model.denoiser.network)
+    assert torch.equal(model.denoiser(x_t, 0.7, condition).output, plain)
+    options = {"steps": 1, "guidance_scale": 1.0}
+    images = generate(model, ["a dog"], negative_prompt="gogh", negative_strength=0.5, **options)
+    assert not torch.equal(images, generate(model, ["a dog"], **options))
 
 
 def test_it_survives_recomputation_in_the_backward_pass(tiny_sd_v):
@@ -147,7 +193,7 @@ def test_generate_steers_a_student_that_is_not_guided(tiny_sd_v):
     assert not takes_negatives(model.denoiser.network)
 
 
-def test_misuse_is_named(tiny_sd_v, tiny_unconditional, tiny_sd3):
+def test_misuse_is_named(tiny_sd_v, tiny_unconditional):
     model = open_model(tiny_sd_v)
     condition = model.encode_prompts(["red cat"])
     with pytest.raises(ValueError, match="cannot read a negative prompt"):
@@ -158,9 +204,7 @@ def test_misuse_is_named(tiny_sd_v, tiny_unconditional, tiny_sd3):
         generate(model, ["a dog"], negative_prompt="gogh", negative_strength=0.5)
     with pytest.raises(ValueError, match="give one, or leave it out"):
         generate(model, ["a dog"], guidance_scale=1.0, negative_strength=0.5)
-    for folder in (tiny_unconditional, tiny_sd3):
-        network = open_model(folder).denoiser.network
-        with pytest.raises(ValueError, match="has no cross-attention"):
-            install_negative_attention(network)
+    with pytest.raises(ValueError, match="has no cross-attention"):
+        install_negative_attention(open_model(tiny_unconditional).denoiser.network)
     with pytest.raises(ValueError, match="cannot use the condition's"):
         open_model(tiny_unconditional).denoiser(draws(1, 3, 8, 8), 500, Condition(negative=draws(1, 2)))

@@ -25,6 +25,9 @@ SOFT = {"huber_c": 0.1}
 # Guidance that the student is not told, and that unconditional teachers can do without.
 BAKED = {"guidance_input": False, "guidance_range": None, **SOFT}
 
+# Near pure noise an eps-network's x0 multiplies rounding by fifteen.
+LOW_NOISE = {"time_range": (0.02, 0.5)}
+
 # name: (method, options). A new objective adds its rows here.
 CASES = {
     "f_distill": ("f_distill", {"critic_updates": 1, "gan_weight": 0.1, "discriminator_width": 8}),
@@ -58,10 +61,10 @@ CASES = {
             "student": {"kind": "full"},
         },
     ),
-    "swiftbrush": ("swiftbrush", {"guidance_range": None, "critic": LORA}),
+    "swiftbrush": ("swiftbrush", {"guidance_range": None, "critic": LORA, **LOW_NOISE}),
     "swiftbrush-nasa": (
         "swiftbrush",
-        {"guidance_range": None, "negative_attention": True, "guide_critic": True, "critic": LORA},
+        {"guidance_range": None, "negative_attention": True, "guide_critic": True, "critic": LORA, **LOW_NOISE},
     ),
     "speedupnet": ("speedupnet", {"guidance_steps": 1, "no_negative": 0.5}),
     "speedupnet-consistency": ("speedupnet", {"guidance_steps": 0, "sampling_steps": 2, "solver_steps": 2}),

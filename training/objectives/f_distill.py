@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from sublimate.diffusion.predictions import Prediction, per_sample
-from sublimate.training.losses import F_DIVERGENCES, generator_loss, pseudo_target_loss, score_difference
+from sublimate.training.losses import (
+    F_DIVERGENCES,
+    Divergence,
+    density_ratio,
+    generator_loss,
+    pseudo_target_loss,
+    score_difference,
+)
 from sublimate.training.matching import Matching, MatchingConfig
 from sublimate.training.objective import Batch, Loss
 from sublimate.training.teacher import Teacher
-
-Divergence = Literal[
-    "reverse_kl",
-    "forward_kl",
-    "jensen_shannon",
-    "softened_reverse_kl",
-    "squared_hellinger",
-    "jeffreys",
-    "neyman",
-    "pearson",
-]
 
 
 class FDistillConfig(MatchingConfig):
@@ -127,10 +123,7 @@ class FDistill(Matching):
         config = self.config
         if not config.weighted:
             return torch.ones(len(t), device=t.device)
-        logits = self.discriminator(prediction, t).float().mean(1)
-        ratio = logits.clamp(-10, 10).exp()
-        if config.ratio_bounds is not None:
-            ratio = ratio.clamp(*config.ratio_bounds)
+        ratio = density_ratio(self.discriminator(prediction, t), config.ratio_bounds)
         if config.ratio_normalization:
             ratio = ratio / self._level_means(ratio, t)
         weight = F_DIVERGENCES[config.divergence](ratio)

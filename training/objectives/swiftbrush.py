@@ -111,7 +111,9 @@ class SwiftBrush(Matching):
         x0 = self.sample(batch)
         with torch.no_grad():
             x_t = self.noised(x0, batch)
-            null = Condition(text=batch["negative"]) if self.config.negative_attention else self.null
+            null = self.null
+            if self.config.negative_attention:
+                null = null.expand(len(x0)).replace(text=batch["negative"])
             p = self._guided(self.teacher, x_t, batch, null)
             if self.config.guide_critic:
                 q = self._guided(self.critic, x_t, batch, self.null)
