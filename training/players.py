@@ -46,6 +46,10 @@ class PlayerConfig(Config):
     adam_weight_decay: float = Field(default=0.01, ge=0)
 
 
+# Adam as SiD and much of adversarial training run it.
+WITHOUT_MOMENTUM = PlayerConfig(adam_beta1=0.0, adam_weight_decay=0.0)
+
+
 @dataclass(frozen=True)
 class Player:
     """A module tree, the names of its parameters that train, their optimiser, and whether their average is kept."""

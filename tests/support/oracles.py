@@ -83,6 +83,23 @@ def tiny_model(schedule=SCHEDULE, parametrization="v_prediction"):
     )
 
 
+def on_networks(cls, schedule=SCHEDULE, **options):
+    """The objective on tiny real networks, its critic moved off the teacher; the student trains, from pure noise."""
+    objective = cls(tiny_model(schedule), cls.Config(start_log_snr=None, **options))
+    with torch.no_grad():
+        for p in objective.critic.parameters():
+            p.mul_(1.2)
+    for name, player in objective.players().items():
+        player.set_trainable(name == "student")
+    return objective
+
+
+def real_batch(objective, size=16):
+    """The student's turn on `size` samples, with images."""
+    random = SampleRandom(3, 1, "student", range(size))
+    return objective.prepare(STUDENT, Batch(Condition(), random, {"images": random.normal((1,))}), 0)
+
+
 def made_exact(objective, teacher, a, b):
     """The objective with every network replaced by the exact function it estimates; its student trains (a, b)."""
     schedule = objective.schedule

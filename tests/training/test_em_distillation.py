@@ -69,7 +69,7 @@ def test_one_step_without_z_is_variational_score_distillation_per_sample():
         x0 = vsd.generate(plain["z"], Condition())
         expected = 0.3 * vsd._direction(x0, plain)
     # w(t) gamma_eps = gamma_eps in units of mu_q - mu_p.
-    torch.testing.assert_close(found["direction"].float(), expected, rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(found["direction"].float(), expected, rtol=1e-6, atol=1e-6)
     assert torch.equal(found["z"], plain["z"])
 
 
@@ -98,17 +98,20 @@ def test_cancellation_is_what_the_noise_did_taken_off():
     [
         (0.0, False, (-0.346, -0.070)),
         (0.0, True, (-0.343, -0.069)),
+        (1.6e-5, False, (-0.341, -0.074)),
         (1.6e-5, True, (-0.343, -0.070)),
         (0.05, False, (-0.436, -0.061)),
         (0.05, True, (-0.380, -0.057)),
     ],
 )
 def test_gradients_of_sixteen_steps(step_z, cancelled, expected):
-    """Reference: 4e5 chains each; forward KL is (-.4968, -.0416), reverse KL (-.3531, -.1194)."""
+    """Reference: 4e5 chains each, to .0025, cancelled .001; forward KL (-.4968, -.0416), reverse (-.3531, -.1194)."""
     objective = exact(langevin_steps=16, step_eps=0.16, step_z=step_z, noise_cancellation=cancelled)
     # The loss carries the weight sigma^2/alpha^2.
     found = gradient(objective, chains(objective, 200_000)) * (0.8 / 0.6) ** 2
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=0.008)
+    torch.testing.assert_close(
+        found, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=0.004 if cancelled else 0.01
+    )
 
 
 @pytest.mark.slow

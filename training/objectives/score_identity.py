@@ -2,40 +2,49 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 from pydantic import Field
 from torch import Tensor
 
 from sublimate.diffusion.predictions import Prediction
-from sublimate.training.losses import generator_loss, identity_terms
+from sublimate.training.losses import distance_to_teacher, generator_loss, identity_terms
 from sublimate.training.matching import Matching, MatchingConfig
 from sublimate.training.objective import Batch, Loss
-from sublimate.training.players import PlayerConfig
+from sublimate.training.players import WITHOUT_MOMENTUM, PlayerConfig
 
 
 class ScoreIdentityConfig(MatchingConfig):
     """Options of SiD; defaults are those published for CIFAR-10: start sigma 2.5, the Karras curve up to 80 %.
 
     Attributes:
-        alpha: how much of |mu_p - mu_q|^2 is taken off; 1.2 for SiD, 1.0 for SiDA.
-        gan_weight: weight of the adversarial term; 0.01 for SiDA, 0 is data-free SiD.
-        sample_normalization: divide each sample's loss by mean|x0 - mu_p|.
+        alpha: how much of |mu_p - mu_q|^2 is taken off; None is the published 1.2, or 1 with the adversarial term.
+        gan_weight: weight of the adversarial term; SiDA's is 1e-4 (0.01 beside 100 for the identity), 0 is data-free.
+        sample_normalization: divide each sample's loss, adversarial term included, by mean|x0 - mu_p|.
 
     The others are `MatchingConfig`'s.
     """
 
-    alpha: float = 1.2
-    start_log_snr: float | None = -1.83
+    alpha: float | None = None
+    start_log_snr: float | None = -2 * math.log(2.5)
     time_range: tuple[float, float] = (0.0, 0.8)
     gan_weight: float = Field(default=0.0, ge=0)
     sample_normalization: bool = True
-    student: PlayerConfig = PlayerConfig(adam_weight_decay=0.0)
-    critic: PlayerConfig = PlayerConfig(adam_weight_decay=0.0)
+    student: PlayerConfig = WITHOUT_MOMENTUM
+    critic: PlayerConfig = WITHOUT_MOMENTUM
+    discriminator: PlayerConfig = WITHOUT_MOMENTUM
 
     @property
     def adversarial(self) -> bool:
         return self.gan_weight > 0
+
+    @property
+    def correction(self) -> float:
+        """The alpha in use."""
+        if self.alpha is not None:
+            return self.alpha
+        return 1.0 if self.adversarial else 1.2
 
     def student_passes(self, step: int = 0) -> float:
         # The student forward and backward; critic and teacher forward and back to their input.
@@ -69,17 +78,15 @@ class ScoreIdentity(Matching):
         x_t = self.noised(x0, batch)
         q = self.critic(x_t, batch["t"], batch.condition)
         p = self.teach(x_t, batch, features=self.taps)
-        losses = self.losses(x0, p, q)
-        if self.config.sample_normalization:
-            losses = losses / (x0 - p.x0).detach().float().abs().flatten(1).mean(1).clamp_min(1e-5)
-        identity = losses.mean()
+        scale = 1 / distance_to_teacher(x0, p) if self.config.sample_normalization else 1.0
+        identity = (scale * self.identity(x0, p, q)).mean()
         if self.config.gan_weight == 0:
             return Loss(identity)
         # The teacher's features were differentiated already, so this term costs no pass of its own.
-        gan = generator_loss(self.discriminator(p, batch["t"])).mean()
+        gan = (scale * generator_loss(self.discriminator(p, batch["t"]))).mean()
         return Loss(identity + self.config.gan_weight * gan, {"student/identity": identity, "student/gan": gan})
 
-    def losses(self, x0: Tensor, p: Prediction, q: Prediction) -> Tensor:
+    def identity(self, x0: Tensor, p: Prediction, q: Prediction) -> Tensor:
         """L_alpha per sample as a mean over elements; (batch,)."""
         cross, squared = identity_terms(x0, p, q)
-        return (cross - self.config.alpha * squared) / x0[0].numel()
+        return (cross - self.config.correction * squared) / x0[0].numel()

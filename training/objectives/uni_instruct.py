@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -9,34 +10,43 @@ from pydantic import Field
 from torch import Tensor
 
 from sublimate.diffusion.predictions import Prediction, per_sample
-from sublimate.training.losses import f_weight_terms, generator_loss, identity_terms
+from sublimate.training.losses import (
+    Divergence,
+    density_ratio,
+    distance_to_teacher,
+    f_weight_terms,
+    generator_loss,
+    identity_terms,
+)
 from sublimate.training.matching import Matching, MatchingConfig
 from sublimate.training.objective import Batch, Loss
-from sublimate.training.objectives.f_distill import Divergence
-from sublimate.training.players import PlayerConfig
+from sublimate.training.players import WITHOUT_MOMENTUM, PlayerConfig
+from sublimate.training.teacher import Teacher
 
 
 class UniInstructConfig(MatchingConfig):
     """Options of Uni-Instruct; defaults are those published for CIFAR-10 (start sigma 2.5, one critic update).
 
     Attributes:
-        divergence: which D_f(teacher || student) to minimise; reverse KL is data-free.
-        gan_weight: weight of the adversarial term; 0 leaves it out.
+        divergence: which D_f(teacher || student) to minimise; reverse KL without the adversarial term is data-free.
+        gan_weight: weight of the adversarial term; 0.01 beside 100 for the divergence is published, 0 leaves it out.
         ratio_bounds: clamp of the density ratio r; None leaves it free.
-        exact_weighting: draw times uniformly in log-SNR and weight them so that the loss is the divergence itself;
-            off, times are drawn as the schedule trains and a sample weighs 1/mean|x0 - mu_p| as in SiD.
+        exact_weighting: draw times uniformly in log-SNR, between a table's too, and weight them so that the loss is
+            the divergence per element; off, times are drawn as the schedule trains and every sample's loss is divided
+            by mean|x0 - mu_p|, adversarial term included, as in SiD.
 
     The others are `MatchingConfig`'s.
     """
 
     divergence: Divergence = "forward_kl"
-    start_log_snr: float | None = -1.83
+    start_log_snr: float | None = -2 * math.log(2.5)
     time_range: tuple[float, float] = (0.0, 0.8)
-    gan_weight: float = Field(default=0.01, ge=0)
+    gan_weight: float = Field(default=1e-4, ge=0)
     ratio_bounds: tuple[float, float] | None = (0.1, 20.0)
     exact_weighting: bool = False
-    student: PlayerConfig = PlayerConfig(adam_weight_decay=0.0)
-    critic: PlayerConfig = PlayerConfig(adam_weight_decay=0.0)
+    student: PlayerConfig = WITHOUT_MOMENTUM
+    critic: PlayerConfig = WITHOUT_MOMENTUM
+    discriminator: PlayerConfig = WITHOUT_MOMENTUM
 
     @property
     def weighted(self) -> bool:
@@ -70,30 +80,39 @@ class UniInstruct(Matching):
     Diff-Instruct. Nothing is differentiated through r, so the discriminator's own slope does not matter. For reverse
     KL, h = 1 and this is twice SiD's loss at alpha = 1/2.
 
-    In the code d = (alpha/sigma^2) (mu_p - mu_q) and m = (alpha/sigma^2) (mu_q - x0); per unit of log-SNR,
-    (g^2/2) dt = (sigma^2/2) d(log-SNR), so that the weight of the mu-form is alpha^2/(2 sigma^2).
+    In the code d = (alpha/sigma^2) (mu_p - mu_q) and m = (alpha/sigma^2) (mu_q - x0). The measure of the integral is
+    (g^2/2) dt = (sigma^2/2) d(log-SNR) on every schedule, so with log-SNR drawn uniformly from a range of length l
+    the weight of the mu-form is l alpha^2/(2 sigma^2).
 
     Args:
         model: the teacher; stays frozen.
         config: options.
+
+    Raises:
+        ValueError: for exact weighting of a time range without a beginning or an end in log-SNR.
     """
 
     Config = UniInstructConfig
     paper: ClassVar[str] = "2505.20755"
 
+    def __init__(self, model: Teacher, config: UniInstructConfig) -> None:
+        super().__init__(model, config)
+        # log-SNR of the noisiest level used, and from there to the cleanest.
+        ends = self.schedule.uniform_time(torch.tensor(config.time_range, dtype=torch.float64))
+        clean, self._noisiest = self.schedule.log_snr(ends).tolist()
+        self._span = clean - self._noisiest
+        if config.exact_weighting and not 0 < self._span < math.inf:
+            raise ValueError(
+                f"objective.exact_weighting integrates over log-SNR, which runs from {self._noisiest:g} to {clean:g} "
+                f"in objective.time_range={config.time_range}: choose a range whose ends are finite and differ."
+            )
+
     def draw(self, batch: Batch) -> Batch:
         batch = super().draw(batch)
         if not self.config.exact_weighting:
             return batch
-        clean, noisy = self.log_snr_range()
         u = batch.random.uniform(batch["t"].device)
-        return batch.adding(t=self.schedule.t_at_log_snr(noisy + u * (clean - noisy)))
-
-    def log_snr_range(self) -> tuple[float, float]:
-        """log-SNR of the cleanest and of the noisiest level used."""
-        ends = self.schedule.uniform_time(torch.tensor(self.config.time_range, dtype=torch.float64))
-        clean, noisy = self.schedule.log_snr(ends).tolist()
-        return clean, noisy
+        return batch.adding(t=self.schedule.t_at_log_snr(self._noisiest + self._span * u))
 
     def student_loss(self, batch: Batch, step: int) -> Loss:
         x0 = self.sample(batch)
@@ -101,11 +120,17 @@ class UniInstruct(Matching):
         q = self.critic(x_t, batch["t"], batch.condition)
         p = self.teach(x_t, batch, features=self.taps)
         logits = self.discriminator(p, batch["t"]) if self.config.adversarial else None
-        divergence = (self._weight(x0, p, batch) * self.integrand(x0, x_t, p, q, self._ratio(logits, x0))).mean()
+        integrand = self.integrand(x0, x_t, p, q, self._ratio(logits, x0))
+        if self.config.exact_weighting:
+            scale: Tensor | float = 1.0
+            integrand = self._span * self.schedule.log_snr(batch["t"]).exp() / 2 * integrand
+        else:
+            scale = 1 / distance_to_teacher(x0, p)
+        divergence = (scale * integrand).mean()
         if self.config.gan_weight == 0 or logits is None:
             return Loss(divergence)
         # The teacher's features were differentiated for d already, so this term costs no pass of its own.
-        gan = generator_loss(logits).mean()
+        gan = (scale * generator_loss(logits)).mean()
         return Loss(divergence + self.config.gan_weight * gan, {"student/divergence": divergence, "student/gan": gan})
 
     def integrand(self, x0: Tensor, x_t: Tensor, p: Prediction, q: Prediction, ratio: Tensor) -> Tensor:
@@ -125,12 +150,4 @@ class UniInstruct(Matching):
         """r per sample, (batch,)."""
         if logits is None or not self.config.weighted:
             return torch.ones(len(x0), device=x0.device, dtype=torch.promote_types(x0.dtype, torch.float32))
-        ratio = logits.mean(1).clamp(-10, 10).exp()
-        return ratio if self.config.ratio_bounds is None else ratio.clamp(*self.config.ratio_bounds)
-
-    def _weight(self, x0: Tensor, p: Prediction, batch: Batch) -> Tensor:
-        """What a sample's integrand is multiplied by, without gradients; (batch,)."""
-        if self.config.exact_weighting:
-            clean, noisy = self.log_snr_range()
-            return (clean - noisy) * (self.schedule.log_snr(batch["t"]).exp() / 2)
-        return 1 / (x0 - p.x0).detach().float().abs().flatten(1).mean(1).clamp_min(1e-5)
+        return density_ratio(logits, self.config.ratio_bounds)
