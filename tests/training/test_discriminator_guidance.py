@@ -12,7 +12,7 @@ from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.denoisers import Denoiser
 from sublimate.diffusion.mixtures import GaussianMixture
 from sublimate.diffusion.predictions import Parametrization
-from sublimate.diffusion.schedules import EDM, DiscreteVP
+from sublimate.diffusion.schedules import EDM, DiscreteVP, RectifiedFlow
 from sublimate.pipelines import discriminator_guidance as sampling
 from sublimate.pipelines.generate import generate
 from sublimate.pipelines.model import open_model
@@ -60,6 +60,13 @@ def test_times_have_the_papers_density():
     u = ((cumulative(drawn) - ends[0]) / (ends[1] - ends[0])).sort().values
     # Kolmogorov-Smirnov: 1.63/sqrt(n) is the 1 % point.
     assert (u - (torch.arange(4000) + 0.5) / 4000).abs().max() < 1.63 / math.sqrt(4000)
+
+
+def test_schedules_that_end_in_pure_noise_are_cut_off():
+    objective = make(RectifiedFlow())
+    t = objective.prepare(TURN, batch(500), 0)["t"]
+    assert bool(torch.isfinite(t).all()) and float(t.max()) <= 80 / 81 + 1e-9
+    assert float(t.min()) < 0.1
 
 
 @pytest.mark.slow

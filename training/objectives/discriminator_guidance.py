@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -68,7 +69,9 @@ class DiscriminatorGuidance(SoloObjective):
         judge = make_discriminator(self.model, self.taps, self.shape, self.null, config.discriminator_width)
         super().__init__(model, config, "discriminator", make_player(judge, config.discriminator, ema=True))
         ends = self.schedule.uniform_time(torch.tensor(config.time_range, dtype=torch.float64))
-        self.log_snr_range = [float(self.schedule.log_snr(t)) for t in ends]
+        # A schedule may end in pure noise, where no density is uniform: EDM's noisiest level is far enough.
+        found = self.schedule.log_snr(ends)
+        self.log_snr_range = torch.where(found.isfinite(), found, -2 * math.log(80)).tolist()
 
     @property
     def needs(self) -> frozenset[str]:

@@ -34,7 +34,7 @@ class SpeedUpNetConfig(ObjectiveConfig):
         adapter: how the adapter is optimised.
     """
 
-    guidance_scale: float = Field(default=7.5, gt=1)
+    guidance_scale: float = Field(default=7.5, ge=1)
     guidance_steps: int = Field(default=10_000, ge=0)
     sampling_steps: int = Field(default=4, ge=1)
     solver_steps: int = Field(default=5, ge=1)
