@@ -1,4 +1,4 @@
-"""Draw images from a model, with or without edits."""
+"""Draw images or sounds from a model, with or without edits."""
 
 from __future__ import annotations
 
@@ -28,17 +28,18 @@ def command(
     seed: Annotated[int, typer.Option(min=0, help="Keys the noise.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
-    """Draw images and write them as PNG files, with a sheet of all of them."""
+    """Draw images and write them as PNG files, with a sheet of all of them; sounds as WAV files too."""
     from sublimate.pipelines.edit import Edit
     from sublimate.pipelines.generate import generate
     from sublimate.pipelines.model import open_model
-    from sublimate.pipelines.pictures import image_grid, to_png
+    from sublimate.pipelines.pictures import image_grid, pictures_of, to_png
+    from sublimate.pipelines.sound import to_wav, waveforms
 
     opened = open_model(model, device=device)
     for path in edit or ():
         Edit.load(path).apply(opened)
     texts = [prompt for prompt in prompts or () for _ in range(count)]
-    images = generate(
+    media = generate(
         opened,
         texts or count,
         steps=steps,
@@ -49,9 +50,16 @@ def command(
         eta=eta,
         seed=seed,
         progress=True,
-    ).cpu()
+    )
     out.mkdir(parents=True, exist_ok=True)
+    images = pictures_of(media, opened.backbone.medium).cpu()
     for index, image in enumerate(images):
         (out / f"{index:05d}.png").write_bytes(to_png(image))
     (out / "sheet.png").write_bytes(to_png(image_grid(images)))
+    if opened.backbone.medium == "audio":
+        for index, spectrogram in enumerate(media.split(1)):
+            (waveform,), rate = waveforms(opened, spectrogram)
+            (out / f"{index:05d}.wav").write_bytes(to_wav(waveform, rate))
+        typer.echo(f"Wrote {len(images)} sounds, their spectrograms and a sheet to {out}")
+        return
     typer.echo(f"Wrote {len(images)} images and a sheet to {out}")

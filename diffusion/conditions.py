@@ -42,6 +42,11 @@ class Condition(dict[str, Tensor]):
         """The keys that the null condition replaces."""
         return tuple(key for key in self if key == "text" or key.startswith("text."))
 
+    @property
+    def extra(self) -> Condition:
+        """The entries "extra" and "extra.<part>"."""
+        return Condition({key: value for key, value in self.items() if key == "extra" or key.startswith("extra.")})
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
         """Moved to a device; floating-point tensors also converted to a dtype."""
         return Condition(
@@ -85,7 +90,8 @@ class Condition(dict[str, Tensor]):
                 f"The null condition's text keys {sorted(null.text_keys)} cannot replace {sorted(self.text_keys)}: "
                 "both need the same ones, and at least one."
             )
-        text = Condition({key: null[key] for key in self.text_keys}).expand(self.batch_size or 1)
+        text = Condition({key: null[key].to(self[key].device) for key in self.text_keys})
+        text = text.expand(self.batch_size or 1)
         return Condition({**self, **text})
 
     def dropping(self, rows: Tensor, null: Condition) -> Condition:

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.pipelines.model import Model
-from sublimate.pipelines.negative_attention import takes_negatives
+from sublimate.pipelines.negative_attention import reads_negatives
 
 _SDPA_KERNELS = {
     "math": SDPBackend.MATH,
@@ -144,8 +144,8 @@ def set_attention(model: Model, kernel: str = "auto") -> AttentionReport:
         raise ValueError(f"There is no attention kernel {kernel!r}; use one of {', '.join(KERNELS)}.")
     if kernel == "xformers":
         _check_xformers(model.device)
-    if takes_negatives(model.denoiser.network):
-        raise ValueError("Choose the attention kernel before negative attention is installed: remove that first.")
+    if reads_negatives(model.denoiser.network):
+        raise ValueError("Choose the attention kernel before what reads negative prompts is installed: remove that.")
     layers = _attention_layers(model.denoiser.network)
     before = [layer.processor for layer in layers.values()]
     chosen = [_processor(layer.processor, kernel, type(model.denoiser.network).__name__) for layer in layers.values()]

@@ -1,4 +1,4 @@
-"""Between images and latents, differentiable both ways."""
+"""Between media and latents, differentiable both ways."""
 
 from __future__ import annotations
 
@@ -11,25 +11,43 @@ def encode_images(vae: Any, images: Tensor) -> Tensor:
     """Latents as the denoiser sees them: the posterior's mode, shifted and scaled.
 
     Args:
-        vae: a diffusers `AutoencoderKL`.
+        vae: a diffusers `AutoencoderKL` of images in [-1, 1].
         images: (batch, 3, height, width) in [0, 1].
 
     Returns:
         (batch, channels, height / factor, width / factor), differentiable in the images.
     """
-    mode = vae.encode(2 * images.to(vae.dtype) - 1).latent_dist.mode()
-    return (mode - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+    return encode_media(vae, 2 * images.to(vae.dtype) - 1)
 
 
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     """Images of latents, not clamped.
 
     Args:
-        vae: a diffusers `AutoencoderKL`.
+        vae: a diffusers `AutoencoderKL` of images in [-1, 1].
         latents: (batch, channels, height, width) as the denoiser sees them.
 
     Returns:
         (batch, 3, height * factor, width * factor), about [0, 1], differentiable in the latents.
     """
+    return decode_media(vae, latents) / 2 + 0.5
+
+
+def encode_media(vae: Any, media: Tensor) -> Tensor:
+    """Latents of media in the autoencoder's own units.
+
+    Args:
+        vae: a diffusers `AutoencoderKL`.
+        media: (batch, channels, height, width) as the autoencoder was trained on them.
+
+    Returns:
+        The posterior's mode, shifted and scaled; differentiable in the media.
+    """
+    mode = vae.encode(media.to(vae.dtype)).latent_dist.mode()
+    return (mode - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+
+def decode_media(vae: Any, latents: Tensor) -> Tensor:
+    """Media, in the autoencoder's own units, of latents as the denoiser sees them; differentiable in the latents."""
     unscaled = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-    return vae.decode(unscaled).sample / 2 + 0.5
+    return vae.decode(unscaled).sample

@@ -16,6 +16,9 @@ PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
 _SINGLE_FILE_FAMILIES = {
     "v1": "StableDiffusionPipeline",
     "v2": "StableDiffusionPipeline",
+    "inpainting": "StableDiffusionInpaintPipeline",
+    "inpainting_v2": "StableDiffusionInpaintPipeline",
+    "upscale": "StableDiffusionUpscalePipeline",
     "sd3": "StableDiffusion3Pipeline",
     "sd35_large": "StableDiffusion3Pipeline",
     "sd35_medium": "StableDiffusion3Pipeline",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from torch.nn import functional as F
 from sublimate.pipelines.detector import Detector
 
 Control = Callable[[Tensor], Tensor]
-"""Media (batch, channels, height, width), images in [0, 1] -> a loss per sample (batch,), 0 where it is obeyed."""
+"""Media (batch, channels, height, width), images in [0, 1] or spectrograms (batch, 1, frames, bins) -> a loss per
+sample (batch,), 0 where it is obeyed."""
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
@@ -151,6 +153,77 @@ def intensity(curve: Tensor) -> Control:
         return (loudness - curve.to(media)).square().mean(1)
 
     return control
+
+
+def melody(notes: Sequence[int | None], bins: Tensor) -> Control:
+    """Which note sounds when (DITTO's melody): -log of the share of energy in the wanted pitch class, over time.
+
+    The energy of a log-mel spectrogram x is exp(2 x). Mel bins are too wide for the semitones of low notes, so this
+    leads towards a melody's overtones more than its bass.
+
+    Args:
+        notes: the pitch class of each part of the time axis, 0 for C to 11 for B; None for no wish.
+        bins: (12, bins), which bins sound like which class, see `pitch_classes`.
+
+    Raises:
+        ValueError: without a note, or for one that no bin sounds like.
+    """
+    wanted = [(i, note) for i, note in enumerate(notes) if note is not None]
+    if not wanted:
+        raise ValueError("The melody has no note: give at least one pitch class, 0 for C to 11 for B.")
+    for _, note in wanted:
+        if not 0 <= note < 12 or not bool(bins[note].any()):
+            raise ValueError(f"No mel bin sounds like pitch class {note}: use 0 to 11, and bins fine enough for it.")
+    parts, classes = (list(column) for column in zip(*wanted, strict=True))
+
+    def control(media: Tensor) -> Tensor:
+        # Relative to the loudest bin, which shares do not notice.
+        energy = (2 * (media - media.amax((1, 2, 3), keepdim=True))).exp()
+        coarse = F.adaptive_avg_pool2d(energy, (len(notes), media.shape[-1]))[:, 0]
+        chroma = coarse @ bins.to(media).T
+        share = chroma / chroma.sum(-1, keepdim=True).clamp_min(1e-30)
+        return -share[:, parts, classes].clamp_min(1e-12).log().mean(1)
+
+    return control
+
+
+def pitch_classes(bins: int, *, lowest: float = 0.0, highest: float = 8000.0) -> Tensor:
+    """Which mel bins sound like which of the twelve pitch classes, by the frequency at their centre.
+
+    The scale is Slaney's, which AudioLDM's spectrograms have: linear below 1000 Hz, logarithmic above.
+
+    Args:
+        bins: mel bins of a spectrogram.
+        lowest, highest: the ends of the scale in Hz.
+
+    Returns:
+        (12, bins), 1 where a bin belongs to a class, C first; bins below 27.5 Hz belong to none.
+
+    Raises:
+        ValueError: for ends that make no scale.
+    """
+    if not 0 <= lowest < highest or bins < 1:
+        raise ValueError(f"{bins} mel bins from {lowest} to {highest} Hz make no scale.")
+    low, high = (_mel(hertz) for hertz in (lowest, highest))
+    centres = [_hertz(low + (high - low) * (i + 1) / (bins + 1)) for i in range(bins)]
+    table = torch.zeros(12, bins)
+    for i, hertz in enumerate(centres):
+        if hertz >= 27.5:
+            # A4, 440 Hz, is the MIDI note 69, and C is a multiple of 12.
+            table[round(69 + 12 * math.log2(hertz / 440)) % 12, i] = 1
+    return table
+
+
+# Slaney's mel scale: 15 mels at 1000 Hz, then 27 for each factor of 6.4.
+_LINEAR, _KNEE, _RATIO = 3 / 200, 1000.0, 27 / math.log(6.4)
+
+
+def _mel(hertz: float) -> float:
+    return _LINEAR * hertz if hertz < _KNEE else _LINEAR * _KNEE + _RATIO * math.log(hertz / _KNEE)
+
+
+def _hertz(mel: float) -> float:
+    return mel / _LINEAR if mel < _LINEAR * _KNEE else _KNEE * math.exp((mel - _LINEAR * _KNEE) / _RATIO)
 
 
 def together(controls: Mapping[Control, float]) -> Control:

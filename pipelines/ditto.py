@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sublimate.diffusion.conditions import Condition
 from sublimate.pipelines.controls import Control
 from sublimate.pipelines.generate import generate_latents, initial_noise
 from sublimate.pipelines.model import Model
@@ -19,7 +21,7 @@ class Steered:
     """What `ditto` found.
 
     Attributes:
-        images: (N, channels, height, width), drawn from `z` by the decoder; images in [0, 1].
+        images: (N, channels, height, width), drawn from `z` by the decoder; in [0, 1], or a sound's spectrograms.
         surrogate_images: the same of the surrogate's single step, on which the control was optimised.
         z: (N, *latent_shape), the optimised noise.
         losses: (iterations + 1, N), the control's loss before every update and after the last.
@@ -38,11 +40,16 @@ def ditto(
     *,
     decoder: Model | None = None,
     steps: int | None = None,
+    sampler: str | None = None,
+    eta: float | None = None,
     iterations: int = 70,
     learning_rate: float = 0.05,
     guidance_scale: float | None = None,
     seed: int = 0,
     batch_size: int = 16,
+    gradient_checkpointing: bool = False,
+    height: int | None = None,
+    width: int | None = None,
     progress: bool = False,
 ) -> Steered:
     """Finds noise from which a control is obeyed (arXiv 2405.20289, algorithm 1).
@@ -57,70 +64,118 @@ def ditto(
         prompts: one per sample, or how many an unconditional model shall draw.
         control: the loss, see `pipelines.controls`; any differentiable function of the media.
         decoder: draws the final media from z*; `model` unless given. It must share the surrogate's latent space.
-        steps: the decoder's sampling steps; its own default.
+        steps, sampler, eta: how the decoder samples, see `generate`; its own defaults.
         iterations: updates of z; 0 draws without steering.
         learning_rate: Adam's, in units of z's standard deviation.
-        guidance_scale: of the decoder; its own default. The surrogate is not guided.
-        seed: keys the initial noise, together with each sample's place.
+        guidance_scale: of the decoder; its own default. The surrogate is not guided; one that is told a scale is told
+            its own default, or this one if it is the decoder too.
+        seed: keys the initial noise and the sampler's fresh noise, together with each sample's place.
         batch_size: samples optimised at once; changes nothing but rounding.
+        gradient_checkpointing: recompute the surrogate's activations in the backward pass to save memory.
+        height, width: of the media, see `generate`; the checkpoints' own size unless given.
         progress: show a bar.
 
     Raises:
         ValueError: for models of different latent spaces, or options that make no optimisation.
     """
     decoder = model if decoder is None else decoder
-    if decoder.latent_shape != model.latent_shape:
+    shape, drawn = (m.backbone.latent_shape(m.pipeline, height, width) for m in (model, decoder))
+    if drawn != shape:
         raise ValueError(
-            f"The decoder draws latents of {decoder.latent_shape}, the surrogate of {model.latent_shape}: "
-            "they must share one latent space."
+            f"The decoder draws latents of {drawn}, the surrogate of {shape}: they must share one latent space."
         )
     if iterations < 0 or learning_rate <= 0:
         raise ValueError(
             f"Steering needs 0 or more iterations and a positive step, not {iterations}, {learning_rate}."
         )
     texts = [""] * prompts if isinstance(prompts, int) else list(prompts)
-    noise = initial_noise(model.latent_shape, seed, range(len(texts)))
+    noise = initial_noise(shape, seed, range(len(texts)))
+    scale = guidance_scale if decoder is model else None
+    saving = _checkpointed(model) if gradient_checkpointing else nullcontext()
     found, losses, surrogates = [], [], []
-    with tqdm(total=len(texts) * iterations, unit="update", desc="ditto", disable=not progress) as bar:
+    with saving, tqdm(total=len(texts) * iterations, unit="update", desc="ditto", disable=not progress) as bar:
         for first in range(0, len(texts), batch_size):
             part = slice(first, first + batch_size)
-            z, history, media = _optimised(model, texts[part], control, noise[part], iterations, learning_rate, bar)
+            condition = _condition(model, texts[part], scale)
+            z, history, media = _optimised(model, condition, control, noise[part], iterations, learning_rate, bar)
             found.append(z)
             losses.append(history)
             surrogates.append(media)
     z = torch.cat(found)
     latents = generate_latents(
-        decoder, prompts, z=z, steps=steps, guidance_scale=guidance_scale, batch_size=batch_size
+        decoder,
+        prompts,
+        z=z,
+        steps=steps,
+        sampler=sampler,
+        eta=eta,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        batch_size=batch_size,
+        height=height,
+        width=width,
     )
     with torch.no_grad():
-        images = torch.cat([decoder.decode(part).float().clamp(0, 1) for part in latents.split(batch_size)])
+        images = torch.cat([decoder.render(part) for part in latents.split(batch_size)])
     return Steered(images, torch.cat(surrogates), z, torch.cat(losses, dim=1))
 
 
 def surrogate(model: Model, z: Tensor, prompts: Sequence[str]) -> Tensor:
     """The media of one step from z ~ N(0, I), (N, *latent_shape), not clamped; differentiable in z."""
+    return _media(model, z, _condition(model, prompts, None))
+
+
+@torch.no_grad()
+def _condition(model: Model, prompts: Sequence[str], scale: float | None) -> Condition:
+    """What the surrogate is told."""
+    condition = model.encode_prompts(prompts)
+    few = model.defaults.get("few_steps") or {}
+    # A trajectory student's number is the time to jump to, which is clean data unless it is told otherwise.
+    if few.get("sampler") == "trajectory" or not model.backbone.reads_guidance(model.denoiser.network):
+        return condition
+    told = model.guidance_scale if scale is None else scale
+    return condition.replace(guidance=torch.full((len(prompts),), float(told), device=model.device))
+
+
+def _media(model: Model, z: Tensor, condition: Condition) -> Tensor:
     schedule = model.schedule
     start = float(model.defaults.get("start", schedule.t_max))
-    with torch.no_grad():
-        condition = model.encode_prompts(prompts)
-    return model.decode(model.denoiser(schedule.start_scale(start) * z, start, condition).x0)
+    x_t = (schedule.start_scale(start) * z).to(model.dtype)
+    return model.decode(model.denoiser(x_t, start, condition).x0)
 
 
 def _optimised(
-    model: Model, prompts: Sequence[str], control: Control, z: Tensor, iterations: int, learning_rate: float, bar: tqdm
+    model: Model, condition: Condition, control: Control, z: Tensor, iterations: int, learning_rate: float, bar: tqdm
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Optimised noise, losses (iterations + 1, batch) and the surrogate's last media, without gradients."""
-    z = z.to(model.device, model.dtype).clone().requires_grad_(True)
+    z = z.to(model.device).clone().requires_grad_(True)
     # Adam scales every element by its own history: samples of a batch stay apart.
     optimizer = torch.optim.Adam([z], lr=learning_rate)
     history = []
     for _ in range(iterations):
-        loss = control(surrogate(model, z, prompts))
+        loss = control(_media(model, z, condition))
         (z.grad,) = torch.autograd.grad(loss.sum(), [z])
         history.append(loss.detach().float())
         optimizer.step()
         bar.update(len(z))
     with torch.no_grad():
-        media = surrogate(model, z, prompts)
+        media = _media(model, z, condition)
         history.append(control(media).float())
-    return z.detach(), torch.stack(history), media.float().clamp(0, 1)
+    return z.detach(), torch.stack(history), model.bounded(media)
+
+
+@contextmanager
+def _checkpointed(model: Model) -> Iterator[None]:
+    """Gradient checkpointing in every network that has it and does not use it yet; undone afterwards."""
+    changed = [
+        module
+        for module in model.components().values()
+        if getattr(module, "_supports_gradient_checkpointing", False) and not module.is_gradient_checkpointing
+    ]
+    for module in changed:
+        module.enable_gradient_checkpointing()  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        for module in changed:
+            module.disable_gradient_checkpointing()  # type: ignore[operator]

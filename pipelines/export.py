@@ -108,10 +108,13 @@ def export_lora(
         The folder.
 
     Raises:
-        ValueError: when the network has no LoRA layers, or the folder holds something else.
+        ValueError: when the network has no LoRA layers, the stock pipeline loads none, or the folder holds something
+            else.
     """
     state = _lora_state(_unwrapped(model, network), model.backbone.network_attribute)
     stock = _stock_sampling(model, t, few_steps)
+    if not hasattr(getattr(diffusers, stock.pipeline_class), "load_lora_weights"):
+        raise ValueError(f"{stock.pipeline_class} loads no LoRA: export the student's weights instead.")
     record = _record("lora", model, provenance, stock, t)
     scheduler = type(stock.scheduler).__name__
     usage = [
@@ -298,14 +301,15 @@ def _version(name: str) -> str | None:
 
 def _card(model: Model, record: Mapping[str, Any], usage: list[str], title: str, license: str | None) -> str:
     """The model card; `usage` makes a `pipeline`, the call that the record holds is added."""
-    prompt = ['"..."'] if model.backbone.text_components else []
-    arguments = ", ".join([*prompt, *(f"{name}={value!r}" for name, value in record.get("call", {}).items())])
+    prompt, medium = ['"..."'] if model.backbone.text_components else [], model.backbone.medium
+    call = (f"{name}={value!r}" for name, value in record.get("call", {}).items())
+    arguments = ", ".join([*prompt, *model.backbone.shown_arguments, *call])
     student = "start" in record
     return model_card(
         title=title,
         kind=record["kind"],
-        summary=_summary(record),
-        usage="\n".join([*usage, f"image = pipeline({arguments}).images[0]"]),
+        summary=_summary(record, "an image" if medium == "image" else "a sound"),
+        usage="\n".join([*usage, f"{medium} = pipeline({arguments}).{medium}s[0]"]),
         base=model.source,
         provenance=record["provenance"],
         tags=(_pace(record).lower(), "distillation") if student else (),
@@ -317,14 +321,14 @@ def _pace(record: Mapping[str, Any]) -> str:
     return "One-step" if record["steps"] == 1 else "Few-step"
 
 
-def _summary(record: Mapping[str, Any]) -> str:
+def _summary(record: Mapping[str, Any], result: str) -> str:
     """The card's first sentences."""
     if "start" not in record:
         return "A diffusers pipeline with changed weights."
     few, start = record.get("few_steps"), f"starting from pure noise at t = {record['start']:g}."
     if few is None or few["steps"] == 1:
-        return f"Draws an image in a single network pass, {start}"
-    summary = f"Draws an image in {few['steps']} network passes by {few['sampler']} sampling, {start}"
+        return f"Draws {result} in a single network pass, {start}"
+    summary = f"Draws {result} in {few['steps']} network passes by {few['sampler']} sampling, {start}"
     if few["sampler"] == "trajectory" and few["eta"] < 1:
         summary += (
             " Stock pipelines cannot tell the network where to jump: with them it jumps to clean data (gamma 1)."

@@ -1,4 +1,4 @@
-"""Images from prompts, with noise that depends on the seed and each image's place alone."""
+"""Images and sounds from prompts, with noise that depends on the seed and each image's place alone."""
 
 from __future__ import annotations
 
@@ -20,13 +20,8 @@ from sublimate.diffusion.predictions import Prediction
 from sublimate.pipelines.discriminator_guidance import DiscriminatorGuidance
 from sublimate.pipelines.few_steps import FEW_STEP_SAMPLERS, DenoiseTowards, FewSteps, sample_few_steps
 from sublimate.pipelines.model import Model
-from sublimate.pipelines.negative_attention import (
-    NEGATIVE,
-    STRENGTH,
-    negative_attention,
-    reads_negatives,
-    takes_negatives,
-)
+from sublimate.pipelines.negative_attention import NEGATIVE, STRENGTH, negative_attention
+from sublimate.pipelines.speedupnet import attached_speedupnet, told_guidance
 
 SAMPLERS = ("ddim", "euler", "heun", "one_step", *FEW_STEP_SAMPLERS)
 STEPS = 25
@@ -70,17 +65,19 @@ def generate(
     clipped_calls: int | None = None,
     start: float | None = None,
     discriminator: DiscriminatorGuidance | None = None,
+    shown: Condition | None = None,
     height: int | None = None,
     width: int | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Draws one image per prompt; the batch size changes nothing but rounding.
+    """Draws one image, or one sound's spectrogram, per prompt; the batch size changes nothing but rounding.
 
     Args:
         model: what draws.
         prompts: one per image, or how many images an unconditional model shall draw.
         steps: sampling steps; the checkpoint's own default, else 25.
-        guidance_scale: 1 is none; the checkpoint's own default, else its family's.
+        guidance_scale: 1 is none; the checkpoint's own default, else its family's. An attached SpeedUpNet is told it,
+            and has a default of its own.
         negative_prompt: what guidance leads away from, instead of no text; or, with a strength, negative attention.
         negative_strength: of negative attention, for students that are not guided; about 0.1 to 0.5, 0 is none.
         seed: keys the noise, together with each image's place in `prompts`.
@@ -92,11 +89,14 @@ def generate(
         start: the schedule's time at which pure noise is put in, for a single step; the checkpoint's own default,
             else the schedule's end.
         discriminator: corrects the score of "ddim" and "heun"; its own guidance scale is then the default.
-        height, width: of the images in pixels; the checkpoint's own size unless given.
+        shown: what `model.show` makes of pictures, for models that see some; of batch size 1 or one per prompt.
+        height, width: of images in pixels, of spectrograms in frames and bins; the checkpoint's own size unless
+            given.
         progress: show a bar.
 
     Returns:
-        (N, 3, height, width) float32 in [0, 1], on the model's device.
+        Images (N, 3, height, width) in [0, 1], or spectrograms (N, 1, frames, bins), which `sound.waveforms` plays;
+        float32, on the model's device.
 
     Raises:
         ValueError: for options that do not fit each other or the model, or a prompt that is too long.
@@ -115,11 +115,12 @@ def generate(
         clipped_calls=clipped_calls,
         start=start,
         discriminator=discriminator,
+        shown=shown,
         height=height,
         width=width,
         progress=progress,
     )
-    return torch.cat([model.decode(part).float().clamp(0, 1) for part in latents.split(batch_size)])
+    return torch.cat([model.render(part) for part in latents.split(batch_size)])
 
 
 @torch.no_grad()
@@ -139,13 +140,14 @@ def generate_latents(
     start: float | None = None,
     discriminator: DiscriminatorGuidance | None = None,
     z: Tensor | None = None,
+    shown: Condition | None = None,
     height: int | None = None,
     width: int | None = None,
     progress: bool = False,
 ) -> Tensor:
     """As `generate`, without decoding: x0 (N, *latent_shape) in the model's precision, on its device.
 
-    `z`, (N, *latent_shape), replaces the initial noise of the seed.
+    `z`, (N, *latent_shape), replaces the initial noise of the seed; the fresh noise of a sampler stays the seed's.
     """
     if isinstance(prompts, str):
         raise TypeError(f"Give a list of prompts: [{prompts!r}].")
@@ -154,34 +156,42 @@ def generate_latents(
         raise ValueError(f"There is nothing to draw: {len(texts)} prompts in batches of {batch_size}.")
     if z is not None and len(z) != len(texts):
         raise ValueError(f"{len(texts)} samples need as many initial noises, not {len(z)}.")
+    shown = Condition() if shown is None else shown.expand(len(texts))
     few = _few_steps(model, sampler, steps, start, eta=eta, clipped_calls=clipped_calls)
+    network = model.denoiser.network
+    adapter = attached_speedupnet(network)
+    defaults = {"guidance_scale": model.guidance_scale, **model.defaults, **(adapter or {})}
     if steps is None:
-        steps = few.steps if few else 1 if sampler == "one_step" else int(model.defaults.get("steps", STEPS))
+        steps = few.steps if few else 1 if sampler == "one_step" else int(defaults.get("steps", STEPS))
     if steps < 1:
         raise ValueError(f"Sampling needs at least 1 step, not {steps}.")
-    default = model.guidance_scale if discriminator is None else discriminator.guidance_scale
-    scale = default if guidance_scale is None else float(guidance_scale)
+    default = defaults["guidance_scale"] if discriminator is None else discriminator.guidance_scale
+    scale = float(default) if guidance_scale is None else float(guidance_scale)
     name = sampler or model.backbone.sampler
     if discriminator is not None and (few or name not in ("ddim", "heun")):
         raise ValueError(f"A discriminator corrects the samplers ddim and heun, not {few.sampler if few else name}.")
     run = _few_step_run(model, few) if few else _walk(model, name, steps, start)
     reads_target = few is not None and few.sampler == "trajectory"
-    reads_guidance = not reads_target and model.backbone.reads_guidance(model.denoiser.network)
-    network = model.denoiser.network
-    if negative_strength is not None or (reads_negatives(network) and not takes_negatives(network)):
+    reads_guidance = not reads_target and model.backbone.reads_guidance(network)
+    if negative_strength is not None:
         null, negative = Condition(), _negative(model, scale, negative_prompt, negative_strength)
+    elif adapter is not None:
+        null, negative, scale = Condition(), told_guidance(model, scale, negative_prompt), 1.0
     else:
         null, negative = _null(model, scale, negative_prompt, reads_guidance), Condition()
     shape = model.backbone.latent_shape(model.pipeline, height, width)
+    if z is not None and tuple(z.shape[1:]) != shape:
+        raise ValueError(f"Initial noise of {tuple(z.shape[1:])} does not fit latents of {shape}.")
     calls = 2 * steps - 1 if name == "heun" and few is None else steps
     drawn = []
-    steered = negative_attention(network) if STRENGTH in negative else nullcontext()
+    steered = nullcontext() if negative_strength is None else negative_attention(network)
     with steered, tqdm(total=len(texts) * calls, unit="pass", disable=not progress) as bar:
         for first in range(0, len(texts), batch_size):
             part = texts[first : first + batch_size]
             generators = [image_generator(seed, i) for i in range(first, first + len(part))]
             condition = model.encode_prompts(part)
-            condition = condition.replace(**negative.expand(len(part)))
+            seen = shown.index(slice(first, first + len(part)))
+            condition = condition.replace(**seen, **negative.expand(len(part)))
             told = telling(
                 model.denoiser,
                 condition,
@@ -198,8 +208,9 @@ def generate_latents(
             def noise(x: Tensor, generators: Sequence[torch.Generator] = generators) -> Tensor:
                 return _draw(shape, generators).to(x)
 
-            own = _draw(shape, generators) if z is None else z[first : first + len(part)]
-            start_noise = own.to(model.device, model.dtype)
+            # Drawn even where it is replaced: what comes next is a sampler's fresh noise.
+            own = _draw(shape, generators)
+            start_noise = (own if z is None else z[first : first + len(part)]).to(model.device, model.dtype)
             if discriminator is None:
                 drawn.append(run(denoise, start_noise, noise))
             else:
@@ -277,15 +288,17 @@ def _null(model: Model, scale: float, negative_prompt: str | None, reads_guidanc
     return null
 
 
-def _negative(model: Model, scale: float, prompt: str | None, strength: float | None) -> Condition:
-    """What negative attention, or an adapter that reads negative prompts, is told; of batch size 1."""
-    if prompt is None and strength is not None:
+def _negative(model: Model, scale: float, prompt: str | None, strength: float) -> Condition:
+    """What negative attention is told, of batch size 1."""
+    if prompt is None:
         raise ValueError("negative_strength is of a negative prompt: give one, or leave it out.")
     if scale != 1:
-        raise ValueError(f"Attending to a negative prompt replaces guidance: set guidance_scale to 1, not {scale}.")
-    states = model.encode_prompts([prompt or ""])["text"]
-    if strength is None:
-        return Condition({NEGATIVE: states})
+        raise ValueError(f"Negative attention stands in for guidance: set guidance_scale to 1, not {scale}.")
+    if not 0 <= strength < float("inf"):
+        raise ValueError(f"The strength of a negative prompt cannot be {strength}: 0 is none, larger is stronger.")
+    if strength == 0:
+        return Condition()  # the plain network, at its own cost
+    states = model.encode_prompts([prompt])["text"]
     return Condition({NEGATIVE: states, STRENGTH: torch.full((1,), float(strength), device=states.device)})
 
 

@@ -93,7 +93,7 @@ class Model:
         return self
 
     def components(self) -> dict[str, nn.Module]:
-        """The networks, by name: denoiser, text encoders, autoencoder."""
+        """The networks, by name: denoiser, text encoders, autoencoder, vocoder."""
         return self.backbone.components(self.pipeline)
 
     def component(self, name: str) -> nn.Module:
@@ -127,13 +127,30 @@ class Model:
         """The condition, of batch size 1, that stands for no text; without keys for an unconditional model."""
         return self.backbone.null_condition(self.pipeline)
 
+    def show(self, **pictures: Tensor) -> Condition:
+        """What the denoiser is told of pictures, beside the text; which ones, `backbone.show` says.
+
+        Raises:
+            ValueError: for a model that is shown none.
+        """
+        return self.backbone.show(self.pipeline, **pictures)
+
     def encode(self, images: Tensor) -> Tensor:
-        """Images (batch, 3, height, width) in [0, 1] -> x0 (batch, *latent_shape); differentiable."""
+        """Media, such as images (batch, 3, height, width) in [0, 1] -> x0 (batch, *latent_shape); differentiable."""
         return self.backbone.encode(self.pipeline, images)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """x0 -> images, about [0, 1], not clamped; differentiable."""
+        """x0 -> media, about in their range, not clamped; differentiable."""
         return self.backbone.decode(self.pipeline, latents)
+
+    def render(self, latents: Tensor) -> Tensor:
+        """x0 -> media as they are shown: decoded, and `bounded`."""
+        return self.bounded(self.decode(latents))
+
+    def bounded(self, media: Tensor) -> Tensor:
+        """Media in float32, clamped to their range."""
+        limits = self.backbone.media_range
+        return media.float() if limits is None else media.float().clamp(*limits)
 
     def denoiser_with_number_input(self) -> Denoiser:
         """A denoiser over the same weights that can also be told the guidance scale or a target time.

@@ -49,10 +49,7 @@ class NegativeAttention:
         output = self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **kwargs)
         if negative is None or strength is None or encoder_hidden_states is None:
             return output
-        away = self.original(attn, hidden_states, negative, None, temb, **kwargs)
-        bias = attn.to_out[0].bias
-        if bias is not None:
-            away = away - bias / attn.rescale_output_factor
+        away = _without_bias(attn, self.original(attn, hidden_states, negative, None, temb, **kwargs))
         return output - strength.to(output.dtype)[:, None, None] * away
 
 
@@ -64,7 +61,9 @@ class NegativeJointAttention:
 
         Z = softmax(Q [K_image, K+]^T / sqrt(d)) [V_image, V+] - strength softmax(Q [K_image, K-]^T / sqrt(d)) [0, V-].
 
-    The image stream is one, so that strength 0 is the plain network.
+    The image stream is one, so that strength 0 is the plain network. Every term comes from the processor that was
+    there before: it is affine in the values, and the one taken off is its output for image values of zero, less its
+    bias. Both prompts' tokens are modulated by the prompt's pooled embedding; the negative one has none of its own.
     """
 
     reads_negatives = True
@@ -87,24 +86,28 @@ class NegativeJointAttention:
         positive, negative = encoder_hidden_states[:, :tokens], encoder_hidden_states[:, tokens:]
         image, text = self.original(attn, hidden_states, positive, attention_mask, **kwargs)
         _, other = self.original(attn, hidden_states, negative, attention_mask, **kwargs)
-        away = nn.functional.linear(self._read(attn, hidden_states, negative), attn.to_out[0].weight)
-        image = image - strength.to(image.dtype)[:, None, None] * away
+        away, _ = self.original(_ImageWithoutValues(attn), hidden_states, negative, attention_mask, **kwargs)
+        image = image - strength.to(image.dtype)[:, None, None] * _without_bias(attn, away)
         return image, torch.cat([text, other], dim=1)
 
-    @staticmethod
-    def _read(attn: Any, image: Tensor, text: Tensor) -> Tensor:
-        """What image queries read from the text alone, while they attend to both; (batch, image tokens, width)."""
 
-        def split(x: Tensor, norm: Any = None) -> Tensor:
-            x = x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            return x if norm is None else norm(x)
+class _ImageWithoutValues:
+    """A joint attention layer whose image tokens are attended to and contribute nothing."""
 
-        query = split(attn.to_q(image), attn.norm_q)
-        keys = split(attn.to_k(image), attn.norm_k), split(attn.add_k_proj(text), attn.norm_added_k)
-        value = split(attn.add_v_proj(text))
-        nothing = torch.zeros_like(keys[0])
-        z = nn.functional.scaled_dot_product_attention(query, torch.cat(keys, 2), torch.cat([nothing, value], 2))
-        return z.transpose(1, 2).flatten(2)
+    def __init__(self, attn: Any) -> None:
+        self.attn = attn
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.attn, name)
+
+    def to_v(self, image: Tensor) -> Tensor:
+        return torch.zeros_like(self.attn.to_v(image))
+
+
+def _without_bias(attn: Any, output: Tensor) -> Tensor:
+    """The linear part of an attention's output; an adapter on the output projection is part of it."""
+    bias = attn.to_out[0].bias
+    return output if bias is None else output - bias / attn.rescale_output_factor
 
 
 _PROCESSORS = (NegativeAttention, NegativeJointAttention)
@@ -132,6 +135,8 @@ def install_negative_attention(network: nn.Module) -> None:
     if reads_negatives(network):
         raise ValueError(f"This {type(network).__name__} reads negative prompts already: remove what does so first.")
     joint = any(getattr(layer, "add_k_proj", None) is not None for layer in layers)
+    if joint and any(getattr(layer, "fused_projections", False) for layer in layers):
+        raise ValueError("Negative attention does not fit fused projections: call unfuse_qkv_projections first.")
     crossed = [layer for layer in layers if getattr(layer, "is_cross_attention", False)]
     if not joint and not crossed:
         raise ValueError(f"A {type(network).__name__} has no cross-attention and so no negative prompts.")
@@ -165,18 +170,17 @@ def negative_arguments(network: nn.Module, condition: Condition) -> dict[str, Te
     """What attention processors are told of a condition's negative prompt; None for nothing.
 
     Raises:
-        ValueError: when there is a negative prompt, but nothing in the network that reads it, or no strength.
+        ValueError: when nothing in the network reads negative prompts, or prompt and strength do not come together.
     """
-    if NEGATIVE not in condition:
+    if NEGATIVE not in condition and STRENGTH not in condition:
         return None
     if not reads_negatives(network):
         raise ValueError(
             f"This {type(network).__name__} cannot read a negative prompt: call install_negative_attention first."
         )
-    if takes_negatives(network) == (STRENGTH not in condition):
-        raise ValueError(f"{STRENGTH!r}, one number per sample, goes with negative attention, and with it alone.")
-    told = {"negative": condition[NEGATIVE]}
-    return told | {"strength": condition[STRENGTH]} if STRENGTH in condition else told
+    if NEGATIVE not in condition or STRENGTH not in condition or condition[STRENGTH].ndim != 1:
+        raise ValueError(f"Give {NEGATIVE!r} and {STRENGTH!r} together, the strength as one number per sample.")
+    return {"negative": condition[NEGATIVE], "strength": condition[STRENGTH]}
 
 
 def attention_layers(network: nn.Module) -> list[Any]:

@@ -39,6 +39,23 @@ def to_png(image: Tensor, *, scale: int = 1, largest: int | None = None) -> byte
     return file.getvalue()
 
 
+def pictures_of(media: Tensor, medium: str) -> Tensor:
+    """Media as images: images as they are, spectrograms in grey, with time to the right and low notes at the bottom.
+
+    Args:
+        media: images (N, 3, H, W) in [0, 1], or spectrograms (N, 1, frames, bins).
+        medium: the family's, "image" or "audio".
+
+    Returns:
+        (N, 3, H, W) in [0, 1]; each spectrogram spans its own range.
+    """
+    if medium == "image":
+        return media
+    turned = media.transpose(2, 3).flip(2)
+    low, high = turned.amin((1, 2, 3), keepdim=True), turned.amax((1, 2, 3), keepdim=True)
+    return ((turned - low) / (high - low).clamp_min(1e-12)).expand(-1, 3, -1, -1)
+
+
 def image_grid(images: Tensor, *, columns: int | None = None, gap: int = 2, background: float = 1.0) -> Tensor:
     """Many images in one, row by row.
 

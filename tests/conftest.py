@@ -4,28 +4,43 @@ from __future__ import annotations
 
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import (
+    AudioLDM2Pipeline,
+    AudioLDM2ProjectionModel,
+    AudioLDM2UNet2DConditionModel,
     AutoencoderKL,
     CMStochasticIterativeScheduler,
     ConsistencyModelPipeline,
     DDIMPipeline,
     DDIMScheduler,
+    DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionUpscalePipeline,
     UNet2DConditionModel,
     UNet2DModel,
 )
 from tokenizers import pre_tokenizers
 from transformers import (
+    ClapConfig,
+    ClapFeatureExtractor,
+    ClapModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    RobertaTokenizer,
+    SpeechT5HifiGan,
+    SpeechT5HifiGanConfig,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -52,12 +67,19 @@ def clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=list(merges), model_max_length=MODEL_MAX_LENGTH)
 
 
-def t5_tokenizer() -> T5Tokenizer:
+def t5_tokenizer(length: int = 512) -> T5Tokenizer:
     """A unigram vocabulary of the same words and the letters."""
     letters = [chr(i) for i in range(ord("a"), ord("z") + 1)]
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     pieces = [(f"▁{word}", -3.0) for word in WORDS] + [(letter, -6.0) for letter in letters]
-    return T5Tokenizer(vocab=special + pieces, extra_ids=0, model_max_length=512)
+    return T5Tokenizer(vocab=special + pieces, extra_ids=0, model_max_length=length)
+
+
+def roberta_tokenizer() -> RobertaTokenizer:
+    """RoBERTa's layout at tiny size: special tokens and characters."""
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    return RobertaTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=80)
 
 
 def _clip_config(tokenizer: CLIPTokenizer, **options: int) -> CLIPTextConfig:
@@ -75,7 +97,7 @@ def _clip_config(tokenizer: CLIPTokenizer, **options: int) -> CLIPTextConfig:
     )
 
 
-def _autoencoder(**options: float) -> AutoencoderKL:
+def _autoencoder(**options: Any) -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -88,11 +110,14 @@ def _autoencoder(**options: float) -> AutoencoderKL:
     )
 
 
-def _stable_diffusion(prediction_type: str) -> StableDiffusionPipeline:
+def _stable_diffusion(
+    prediction_type: str, kind: Any = StableDiffusionPipeline, *, vae: AutoencoderKL | None = None, **options: Any
+) -> Any:
+    """A pipeline of `kind`; `options` are the UNet's, where it has such, and the pipeline's."""
     tokenizer = clip_tokenizer()
     unet = UNet2DConditionModel(
         sample_size=8,
-        in_channels=4,
+        in_channels=options.pop("in_channels", 4),
         out_channels=4,
         block_out_channels=(8, 16),
         layers_per_block=1,
@@ -101,6 +126,7 @@ def _stable_diffusion(prediction_type: str) -> StableDiffusionPipeline:
         cross_attention_dim=16,
         attention_head_dim=2,
         norm_num_groups=4,
+        num_class_embeds=options.pop("num_class_embeds", None),
     )
     scheduler = DDIMScheduler(
         beta_start=0.00085,
@@ -111,15 +137,17 @@ def _stable_diffusion(prediction_type: str) -> StableDiffusionPipeline:
         steps_offset=1,
         clip_sample=False,
     )
-    return StableDiffusionPipeline(
-        vae=_autoencoder(),
+    if kind is not StableDiffusionUpscalePipeline:
+        options["requires_safety_checker"] = False
+    return kind(
+        vae=_autoencoder() if vae is None else vae,
         text_encoder=CLIPTextModel(_clip_config(tokenizer)),
         tokenizer=tokenizer,
         unet=unet,
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
-        requires_safety_checker=False,
+        **options,
     )
 
 
@@ -147,6 +175,39 @@ def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_sd_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stable Diffusion 2.x: the same with v-prediction."""
     return _saved(lambda: _stable_diffusion("v_prediction"), tmp_path_factory, "tiny_sd_v")
+
+
+@pytest.fixture(scope="session")
+def tiny_inpainting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stable Diffusion inpainting: the same UNet with 9 channels, v-prediction."""
+
+    def build() -> StableDiffusionInpaintPipeline:
+        vae = _autoencoder()
+        # A posterior as narrow as real ones are, since the stock pipeline samples it.
+        with torch.no_grad():
+            vae.quant_conv.weight[4:] = 0
+            vae.quant_conv.bias[4:] = -30
+        return _stable_diffusion("v_prediction", StableDiffusionInpaintPipeline, vae=vae, in_channels=9)
+
+    return _saved(build, tmp_path_factory, "tiny_inpainting")
+
+
+@pytest.fixture(scope="session")
+def tiny_upscaling(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stable Diffusion's upscaler: 7 channels, 8x8 small images, noise levels from 0 to 35, v-prediction."""
+
+    def build() -> StableDiffusionUpscalePipeline:
+        return _stable_diffusion(
+            "v_prediction",
+            StableDiffusionUpscalePipeline,
+            vae=_autoencoder(scaling_factor=0.08333),
+            in_channels=7,
+            num_class_embeds=40,
+            max_noise_level=35,
+            low_res_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2", num_train_timesteps=100),
+        )
+
+    return _saved(build, tmp_path_factory, "tiny_upscaling")
 
 
 @pytest.fixture(scope="session")
@@ -205,6 +266,79 @@ def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
 
     return _saved(build, tmp_path_factory, "tiny_sd3")
+
+
+@pytest.fixture(scope="session")
+def tiny_audio(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """AudioLDM 2: noise prediction, 4x8x4 latents, spectrograms of 16 frames and 8 bins, 256 samples of sound."""
+
+    def build() -> AudioLDM2Pipeline:
+        tokenizer = roberta_tokenizer()
+        text = {
+            "vocab_size": len(tokenizer),
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            # RoBERTa counts positions from behind its padding token.
+            "max_position_embeddings": tokenizer.model_max_length + 2,
+        }
+        # What hears; only the ranking of several waveforms needs it.
+        sound = {
+            "spec_size": 32,
+            "num_mel_bins": 8,
+            "window_size": 4,
+            "hidden_size": 16,
+            "patch_embeds_hidden_size": 4,
+            "depths": [1, 1],
+            "num_attention_heads": [1, 1],
+            "num_hidden_layers": 2,
+        }
+        t5 = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0)
+        size = {"vocab_size": 8, "n_positions": 64, "n_embd": 24, "n_layer": 1, "n_head": 2}
+        gpt2 = GPT2Config(**size, bos_token_id=0, eos_token_id=0, max_new_tokens=4)
+        hifi_gan = SpeechT5HifiGanConfig(
+            model_in_dim=8,
+            upsample_initial_channel=8,
+            upsample_rates=[4, 4],
+            upsample_kernel_sizes=[8, 8],
+            resblock_kernel_sizes=[3],
+            resblock_dilation_sizes=[[1, 3]],
+            # Loud enough that a wrong spectrogram is heard.
+            initializer_range=0.3,
+        )
+        unet = AudioLDM2UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=((None, 24, 32), (None, 24, 32)),
+            attention_head_dim=2,
+            norm_num_groups=4,
+        )
+        return AudioLDM2Pipeline(
+            vae=_autoencoder(in_channels=1, out_channels=1),
+            text_encoder=ClapModel(ClapConfig(text_config=text, audio_config=sound, projection_dim=16)),
+            text_encoder_2=T5EncoderModel(t5),
+            projection_model=AudioLDM2ProjectionModel(16, 32, 24),
+            language_model=GPT2LMHeadModel(gpt2),
+            tokenizer=tokenizer,
+            tokenizer_2=t5_tokenizer(MODEL_MAX_LENGTH),
+            feature_extractor=ClapFeatureExtractor(feature_size=8),
+            unet=unet,
+            scheduler=DDIMScheduler(
+                beta_start=0.0015,
+                beta_end=0.0195,
+                beta_schedule="scaled_linear",
+                set_alpha_to_one=False,
+                steps_offset=1,
+                clip_sample=False,
+            ),
+            vocoder=SpeechT5HifiGan(hifi_gan),
+        )
+
+    return _saved(build, tmp_path_factory, "tiny_audio")
 
 
 def _saved(build, tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:

@@ -62,7 +62,19 @@ class GuidedSolver:
         return grid[index], grid[index + 1]
 
     @torch.no_grad()
-    def step(self, x_t: Tensor, t: Tensor, to: Tensor, condition: Condition, scale: float | Tensor) -> Tensor:
-        """x at `to` from x_t at t, guided by `scale`, a number or one per sample; 1 is none."""
+    def step(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        to: Tensor,
+        condition: Condition,
+        scale: float | Tensor,
+        null: Condition | None = None,
+    ) -> Tensor:
+        """x at `to` from x_t at t, guided by `scale`, a number or one per sample; 1 is none.
+
+        Guidance leads away from `null`, the model's own unless given.
+        """
         c = self.schedule.at(to)
-        return guided(self.teacher, x_t, t, condition, self.null, scale).combine(c.alpha, c.sigma)
+        null = self.null if null is None else null
+        return guided(self.teacher, x_t, t, condition, null, scale).combine(c.alpha, c.sigma)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from torch.nn import functional as F
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.pipelines.model import Model
@@ -32,12 +33,20 @@ class Source(Protocol):
 class ModelSource:
     """Prompts, and latents that belong to them, for training on a model; samples are drawn with replacement.
 
+    A model that is shown masks or small images gets them too, made from the pictures: a rectangle to paint, everything
+    in a quarter of the samples; or the picture in the latents' size with noise of any level.
+
     Args:
         model: encodes the prompts (its text encoder stays frozen).
         prompts: one per sample; empty for an unconditional model.
         latents: (samples, *latent_shape), `latents[i]` shows `prompts[i]`; None when the objective is data-free.
         negatives: negative prompts, paired with prompts at random; the condition then has them as "negative".
         samples: (samples, *latent_shape), the model's own, `samples[i]` for `prompts[i]`.
+        pictures: (samples, 3, height, width) in [0, 1], what `latents` were made from; decoded latents unless given.
+            Only models that are shown pictures have a use for them.
+
+    Raises:
+        ValueError: when the numbers differ, or a model that is shown pictures gets none.
     """
 
     def __init__(
@@ -47,16 +56,22 @@ class ModelSource:
         latents: Tensor | None = None,
         negatives: Sequence[str] = (),
         samples: Tensor | None = None,
+        pictures: Tensor | None = None,
     ) -> None:
         self.tensors = {name: x for name, x in (("images", latents), ("samples", samples)) if x is not None}
         for name, x in self.tensors.items():
             if prompts and len(x) != len(prompts):
                 raise ValueError(f"{len(prompts)} prompts do not match {len(x)} {name}: give one prompt for each.")
         self.model, self.prompts, self.negatives = model, list(prompts), list(negatives)
+        self.shown, self.pictures = model.backbone.shown, pictures
+        if self.shown and latents is None:
+            raise ValueError(f"{model.source} is shown {self.shown}, which are made from images: give images.")
+        if pictures is not None and (not self.shown or len(pictures) != len(self.tensors["images"])):
+            raise ValueError("Pictures are for models that are shown some, one for each of the latents.")
 
     @property
     def provides(self) -> frozenset[str]:
-        given = {"prompts": bool(self.prompts), "negatives": bool(self.negatives)}
+        given = {"prompts": bool(self.prompts), "negatives": bool(self.negatives), self.shown: bool(self.shown)}
         return frozenset(self.tensors) | {name for name, present in given.items() if present}
 
     def batch(self, random: SampleRandom) -> Batch:
@@ -68,7 +83,39 @@ class ModelSource:
             if self.negatives:
                 chosen = [self.negatives[i] for i in random.integers(len(self.negatives)).tolist()]
                 condition = condition.replace(negative=self.model.encode_prompts(chosen)["text"])
+            if self.shown:
+                condition = condition.replace(**self._show(indices, random))
         return Batch(condition, random, {name: x[indices] for name, x in self.tensors.items()})
+
+    def _show(self, indices: Tensor, random: SampleRandom) -> Condition:
+        """What the model is shown of some samples."""
+        if self.pictures is not None:
+            images = self.pictures[indices]
+        else:
+            images = self.model.render(self.tensors["images"][indices].to(self.model.device))
+        if self.shown == "masks":
+            return self.model.show(images=images, masks=rectangles(random, *images.shape[2:]))
+        small = F.interpolate(images, size=self.tensors["images"].shape[2:], mode="area")
+        highest = self.model.pipeline.config.max_noise_level
+        return self.model.show(
+            low_res=small, noise=random.normal(small.shape[1:]), noise_level=random.integers(highest + 1)
+        )
+
+
+def rectangles(random: SampleRandom, height: int, width: int) -> Tensor:
+    """A mask per sample, (batch, 1, height, width): 1 within a rectangle, and everywhere in a quarter of the samples.
+
+    Sides are uniform between a quarter of the image's and the whole.
+    """
+    inside = []
+    everything = random.uniform() < 0.25
+    for size in (height, width):
+        side = torch.where(everything, size, (size * (0.25 + 0.75 * random.uniform())).ceil())
+        start = ((size - side + 1) * random.uniform()).floor()
+        places = torch.arange(size)
+        inside.append((places >= start[:, None]) & (places < (start + side)[:, None]))
+    rows, columns = inside
+    return (rows[:, None, :, None] & columns[:, None, None, :]).float()
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -18,13 +18,14 @@ from sublimate.pipelines.export import export_lora, export_student
 from sublimate.pipelines.few_steps import sample_few_steps
 from sublimate.pipelines.generate import generate_latents, telling
 from sublimate.pipelines.model import Model, open_model
-from sublimate.pipelines.pictures import image_grid, to_png
+from sublimate.pipelines.pictures import image_grid, pictures_of, to_png
 from sublimate.training import registry
 from sublimate.training.config import Config, dump_config, validate_section
 from sublimate.training.data import ModelSource, Source, read_image_folder, read_prompts
 from sublimate.training.ink.sources import captioned
 from sublimate.training.ink.vocabulary import SYNONYMS
 from sublimate.training.objective import Artefact, Objective
+from sublimate.training.randomness import SampleRandom
 from sublimate.training.trainer import Trainer, TrainerConfig
 
 OBJECTIVES = "sublimate.training.objectives"
@@ -110,9 +111,8 @@ def distill(
         model.backbone.few_steps(model.pipeline, artefact.few_steps)
     scale = getattr(options, "guidance_scale", 1.0)
     source = make_source(model, config.data, scale, samples="samples" in objective.needs, progress=bool(progress))
-    trainer = Trainer(
-        objective, source, config.trainer, validate=_validator(model, objective, config), progress=bool(progress)
-    )
+    validate = _validator(model, objective, config, source)
+    trainer = Trainer(objective, source, config.trainer, validate=validate, progress=bool(progress))
     model.to(trainer.accelerator.device)
     trainer.run()
     folder = config.trainer.output_dir / "student"
@@ -134,7 +134,17 @@ def make_source(
         guidance_scale: guidance of the teacher's own samples, so that they follow the score being distilled.
         samples: also draw the teacher's own sample of every prompt, for objectives that compare it with the image.
         progress: show a bar while sampling.
+
+    Raises:
+        ValueError: when the data do not fit each other or the model.
     """
+    if model.backbone.shown and samples:
+        raise ValueError(
+            f"This objective compares images with the teacher's own samples, which {model.source} draws of pictures "
+            "that it is shown: choose another method."
+        )
+    if model.backbone.shown == "low_res" and data.images == "teacher":
+        raise ValueError(f"{model.source} enlarges pictures and has none of its own: set data.images to a folder.")
     prompts, images = _prompts_and_images(data)
 
     def drawn() -> Tensor:
@@ -150,7 +160,8 @@ def make_source(
     else:
         latents = None
     negatives = list(SYNONYMS) if data.negatives == "ink" else _prompts_of(data.negatives)
-    return ModelSource(model, prompts, latents, negatives, drawn() if samples else None)
+    pictures = images if model.backbone.shown else None
+    return ModelSource(model, prompts, latents, negatives, drawn() if samples else None, pictures)
 
 
 def _prompts_of(file: str | None) -> list[str]:
@@ -171,8 +182,13 @@ def _prompts_and_images(data: DataConfig) -> tuple[list[str], Tensor | None]:
     return prompts if data.prompts == "ink" else _prompts_of(data.prompts), images
 
 
-def _validator(model: Model, objective: Objective, config: DistillConfig) -> Callable[[int], None] | None:
-    """Draws `validation_prompts` with the student into `<output_dir>/samples/`, the same noise every time."""
+def _validator(
+    model: Model, objective: Objective, config: DistillConfig, source: Source
+) -> Callable[[int], None] | None:
+    """Draws `validation_prompts` with the student into `<output_dir>/samples/`, the same noise every time.
+
+    A model that is shown pictures is shown some of the source's.
+    """
     if not config.validation_prompts:
         return None
     if objective.exports().kind == "attachment":
@@ -182,12 +198,15 @@ def _validator(model: Model, objective: Objective, config: DistillConfig) -> Cal
     generator = torch.Generator().manual_seed(config.trainer.seed)
     z = torch.randn((len(config.validation_prompts), *model.latent_shape), generator=generator)
     condition = model.encode_prompts(config.validation_prompts)
+    if model.backbone.shown:
+        random = SampleRandom(config.trainer.seed, 0, "validation", range(len(z)))
+        condition = condition.replace(**source.batch(random).condition.extra)
 
     def validate(step: int) -> None:
         x0 = _drawn(model, objective.exports(), condition, z, config.trainer.seed)
         folder = config.trainer.output_dir / "samples"
         folder.mkdir(parents=True, exist_ok=True)
-        picture = image_grid(model.decode(x0).clamp(0, 1), columns=8)
+        picture = image_grid(pictures_of(model.render(x0), model.backbone.medium), columns=8)
         (folder / f"{step:07d}.png").write_bytes(to_png(picture))
 
     return validate

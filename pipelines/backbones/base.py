@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -73,6 +73,10 @@ class Backbone(ABC):
         sampler: the family's usual sampler.
         grid_spacing: the family's usual grid, of its schedule's `spacings`.
         no_guidance: options of the stock pipeline's call that mean no guidance.
+        medium: what the stock pipeline's result calls its media, without the plural's s: "image" or "audio".
+        media_range: the lowest and highest value of media, to which they are clamped; None where they have no bounds.
+        shown: what the network sees besides text, "masks" or "low_res"; "" for nothing. `show` makes it a condition.
+        shown_arguments: the stock call's arguments for that, as its model card writes them.
     """
 
     pipeline_classes: ClassVar[tuple[str, ...]]
@@ -82,9 +86,13 @@ class Backbone(ABC):
     sampler: ClassVar[str] = "ddim"
     grid_spacing: ClassVar[str] = "trailing"
     no_guidance: ClassVar[Mapping[str, Any]] = {}
+    medium: ClassVar[str] = "image"
+    media_range: ClassVar[tuple[float, float] | None] = (0.0, 1.0)
+    shown: ClassVar[Literal["", "masks", "low_res"]] = ""
+    shown_arguments: ClassVar[tuple[str, ...]] = ()
 
     def components(self, pipe: Pipeline) -> dict[str, nn.Module]:
-        """The networks a checkpoint consists of, by name: denoiser, text encoders, autoencoder."""
+        """The networks a checkpoint consists of, by name: denoiser, text encoders, autoencoder, vocoder."""
         names = (self.network_attribute, *self.text_components, "vae")
         found = {name: getattr(pipe, name, None) for name in names}
         return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
@@ -134,7 +142,8 @@ class Backbone(ABC):
 
         Args:
             pipe: the pipeline.
-            height, width: of the image in pixels; the checkpoint's own size unless given.
+            height, width: of the image in pixels, of a spectrogram in frames and bins; the checkpoint's own size
+                unless given.
 
         Raises:
             ValueError: for a size the family cannot make.
@@ -152,13 +161,24 @@ class Backbone(ABC):
     def null_condition(self, pipe: Pipeline) -> Condition:
         """The condition, of batch size 1, that stands for no text; without keys for an unconditional model."""
 
+    def show(self, pipe: Pipeline, **pictures: Tensor) -> Condition:
+        """What the network is told of pictures, beside the text; the family's class says which it takes.
+
+        Raises:
+            ValueError: for a family that is shown none.
+        """
+        raise ValueError(f"{type(pipe).__name__} is told text alone, so there is nothing to show it.")
+
     @abstractmethod
     def encode(self, pipe: Pipeline, images: Tensor) -> Tensor:
-        """Images (batch, 3, height, width) in [0, 1] -> latents as x0, the mode of the posterior; differentiable."""
+        """Media -> latents as x0, the mode of the posterior; differentiable.
+
+        Media are images (batch, 3, height, width) in [0, 1], unless the family's class says otherwise.
+        """
 
     @abstractmethod
     def decode(self, pipe: Pipeline, latents: Tensor) -> Tensor:
-        """Latents -> images, about [0, 1], not clamped; differentiable."""
+        """Latents -> media, about in their range, not clamped; differentiable."""
 
     @abstractmethod
     def one_step(self, pipe: Pipeline, t: float | None = None) -> StockSampling:

@@ -37,22 +37,7 @@ class StableDiffusion(Backbone):
     def call(
         network: Network, x_in: Tensor, t_net: Tensor, condition: Condition, features: Sequence[str]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        if "text" not in condition:
-            raise ValueError("Stable Diffusion needs a text condition: encode a prompt, '' for none.")
-        # Latent consistency models are told the guidance scale, trajectory models the time they jump to.
-        projection = network.time_embedding.cond_proj
-        numbers = () if projection is None else ("guidance", "target_time")
-        refuse_unknown(condition, ("text", NEGATIVE, STRENGTH, *numbers), network)
-        embedding = None if projection is None else _number_embedding(condition, projection.in_features, x_in)
-        with tapped(network, features) as taps:
-            y = network(
-                x_in,
-                t_net,
-                encoder_hidden_states=condition["text"],
-                timestep_cond=embedding,
-                cross_attention_kwargs=negative_arguments(network, condition),
-            ).sample
-        return y, taps
+        return call_unet(network, x_in, t_net, condition, features)
 
     def latent_shape(
         self, pipe: Pipeline, height: int | None = None, width: int | None = None
@@ -64,7 +49,7 @@ class StableDiffusion(Backbone):
             if pixels is not None and (pixels <= 0 or pixels % factor):
                 raise ValueError(f"Images must measure a multiple of {factor} pixels, not {pixels}.")
         return (
-            pipe.unet.config.in_channels,
+            pipe.unet.config.out_channels,
             own[0] if height is None else height // factor,
             own[1] if width is None else width // factor,
         )
@@ -87,12 +72,12 @@ class StableDiffusion(Backbone):
 
     def one_step(self, pipe: Pipeline, t: float | None = None) -> StockSampling:
         return StockSampling(
-            "StableDiffusionPipeline", ddim_at(pipe.scheduler, t), {"num_inference_steps": 1, **self.no_guidance}
+            self.pipeline_classes[0], ddim_at(pipe.scheduler, t), {"num_inference_steps": 1, **self.no_guidance}
         )
 
     def few_steps(self, pipe: Pipeline, few: FewSteps) -> StockSampling:
         scheduler, call = table_sampling(pipe.scheduler, self.schedule(pipe), few)
-        return StockSampling("StableDiffusionPipeline", scheduler, {**call, "guidance_scale": few.guidance_scale}, few)
+        return StockSampling(self.pipeline_classes[0], scheduler, {**call, "guidance_scale": few.guidance_scale}, few)
 
     def reads_guidance(self, network: Network) -> bool:
         return network.time_embedding.cond_proj is not None
@@ -125,6 +110,50 @@ class StableDiffusion(Backbone):
 
     def find_concept(self, pipe: Pipeline, prompt: str, concept: str) -> tuple[TokenSpan, ...]:
         return (concept_span(pipe.tokenizer, prompt, concept, pipe.tokenizer.model_max_length),)
+
+
+def call_unet(
+    network: Network,
+    x_in: Tensor,
+    t_net: Tensor,
+    condition: Condition,
+    features: Sequence[str],
+    shown: Sequence[Tensor] = (),
+    **options: Any,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Runs a UNet with cross-attention to text, as in `Backbone.call`.
+
+    Args:
+        network: the UNet.
+        x_in, t_net, condition, features: as in `Backbone.call`.
+        shown: what else it sees beside x_in, as further channels.
+        options: further arguments of its call.
+
+    Raises:
+        ValueError: when the condition has no text or an entry that cannot be used, or what is shown differs in size.
+    """
+    if "text" not in condition:
+        raise ValueError("Stable Diffusion needs a text condition: encode a prompt, '' for none.")
+    if odd := [tuple(picture.shape[2:]) for picture in shown if picture.shape[2:] != x_in.shape[2:]]:
+        raise ValueError(
+            f"The network is shown a picture of {odd[0]} beside x_t of {tuple(x_in.shape[2:])}: `show` it one of the "
+            "size that is drawn."
+        )
+    # Latent consistency models are told the guidance scale, trajectory models the time they jump to.
+    projection = network.time_embedding.cond_proj
+    numbers = () if projection is None else ("guidance", "target_time")
+    refuse_unknown(condition, ("text", NEGATIVE, STRENGTH, *numbers), network)
+    embedding = None if projection is None else _number_embedding(condition, projection.in_features, x_in)
+    with tapped(network, features) as taps:
+        y = network(
+            torch.cat([x_in, *(picture.to(x_in) for picture in shown)], dim=1) if shown else x_in,
+            t_net,
+            encoder_hidden_states=condition["text"],
+            timestep_cond=embedding,
+            cross_attention_kwargs=negative_arguments(network, condition),
+            **options,
+        ).sample
+    return y, taps
 
 
 def _number_embedding(condition: Condition, width: int, x_in: Tensor) -> Tensor:

@@ -76,6 +76,15 @@ def test_erase_then_generate(capsys, tmp_path, tiny_sd_v):
     assert (images / "00000.png").read_bytes() == edited
 
 
+def test_sounds_are_written_with_their_spectrograms(capsys, tmp_path, tiny_audio):
+    draw = ["--steps", "1", "--guidance-scale", "1", "--count", "2", "--out", tmp_path]
+    status, out, _ = sublimate(capsys, "generate", tiny_audio, "red cat", *draw)
+    assert status == 0 and "2 sounds" in out
+    names = ["00000.png", "00000.wav", "00001.png", "00001.wav", "sheet.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert len((tmp_path / "00001.wav").read_bytes()) == 44 + 2 * 256
+
+
 def test_unknown_method(capsys, tiny_sd_v):
     assert "There is no method 'ucee'" in failed(capsys, "erase", tiny_sd_v, "cat", "--method", "ucee")
 

@@ -52,6 +52,7 @@ def test_null_replaces_text_and_nothing_else():
     assert (result["text.mask"] == 0).all()
     assert torch.equal(result["extra.sizes"], make()["extra.sizes"])
     assert make().with_null(null.expand(3))["text"].shape == (3, 4, 2)
+    assert make().to("meta").with_null(null)["text"].is_meta  # where the condition is, wherever the null is
 
 
 @pytest.mark.parametrize("null", [Condition(), Condition(text=torch.zeros(1, 4, 2))])

@@ -62,6 +62,28 @@ def test_an_export_replaces_an_earlier_one_but_nothing_else(tiny_sd, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["holiday", "student"]
 
 
+def test_the_record_says_how_it_was_made(tiny_sd, tmp_path):
+    model = open_model(tiny_sd)
+    folder = export_student(model, model.denoiser, tmp_path / "student", t=500, provenance={"method": "f_distill"})
+    record = json.loads((folder / "sublimate.json").read_text())
+    assert record["kind"] == "weights"
+    assert (record["start"], record["steps"], record["guidance_scale"]) == (500.0, 1, 1.0)
+    assert record["provenance"]["method"] == "f_distill"
+    assert record["provenance"]["base"]["content_hash"] == model.content_hash()
+    card = (folder / "README.md").read_text()
+    assert "library_name: diffusers" in card
+    assert "Kind: weights" in card
+    assert "f_distill" in card
+
+
+def test_cards_show_how_pictures_are_given(tiny_inpainting, tiny_upscaling, tmp_path):
+    expected = {tiny_inpainting: "image=image, mask_image=mask", tiny_upscaling: "image=small_image"}
+    for source, arguments in expected.items():
+        model = open_model(source)
+        folder = export_student(model, model.denoiser, tmp_path / source.name)
+        assert f'pipeline("...", {arguments}, num_inference_steps=1' in (folder / "README.md").read_text()
+
+
 def test_local_paths_stay_private(tiny_sd, tmp_path):
     model = open_model(tiny_sd)
     folder = export_student(model, model.denoiser, tmp_path / "student", provenance={"base": str(tiny_sd)})

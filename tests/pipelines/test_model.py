@@ -364,6 +364,8 @@ SD3_MARK = "model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.
             {"model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight": (2, 1024)},
             "StableDiffusion",
         ),
+        ({"model.diffusion_model.input_blocks.0.0.weight": (8, 9, 3, 3)}, "StableDiffusionInpaint"),
+        ({"model.diffusion_model.input_blocks.10.0.skip_connection.bias": (4,)}, "StableDiffusionUpscale"),
         ({SD3_MARK: (9216,), "model.diffusion_model.pos_embed": (1, 36864, 1)}, "StableDiffusion3"),
     ],
 )

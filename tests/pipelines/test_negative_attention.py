@@ -3,6 +3,9 @@
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.pipelines.attention import set_attention
@@ -126,11 +129,33 @@ def test_a_joint_transformer_reads_the_condition_and_its_text_stream_stays(tiny_
     assert not torch.equal(images, generate(model, ["a dog"], **options))
 
 
-def test_it_survives_recomputation_in_the_backward_pass(tiny_sd_v):
+@pytest.mark.parametrize("family", ["tiny_sd_v", "tiny_sd3"])
+def test_adapters_of_the_output_projection_are_part_of_it(family, request):
+    """A LoRA that is merged must steer as it does unmerged."""
+    outputs = []
+    for merged in (False, True):
+        model = open_model(request.getfixturevalue(family))
+        network = model.denoiser.network
+        torch.manual_seed(0)
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_out.0"]), network)
+        for name, parameter in network.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.5)
+        for layer in network.modules() if merged else ():
+            if isinstance(layer, LoraLayer):
+                layer.merge()
+        install_negative_attention(network)
+        condition = model.encode_prompts(["red cat"]).replace(**told(model, 1, 0.8))
+        outputs.append(model.denoiser(draws(1, 4, 8, 8), model.schedule.t_max / 2, condition).output)
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["tiny_sd_v", "tiny_sd3"])
+def test_it_survives_recomputation_in_the_backward_pass(family, request):
     """Two calls with different negatives before either is differentiated: each must recompute with its own."""
 
     def gradients(saving):
-        model = open_model(tiny_sd_v)
+        model = open_model(request.getfixturevalue(family))
         network = model.denoiser.network.train()
         install_negative_attention(network)
         if saving:
@@ -138,11 +163,13 @@ def test_it_survives_recomputation_in_the_backward_pass(tiny_sd_v):
         network.requires_grad_(True)
         condition, x_t = model.encode_prompts(["red cat"]), draws(1, 4, 8, 8)
         losses = [
-            model.denoiser(x_t, 500, condition.replace(**told(model, 1, strength, text))).output.square().mean()
+            model.denoiser(x_t, model.schedule.t_max / 2, condition.replace(**told(model, 1, strength, text)))
+            .output.square()
+            .mean()
             for strength, text in ((0.5, "a dog"), (0.9, "van gogh"))
         ]
         sum(losses).backward()
-        return [p.grad for p in network.parameters()]
+        return [p.grad for p in network.parameters() if p.grad is not None]
 
     for a, b in zip(gradients(False), gradients(True), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
@@ -167,17 +194,34 @@ def test_removal_gives_back_the_processors_and_the_output(tiny_sd):
     assert list(network.attn_processors.values()) == processors
 
 
-def test_it_runs_with_a_chosen_kernel(tiny_sd):
-    model = open_model(tiny_sd)
-    set_attention(model, "math")
+class Operators(TorchDispatchMode):
+    """Collects the names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["tiny_sd", "tiny_sd3"])
+@pytest.mark.parametrize("kernel", ["math", "eager"])
+def test_it_runs_with_a_chosen_kernel_and_no_other(family, kernel, request):
+    model = open_model(request.getfixturevalue(family))
+    t = model.schedule.t_max / 2
+    set_attention(model, kernel)
     with negative_attention(model.denoiser.network):
         condition = model.encode_prompts(["red cat"]).replace(**told(model, 1, 0.5))
-        found = model.denoiser(draws(1, 4, 8, 8), 500, condition).output
-        with pytest.raises(ValueError, match="before negative attention"):
+        with torch.no_grad(), Operators() as operators:
+            found = model.denoiser(draws(1, 4, 8, 8), t, condition).output
+        assert not any("flash" in name or "efficient" in name for name in operators.names)
+        with pytest.raises(ValueError, match="before what reads negative prompts"):
             set_attention(model, "sdpa")
     set_attention(model, "auto")
     with negative_attention(model.denoiser.network):
-        expected = model.denoiser(draws(1, 4, 8, 8), 500, condition).output
+        expected = model.denoiser(draws(1, 4, 8, 8), t, condition).output
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -198,8 +242,13 @@ def test_misuse_is_named(tiny_sd_v, tiny_unconditional):
     condition = model.encode_prompts(["red cat"])
     with pytest.raises(ValueError, match="cannot read a negative prompt"):
         model.denoiser(draws(1, 4, 8, 8), 500, condition.replace(**told(model, 1, 0.5)))
-    with negative_attention(model.denoiser.network), pytest.raises(ValueError, match="one number per sample"):
-        model.denoiser(draws(1, 4, 8, 8), 500, condition.replace(negative=condition["text"]))
+    alone = {NEGATIVE: condition["text"]}, {STRENGTH: torch.ones(1)}
+    for told_badly in (*alone, {NEGATIVE: condition["text"], STRENGTH: torch.ones(1, 1)}):
+        with negative_attention(model.denoiser.network), pytest.raises(ValueError, match="one number per sample"):
+            model.denoiser(draws(1, 4, 8, 8), 500, condition.replace(**told_badly))
+    for strength in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="strength of a negative prompt cannot be"):
+            generate(model, ["a dog"], guidance_scale=1.0, negative_prompt="gogh", negative_strength=strength)
     with pytest.raises(ValueError, match=r"set guidance_scale to 1, not 7\.5"):
         generate(model, ["a dog"], negative_prompt="gogh", negative_strength=0.5)
     with pytest.raises(ValueError, match="give one, or leave it out"):
@@ -208,3 +257,10 @@ def test_misuse_is_named(tiny_sd_v, tiny_unconditional):
         install_negative_attention(open_model(tiny_unconditional).denoiser.network)
     with pytest.raises(ValueError, match="cannot use the condition's"):
         open_model(tiny_unconditional).denoiser(draws(1, 3, 8, 8), 500, Condition(negative=draws(1, 2)))
+
+
+def test_fused_projections_are_refused(tiny_sd3):
+    network = open_model(tiny_sd3).denoiser.network
+    network.fuse_qkv_projections()
+    with pytest.raises(ValueError, match="does not fit fused projections"):
+        install_negative_attention(network)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sublimate.pipelines.pictures import image_grid, to_png
+from sublimate.pipelines.pictures import image_grid, pictures_of, to_png
 
 
 def opened(png: bytes) -> np.ndarray:
@@ -51,6 +51,15 @@ def test_grid_places_images_row_by_row():
     ]
     assert grid[0].tolist() == expected and torch.equal(grid[0], grid[2])
     assert image_grid(images[:4], gap=0).shape == (3, 4, 6)
+
+
+def test_spectrograms_are_drawn_with_time_to_the_right_and_low_notes_at_the_bottom():
+    spectrogram = torch.tensor([[-3.0, 1.0], [-1.0, 0.0], [0.0, -2.0]])[None, None]  # three frames of two bins
+    picture = pictures_of(spectrogram, "audio")
+    assert picture.shape == (1, 3, 2, 3)
+    assert picture[0, 0].tolist() == [[1.0, 0.75, 0.25], [0.0, 0.5, 0.75]]
+    images = torch.rand(2, 3, 4, 4)
+    assert pictures_of(images, "image") is images
 
 
 def test_what_is_no_picture_is_refused():

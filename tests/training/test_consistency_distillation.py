@@ -104,7 +104,7 @@ def test_the_exact_function_has_no_loss_up_to_discretisation(schedule, target_de
     for grid_steps in (50, 100, 200):
         objective = oracle_objective(schedule, grid_steps=grid_steps, target_decay=target_decay, loss="l2")
         batch = prepared(objective, batch_of(4000))
-        losses.append(float(objective.loss(TURN, batch, 0).total))
+        losses.append(float(objective.loss(TURN, batch, 0).total.detach()))
     # A step of size h errs by h^2, the squared loss by h^4: a sixteenth each time, were the first step not special.
     assert losses[0] < 2e-3
     assert losses[1] < losses[0] / 5
@@ -115,7 +115,7 @@ def test_the_exact_function_has_no_loss_up_to_discretisation(schedule, target_de
 def test_another_function_has_a_loss_and_its_gradient_leads_back(schedule):
     objective = oracle_objective(schedule, grid_steps=100, target_decay=None, loss="l2")
     batch = prepared(objective, batch_of(4000))
-    exact = float(objective.loss(TURN, batch, 0).total)
+    exact = float(objective.loss(TURN, batch, 0).total.detach())
     with torch.no_grad():
         objective.player.module.mean += 0.3
         objective.player.module.std -= 0.2

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from oracles import STUDENT, Affine, drawn, gradient, made_exact, mixture, sobol, tiny_model
+from oracles import STUDENT, drawn, gradient, made_exact, mixture, sobol, tiny_model
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.training.objective import Batch
@@ -44,21 +44,30 @@ def chains(objective, count, seed=0, times=(ANGLE,)):
 
 def test_weighted_by_the_exact_ratio_the_m_step_is_the_gradient_of_forward_kl():
     """grad KL(p_t || q_t) = -E[r (alpha/sigma) eps dG]: the chain replaced by importance weights (quadrature)."""
-    z, eps = sobol(17)
-    student = Affine(0.8, 0.2)
-    x0 = student(z[:, None], None, None).x0
-    x_t = 0.8 * x0.detach() + 0.6 * eps[:, None]
+    z, eps = (draws[:, None] for draws in sobol(17))
+    objective = exact()
+    student = objective.student
+    with torch.no_grad():
+        x_t = 0.8 * student(z, None).x0 + 0.6 * eps
     p, q = TEACHER.marginal(0.8, 0.6), student.mixture().marginal(0.8, 0.6)
     ratio = (p.log_prob(x_t) - q.log_prob(x_t)).exp()
-    loss = -(ratio * (0.8 / 0.6) * eps * x0[:, 0]).mean()
+    # The loss carries the weight sigma^2/alpha^2.
+    batch = Batch(Condition(), SampleRandom(0, 0, "x", []), {"z": z, "direction": -(0.6 / 0.8) * ratio[:, None] * eps})
+    loss = objective.loss(STUDENT, batch, 0).total * (0.8 / 0.6) ** 2
     found = torch.stack(torch.autograd.grad(loss, [student.a, student.b]))
     expected = torch.tensor([-0.496816663, -0.041580042], dtype=torch.float64)
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-3)
 
 
-def test_one_step_without_z_is_variational_score_distillation_per_sample():
-    em = exact(langevin_steps=1, step_eps=0.3, step_z=0.0)
-    options = {"divergence": "reverse_kl", "gan_weight": 0.0, "guidance_scale": 1.0, "sample_normalization": False}
+@pytest.mark.parametrize("normalized", [False, True])
+def test_one_step_without_z_is_variational_score_distillation_per_sample(normalized):
+    em = exact(langevin_steps=1, step_eps=0.3, step_z=0.0, sample_normalization=normalized)
+    options = {
+        "divergence": "reverse_kl",
+        "gan_weight": 0.0,
+        "guidance_scale": 1.0,
+        "sample_normalization": normalized,
+    }
     vsd = made_exact(FDistill(tiny_model(), FDistillConfig(**options)), TEACHER, 0.8, 0.2)
     z, eps = sobol(6)
     times = torch.tensor([0.2, 0.9, 1.4], dtype=torch.float64)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from oracles import SCHEDULE, STUDENT, drawn, gradient, made_exact, mixture, sobol, tiny_model
+from quadrature import GENERATORS
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.predictions import add_noise
@@ -71,18 +72,8 @@ def test_gradient_vanishes_when_the_student_is_the_teacher(divergence):
 
 @pytest.mark.parametrize("divergence", F_DIVERGENCES)
 def test_weight_is_the_second_derivative_of_f(divergence):
-    generators = {
-        "reverse_kl": lambda r: -r.log(),
-        "forward_kl": lambda r: r * r.log(),
-        "jensen_shannon": lambda r: r * r.log() - (r + 1) * ((r + 1) / 2).log(),
-        "softened_reverse_kl": lambda r: (r + 1) * (0.5 + 0.5 / r).log(),
-        "squared_hellinger": lambda r: 1 - r.sqrt(),
-        "jeffreys": lambda r: (r - 1) * r.log(),
-        "neyman": lambda r: (1 - r).square() / r,
-        "pearson": lambda r: (r - 1).square(),
-    }
     r = torch.linspace(0.1, 20, 50, dtype=torch.float64, requires_grad=True)
-    (first,) = torch.autograd.grad(generators[divergence](r).sum(), r, create_graph=True)
+    (first,) = torch.autograd.grad(GENERATORS[divergence](r).sum(), r, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), r)
     torch.testing.assert_close(F_DIVERGENCES[divergence](r), second * r * r)
 

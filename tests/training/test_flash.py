@@ -151,7 +151,7 @@ def test_every_term_is_its_formula():
 
 
 def test_the_matching_term_moves_x0_against_the_direction():
-    objective = make(dmd_weights=(1.0,), adversarial_weights=(0.0,), distill_weight=0.0, teacher_steps=2)
+    objective = make(dmd_weights=(1.0,), adversarial_weights=(0.0,), teacher_steps=2)
     batch = prepared(objective)
     x0 = objective.student(batch["x_t"], batch["t"]).x0.detach().requires_grad_(True)
     (found,) = torch.autograd.grad(objective._matching(x0, batch).sum(), x0)
@@ -171,20 +171,30 @@ def test_the_discriminator_learns_images_against_samples():
         for name, eps in (("images", "eps_real"), ("x0", "eps_fake")):
             x_t = add_noise(objective.schedule, batch[name], batch[eps], batch["judged"])
             logits[name] = judge(objective.teacher(x_t, batch["judged"], features=objective.taps), None).sigmoid()
-        expected = (1 - logits["images"]).square().mean() + logits["x0"].square().mean()
+        expected = ((1 - logits["images"]).square().mean() + logits["x0"].square().mean()) / 2
     assert objective.loss(DISCRIMINATOR, batch, 0).total.item() == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_a_perceptual_distance_reads_decoded_images():
     objective = make(lambda images: [images, images.square()], distance="perceptual", dmd_weights=(0.0,))
-    objective.model = SimpleNamespace(decode=lambda latents: 2 * latents)
+    objective.model = SimpleNamespace(render=lambda latents: 2 * latents)
     batch = prepared(objective)
     with torch.no_grad():
         x0, target = 2 * objective.student(batch["x_t"], batch["t"]).x0, 2 * batch["target"]
         expected = (x0 - target).square().mean() + (x0**2 - target**2).square().mean()
     assert objective.loss(STUDENT, batch, 0).total.item() == pytest.approx(float(expected), rel=1e-5)
-    with pytest.raises(ValueError, match="needs an extractor"):
-        make(distance="perceptual")
+    for refused in ({"distance": "perceptual"}, {"extractor": lambda images: [images]}):
+        with pytest.raises(ValueError, match="Only the perceptual distance has an extractor"):
+            make(**refused)
+
+
+def test_an_extractor_sees_the_centre():
+    seen = []
+    objective = make(lambda images: seen.append(images) or [images], distance="perceptual", crop=4)
+    objective.model = SimpleNamespace(render=lambda latents: latents)
+    latents = torch.arange(2 * 1 * 7 * 3.0).view(2, 1, 7, 3)
+    objective._features(latents, batch_of())
+    assert torch.equal(seen[0], latents[:, :, 1:5])
 
 
 def test_guidance_is_drawn_per_sample_and_refused_where_there_is_no_text():

@@ -69,6 +69,17 @@ def test_the_teachers_scale_is_random_per_sample(tiny_sd_v):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * float(b.abs().max()) + 1e-10)
 
 
+def test_without_normalization_the_mean_scale_decides(tiny_sd_v):
+    """The pull is affine in the scale, so that a range pulls as its middle does, on average."""
+    model, objective = make(tiny_sd_v, guidance_range=(0.5, 4.0), sample_normalization=False)
+    batch = prepared(model, objective)
+    low, middle, high = (
+        gradient(objective, batch.adding(scale=torch.full_like(batch["scale"], k))) for k in (0.5, 2.25, 4.0)
+    )
+    for a, b, c in zip(low, middle, high, strict=True):
+        torch.testing.assert_close((a + c) / 2, b, rtol=1e-3, atol=1e-5 * float(c.abs().max()) + 1e-9)
+
+
 def test_guiding_the_critic_too_makes_the_teacher_a_fixed_point(tiny_sd_v):
     """The critic starts as the teacher: then the published variant pulls nowhere, whatever the scale."""
     largest = {}
@@ -109,8 +120,19 @@ def test_negative_prompts_reach_the_student_and_the_teachers_null_only(tiny_sd_v
 def test_options_that_contradict_each_other_are_refused():
     with pytest.raises(ValueError, match="guidance_scale is not used where guidance_range is given"):
         SwiftBrushConfig(guidance_scale=2.0)
+    for bounds in ((4.0, 0.5), (-1.0, 2.0), (1.0, float("nan"))):
+        with pytest.raises(ValueError, match="0 <= low <= high"):
+            SwiftBrushConfig(guidance_range=bounds)
+    with pytest.raises(ValueError, match="the teacher reads no negative prompts"):
+        SwiftBrushConfig(guidance_range=None, negative_attention=True)
     with pytest.raises(ValueError, match="unconditional"):
         SwiftBrush(tiny_model(), SwiftBrushConfig(critic={"kind": "lora", "rank": 1, "target_modules": ("0",)}))
+
+
+def test_negatives_that_nothing_reads_are_refused(tiny_sd_v):
+    model, objective = make(tiny_sd_v)
+    with pytest.raises(ValueError, match=r"set it, or data\.negatives to null"):
+        prepared(model, objective, negatives=NEGATIVES)
 
 
 def test_it_needs_no_images(tiny_sd_v):

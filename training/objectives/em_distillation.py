@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from sublimate.diffusion.predictions import per_sample, weighted_sum
-from sublimate.training.losses import pseudo_target_loss
+from sublimate.training.losses import distance_to_teacher, pseudo_target_loss
 from sublimate.training.matching import STUDENT, Matching, MatchingConfig
 from sublimate.training.objective import Batch, Loss
 
@@ -114,8 +114,7 @@ class EMDistillation(Matching):
         residual = drift if c.noise_cancellation else eps
         direction = -per_sample(at.sigma / at.alpha, residual).float() * residual
         if c.sample_normalization:
-            size = (x0 - p.x0).detach().float().abs().flatten(1).mean(1).clamp_min(1e-6)
-            direction = direction / per_sample(size, direction)
+            direction = direction / per_sample(distance_to_teacher(x0, p), direction)
         return batch.adding(z=z, direction=direction)
 
     def _sampled(self, z: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ class SwiftBrushConfig(MatchingConfig):
     """Options of SwiftBrush as SNOOPI trains it; defaults are those published for Stable Diffusion 1.5 and 2.1.
 
     Attributes:
-        guidance_range: from which the teacher's guidance is drawn for each sample; None takes `guidance_scale`.
+        guidance_range: (low, high) of the teacher's guidance, drawn for each sample; None takes `guidance_scale`.
         guide_critic: guide the critic by the same scale, as published (see `SwiftBrush`).
         negative_attention: NASA-T, the student reads negative prompts.
         sample_normalization: divide each sample's gradient by mean|x0 - mu_p|, DMD's weight.
@@ -44,6 +44,11 @@ class SwiftBrushConfig(MatchingConfig):
     def _one_guidance(self) -> Self:
         if self.guidance_range is not None and "guidance_scale" in self.model_fields_set:
             raise ValueError("guidance_scale is not used where guidance_range is given: set one of them to null.")
+        low, high = self.guidance_range or (self.guidance_scale,) * 2
+        if not 0 <= low <= high < float("inf"):
+            raise ValueError(f"guidance_range is (low, high) with 0 <= low <= high, not ({low}, {high}).")
+        if self.negative_attention and low == high == 1:
+            raise ValueError("Without guidance the teacher reads no negative prompts: guide it, or leave them out.")
         return self
 
     @property
@@ -59,9 +64,11 @@ class SwiftBrush(Matching):
 
         grad = E[w(t) (mu_q - mu_p^k)(x_t, t, c) dx0/dtheta],   mu^k = mu_null + k (mu_c - mu_null),   k ~ U(low, high)
 
-    The scale k is the teacher's: it is what the student distils, on average over the range. The published variant
-    guides the critic by k too (`guide_critic`). With both guided, mu_q^k = mu_p^k at every k where the critic equals
-    the teacher, so the unguided teacher's distribution is then a fixed point and guidance is not distilled.
+    The scale k is the teacher's. The pull is affine in k, so that without `sample_normalization` its expectation is
+    that of the mean scale (low + high) / 2, and the range adds variance alone; with it, each sample's weight depends
+    on its k. The published variant guides the critic by k too (`guide_critic`). With both guided, mu_q^k = mu_p^k at
+    every k where the critic equals the teacher: the unguided teacher's distribution is then a fixed point, and
+    guidance is not distilled.
 
     With `negative_attention` (NASA-T) the student attends away from a random negative prompt y- with a random strength
     in [0, 1), and the teacher is guided away from the same: (1 - k) mu(y-) + k mu(y). The critic reads no negatives,
@@ -94,7 +101,10 @@ class SwiftBrush(Matching):
         low, high = self.config.guidance_range or (self.config.guidance_scale,) * 2
         scale = low + (high - low) * batch.random.uniform(device)
         batch = batch.adding(scale=scale)
-        if self.config.negative_attention:
+        if not self.config.negative_attention:
+            if NEGATIVE in batch.condition:
+                raise ValueError("Only negative_attention reads negative prompts: set it, or data.negatives to null.")
+        else:
             # Only the student is told of negatives, the teacher sees them as its null text.
             rest = Condition({name: value for name, value in batch.condition.items() if name != NEGATIVE})
             told = {"negative": batch.condition[NEGATIVE], "strength": batch.random.uniform(device).float()}
