@@ -18,6 +18,8 @@ def command(
 
     On several processes: accelerate launch -m sublimate.cli distill CONFIG
     """
+    from accelerate import PartialState
+
     from sublimate.training.config import dump_config, load_config
     from sublimate.training.distill import DistillConfig, distill
 
@@ -28,3 +30,5 @@ def command(
         typer.echo(f"# {passes:,.0f} network passes of one sample (a backward pass counts as two)")
         return
     typer.echo(f"Wrote {distill(resolved)}; how to load it stands in its README.md.")
+    # A process that leaves while the group's threads run may be aborted by them.
+    PartialState().destroy_process_group()

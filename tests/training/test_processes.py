@@ -16,6 +16,9 @@ from pathlib import Path
 kit = runpy.run_path(sys.argv[1])
 folder, size = Path(sys.argv[2]), int(sys.argv[3])
 kit["train"](folder, kit["without_dropout"](kit["Duel"]()), train_batch_size=size, checkpointing_steps=6)
+# A process that leaves while the group's threads run may be aborted by them.
+from accelerate import PartialState
+PartialState().destroy_process_group()
 """
 
 
