@@ -31,6 +31,8 @@ from sublimate.pipelines.discriminator_guidance import DiscriminatorGuidance
 from sublimate.pipelines.generate import generate
 from sublimate.pipelines.model import open_model
 from sublimate.pipelines.pictures import image_grid, to_png
+from sublimate.pipelines.speedupnet import NAME as SPEEDUPNET
+from sublimate.pipelines.speedupnet import attach_speedupnet
 from sublimate.training import registry
 from sublimate.training.config import load_config, validate_section
 from sublimate.training.distill import OBJECTIVES, DistillConfig, distill
@@ -77,11 +79,13 @@ CELLS: dict[str, Cell] = {
     **_seeds("consistency_distillation", Cell("ink_consistency_distillation", steps=4), (0, 1)),
     **_seeds("target_driven", Cell("ink_target_driven", steps=4), (0, 1)),
     **_seeds("score_identity", Cell("ink_score_identity"), (0,)),
+    **_seeds("swiftbrush", Cell("ink_swiftbrush"), (0,)),
     **_seeds("disback", Cell("ink_disback"), (0,)),
     **_seeds("flash", Cell("ink_flash", steps=4), (0,)),
     **_seeds("consistency_training", Cell("ink_consistency_training", steps=4), (0,)),
     **_seeds("consistency_tuning", Cell("ink_consistency_tuning", steps=4), (0,)),
     **_seeds("consistency_trajectory", Cell("ink_consistency_trajectory", steps=4), (0,)),
+    **_seeds("speedupnet", Cell("ink_speedupnet", steps=4), (0,)),
     **_seeds("discriminator_guidance", Cell("ink_discriminator_guidance", steps=25), (0,)),
     # The longer runs: the best one-step student against the teacher, Jensen-Shannon beside reverse KL.
     **_seeds("long-jensen_shannon", Cell("ink_f_distill", budget=2 * BUDGET), (0, 1, 2)),
@@ -107,7 +111,7 @@ def configured(name: str, cell: Cell) -> tuple[DistillConfig, int]:
 
 
 def drawing(name: str, cell: Cell) -> Draw:
-    """How a trained cell draws: its exported student, or the corrected teacher."""
+    """How a trained cell draws: its exported student, or the teacher with what was trained beside it."""
     if cell.config is None:
         model = open_model("ink")
         return lambda texts, seed: generate(model, texts, seed=seed, steps=cell.steps)
@@ -116,6 +120,9 @@ def drawing(name: str, cell: Cell) -> Draw:
         student = open_model(str(folder))
         return lambda texts, seed: generate(student, texts, seed=seed, steps=cell.steps)
     model = open_model("ink")
+    if json.loads((folder / "sublimate.json").read_text())["name"] == SPEEDUPNET:
+        attach_speedupnet(model, folder)
+        return lambda texts, seed: generate(model, texts, seed=seed, steps=cell.steps)
     guidance = DiscriminatorGuidance.load(model, folder)
     return lambda texts, seed: generate(model, texts, seed=seed, steps=cell.steps, discriminator=guidance)
 
