@@ -56,12 +56,14 @@ class Cell:
         overrides: changes to it.
         steps: sampling steps of the measurement.
         budget: passes to train for.
+        sampler: of the teacher, unguided; None is its own, guided.
     """
 
     config: str | None
     overrides: tuple[str, ...] = ()
     steps: int = 1
     budget: int = BUDGET
+    sampler: str | None = None
 
 
 def _seeds(name: str, cell: Cell, seeds: Sequence[int]) -> dict[str, Cell]:
@@ -73,6 +75,8 @@ def _seeds(name: str, cell: Cell, seeds: Sequence[int]) -> dict[str, Cell]:
 
 CELLS: dict[str, Cell] = {
     "teacher": Cell(None, steps=25),
+    # What few steps make of the undistilled teacher: the row that few-step students must beat.
+    "teacher-in-4": Cell(None, steps=4, sampler="consistency"),
     **_seeds("f_distill", Cell("ink_f_distill"), (0, 1)),
     **_seeds("em_distillation", Cell("ink_em_distillation"), (0, 1)),
     **_seeds("uni_instruct", Cell("ink_uni_instruct"), (0, 1)),
@@ -114,7 +118,10 @@ def drawing(name: str, cell: Cell) -> Draw:
     """How a trained cell draws: its exported student, or the teacher with what was trained beside it."""
     if cell.config is None:
         model = open_model("ink")
-        return lambda texts, seed: generate(model, texts, seed=seed, steps=cell.steps)
+        scale = None if cell.sampler is None else 1.0
+        return lambda texts, seed: generate(
+            model, texts, seed=seed, steps=cell.steps, sampler=cell.sampler, guidance_scale=scale
+        )
     folder = RUNS / name / "student"
     if (folder / "model_index.json").is_file():
         student = open_model(str(folder))
