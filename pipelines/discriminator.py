@@ -12,8 +12,26 @@ from sublimate.diffusion.denoisers import Denoiser
 from sublimate.diffusion.predictions import Prediction
 
 
-class Head(nn.Module):
-    """One logit from one feature map, whatever its layout: channels-first maps or tokens.
+class MapHead(nn.Module):
+    """One logit from a feature map, by two strided convolutions: what is wrong in a picture is wrong in a place.
+
+    Args:
+        channels: feature channels.
+        width: hidden width.
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.local = nn.Sequential(nn.GroupNorm(1, channels), *_halving(channels, width), *_halving(width, width))
+        self.pooled = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(batch, channels, height, width) -> (batch, 1)."""
+        return self.pooled(self.local(features.float()).mean((2, 3)))
+
+
+class TokenHead(nn.Module):
+    """One logit from a sequence of tokens, each looked at by itself.
 
     Args:
         channels: feature channels.
@@ -26,9 +44,8 @@ class Head(nn.Module):
         self.pooled = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
 
     def forward(self, features: Tensor) -> Tensor:
-        """(batch, channels, height, width) or (batch, tokens, channels) -> (batch, 1)."""
-        tokens = features.flatten(2).transpose(1, 2) if features.dim() == 4 else features
-        return self.pooled(self.local(tokens.float()).mean(1))
+        """(batch, tokens, channels) -> (batch, 1)."""
+        return self.pooled(self.local(features.float()).mean(1))
 
 
 class Discriminator(nn.Module):
@@ -37,13 +54,15 @@ class Discriminator(nn.Module):
     Args:
         channels: channels of each tap, by the tap's name.
         width: hidden width of the heads.
+        maps: whether features are maps (UNets) or tokens (transformers).
     """
 
-    def __init__(self, channels: Mapping[str, int], width: int = 256) -> None:
+    def __init__(self, channels: Mapping[str, int], width: int = 256, *, maps: bool = True) -> None:
         super().__init__()
         # Module names may not contain dots, so heads are stored in the order of the taps.
-        self.channels, self.taps = dict(channels), tuple(channels)
-        self.heads = nn.ModuleList(Head(count, width) for count in channels.values())
+        self.channels, self.maps, self.taps = dict(channels), maps, tuple(channels)
+        head = MapHead if maps else TokenHead
+        self.heads = nn.ModuleList(head(count, width) for count in channels.values())
 
     def forward(self, prediction: Prediction, t: Tensor) -> Tensor:
         """Logits (batch, heads) from the features of a prediction at time t; the features know t already."""
@@ -54,7 +73,7 @@ class Discriminator(nn.Module):
 def make_discriminator(
     denoiser: Denoiser, taps: Sequence[str], shape: Sequence[int], condition: Condition, width: int = 256
 ) -> Discriminator:
-    """A discriminator that fits the denoiser's features; their channels are read off one forward pass.
+    """A discriminator that fits the denoiser's features; their layout is read off one forward pass.
 
     Args:
         denoiser: the frozen network whose features are judged.
@@ -66,4 +85,10 @@ def make_discriminator(
     parameter = next(denoiser.parameters())
     x_t = torch.zeros(1, *shape, device=parameter.device, dtype=parameter.dtype)
     features = denoiser(x_t, denoiser.schedule.t_max, condition, features=taps).features
-    return Discriminator({tap: features[tap].shape[1 if features[tap].dim() == 4 else 2] for tap in taps}, width)
+    maps = features[taps[0]].dim() == 4
+    return Discriminator({tap: features[tap].shape[1 if maps else 2] for tap in taps}, width, maps=maps)
+
+
+def _halving(channels: int, width: int) -> tuple[nn.Module, ...]:
+    """A convolution that halves height and width, normalised within each sample."""
+    return nn.Conv2d(channels, width, 3, stride=2, padding=1), nn.GroupNorm(1, width), nn.SiLU()

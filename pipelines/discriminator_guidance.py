@@ -76,7 +76,7 @@ class DiscriminatorGuidance:
         """
         attachment = read_attachment(folder, NAME)
         recorded = dict(attachment.options)
-        discriminator = Discriminator(recorded.pop("channels"), recorded.pop("width"))
+        discriminator = Discriminator(recorded.pop("channels"), recorded.pop("width"), maps=recorded.pop("maps"))
         attachment.load_into(discriminator)
         discriminator.to(model.device).requires_grad_(False).eval()
         return cls(model.denoiser, discriminator, **{**recorded, **options})

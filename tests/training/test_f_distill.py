@@ -144,7 +144,7 @@ def test_guidance_of_an_unconditional_model_is_refused():
 def test_discriminator_learns_the_log_ratio():
     torch.manual_seed(0)
     frequencies = torch.randn(16)
-    judge = Discriminator({"x": 16}, width=32)
+    judge = Discriminator({"x": 16}, width=32, maps=False)
     optimizer = torch.optim.Adam(judge.parameters(), lr=3e-3)
 
     def logits(x):

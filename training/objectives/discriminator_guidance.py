@@ -99,6 +99,7 @@ class DiscriminatorGuidance(SoloObjective):
         judge, c = self.player.module, self.config
         options = {
             "channels": judge.channels,
+            "maps": judge.maps,
             "width": c.discriminator_width,
             "predictor_weight": c.predictor_weight,
             "corrector_weight": c.corrector_weight,
