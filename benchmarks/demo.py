@@ -75,8 +75,9 @@ def main() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     base = open_model("ink")
     draw_base = remembering(drawing(base))
-    for name, (method, changes, preserve) in ERASERS.items():
-        _cell(f"erase-{name}", options, lambda m=method, c=changes, p=preserve: _erase(m, c, p, draw_base, options.n))
+    for name in ERASERS:
+        for seed in SEEDS if name == DEFAULT else SEEDS[:1]:
+            _cell(f"erase-{name}-{seed}", options, lambda e=name, s=seed: _erase(e, s, draw_base, options.n))
     for seed in SEEDS:
         _cell(f"student-{DEFAULT}-{seed}", options, lambda s=seed: _student(s, draw_base, options.n))
     print(table())
@@ -91,7 +92,7 @@ def _cell(name: str, options: argparse.Namespace, work: Callable[[], dict[str, A
     path.write_text(json.dumps({"cell": name, "n": options.n, **found}, indent=1) + "\n")
 
 
-def _fitted(method: str, changes: tuple[str, ...], preserve: bool) -> tuple[Any, Any, float]:
+def _fitted(method: str, changes: tuple[str, ...], preserve: bool, seed: int) -> tuple[Any, Any, float]:
     """An edited teacher, its edit and the seconds the eraser took."""
     edited = open_model("ink")
     request = ink_request(CONCEPT)
@@ -99,20 +100,20 @@ def _fitted(method: str, changes: tuple[str, ...], preserve: bool) -> tuple[Any,
         request = type(request)(erase=request.erase)
     eraser: Eraser = ink_eraser(method, changes)
     began = time.perf_counter()
-    edit = eraser.fit(edited, request)
+    edit = eraser.fit(edited, request, seed=seed)
     seconds = time.perf_counter() - began
     edit.apply(edited)
     return edited, edit, seconds
 
 
-def _erase(method: str, changes: tuple[str, ...], preserve: bool, before: Any, n: int) -> dict[str, Any]:
-    edited, edit, seconds = _fitted(method, changes, preserve)
-    result = measure(drawing(edited), before, n, seed=0)
+def _erase(name: str, seed: int, before: Any, n: int) -> dict[str, Any]:
+    edited, edit, seconds = _fitted(*ERASERS[name], seed)
+    result = measure(drawing(edited), before, n, seed)
     return record(result, seconds, parameters=len(edit.shapes()))
 
 
 def _student(seed: int, before: Any, n: int) -> dict[str, Any]:
-    edited, _, _ = _fitted(*ERASERS[DEFAULT])
+    edited, _, _ = _fitted(*ERASERS[DEFAULT], seed)
     folder = RUNS / f"student-{seed}"
     config = load_config(DistillConfig, "demo", [f"trainer.output_dir={folder}", f"trainer.seed={seed}"])
     began = time.perf_counter()
