@@ -105,6 +105,8 @@ def distill(
         Edit.load(path).apply(model)
     torch.manual_seed(config.trainer.seed)
     objective = method(model, options)
+    if config.data.negatives is not None and "negatives" not in objective.needs:
+        raise ValueError(f"{config.method} reads no negative prompts with these options: set data.negatives to null.")
     artefact = objective.exports()
     if artefact.few_steps is not None and artefact.kind != "attachment":
         # Refused now rather than after training.

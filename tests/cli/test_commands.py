@@ -93,6 +93,10 @@ def test_misspelled_key(capsys, distilling):
     assert "objective.divergence" in failed(capsys, *distilling, "objective.divergance=reverse_kl")
 
 
+def test_negative_prompts_that_nothing_would_read(capsys, distilling):
+    assert "f_distill reads no negative prompts" in failed(capsys, *distilling, "data.negatives=ink")
+
+
 def test_missing_folder(capsys, tmp_path):
     assert "nowhere" in failed(capsys, "generate", tmp_path / "nowhere", "a cat")
 
