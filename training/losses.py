@@ -41,7 +41,7 @@ F_DIVERGENCES: Mapping[Divergence, Callable[[Tensor], Tensor]] = MappingProxyTyp
 
 
 def pseudo_target_loss(x0: Tensor, direction: Tensor) -> Tensor:
-    """0.5 |x0 - sg[x0 - d]|^2 per sample as a mean over elements, whose gradient in x0 is d.
+    """0.5 |x0 - sg[x0 - d]|^2 per sample as a mean over elements, whose gradient in x0 is d over the elements' number.
 
     With d = h(r) (mu_q - mu_p), averaging over samples gives the gradient of E_t[(sigma^2/alpha^2) D_f(p_t || q_t)],
     because the difference of scores is (alpha/sigma^2)(mu_p - mu_q). The gradient is written out: x0 - (x0 - d) would

@@ -46,7 +46,8 @@ def load(package: str, name: str, base: type[Base]) -> type[Base]:
 
     Raises:
         ValueError: when there is no such method, naming the nearest and all others.
-        TypeError: when the file does not define exactly one such class.
+        TypeError: when the file does not define exactly one such class, or that class lacks a class variable that
+            `base` declares.
     """
     check_name(package, name)
     module = importlib.import_module(f"{package}.{name}")
@@ -60,9 +61,13 @@ def load(package: str, name: str, base: type[Base]) -> type[Base]:
         and not value.__name__.startswith("_")
     }
     if len(classes) != 1:
-        found = ", ".join(classes.values()) or "none"
-        raise TypeError(f"{module.__name__} must define exactly one public {base.__name__}, and defines {found}.")
-    return next(iter(classes))
+        names = ", ".join(classes.values()) or "none"
+        raise TypeError(f"{module.__name__} must define exactly one public {base.__name__}, and defines {names}.")
+    found = next(iter(classes))
+    declared = [name for name, kind in inspect.get_annotations(base).items() if "ClassVar" in str(kind)]
+    if missing := [name for name in declared if not hasattr(found, name)]:
+        raise TypeError(f"{module.__name__}.{found.__name__} must define {' and '.join(missing)}.")
+    return found
 
 
 def check_name(package: str, name: str) -> None:

@@ -85,7 +85,7 @@ def tiny_model(schedule=SCHEDULE, parametrization="v_prediction"):
 
 def on_networks(cls, schedule=SCHEDULE, **options):
     """The objective on tiny real networks, its critic moved off the teacher; the student trains, from pure noise."""
-    objective = cls(tiny_model(schedule), cls.Config(start_log_snr=None, **options))
+    objective = cls(tiny_model(schedule), cls.Config(**{"start_log_snr": None, **options}))
     with torch.no_grad():
         for p in objective.critic.parameters():
             p.mul_(1.2)

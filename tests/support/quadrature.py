@@ -51,6 +51,10 @@ def integrated(objective, times, over_times, points=84):
     """The gradient in (a, b) of sum_i over_times_i E_{z,eps}[loss of a sample at times_i], through `loss` itself.
 
     Losses are means over samples and reach the student through x0 alone, so that its gradient can be reweighted there.
+
+    Args:
+        times, over_times: (m,), as of `legendre`.
+        points: Hermite nodes for each of z and eps.
     """
     z, eps, over_pairs = pairs(points)
     weights = torch.outer(over_times, over_pairs).flatten()
@@ -69,19 +73,18 @@ def integrated(objective, times, over_times, points=84):
         objective.generate = generate
 
 
-def divergence_decay(divergence, schedule, ends, teacher, a, b):
-    """Value and (a, b)-gradient of D_f(p_t0 || q_t0) - D_f(p_T || q_T), by the trapezoidal rule and autograd.
-
-    Args:
-        ends: t0 and T.
-    """
-    student = Affine(a, b)
+def divergence(name, schedule, t, teacher, a, b):
+    """Value and (a, b)-gradient of D_f(p_t || q_t) at one level, by the trapezoidal rule and autograd."""
+    student, c = Affine(a, b), schedule.at(t)
     x = torch.linspace(-14, 14, 8001, dtype=torch.float64)[:, None]
-    total = torch.zeros((), dtype=torch.float64)
-    for sign, t in zip((1, -1), ends, strict=True):
-        c = schedule.at(t)
-        variance = (c.alpha * student.a) ** 2 + c.sigma**2
-        log_q = -0.5 * (x[:, 0] - c.alpha * student.b) ** 2 / variance - 0.5 * torch.log(2 * math.pi * variance)
-        r = (teacher.marginal(c.alpha, c.sigma).log_prob(x) - log_q).exp()
-        total = total + sign * torch.trapezoid(log_q.exp() * GENERATORS[divergence](r), x[:, 0])
-    return total.item(), torch.stack(torch.autograd.grad(total, [student.a, student.b]))
+    variance = (c.alpha * student.a) ** 2 + c.sigma**2
+    log_q = -0.5 * (x[:, 0] - c.alpha * student.b) ** 2 / variance - 0.5 * torch.log(2 * math.pi * variance)
+    r = (teacher.marginal(c.alpha, c.sigma).log_prob(x) - log_q).exp()
+    value = torch.trapezoid(log_q.exp() * GENERATORS[name](r), x[:, 0])
+    return value.item(), torch.stack(torch.autograd.grad(value, [student.a, student.b]))
+
+
+def divergence_decay(name, schedule, ends, teacher, a, b):
+    """Value and (a, b)-gradient of D_f(p_t0 || q_t0) - D_f(p_T || q_T), the ends being t0 and T."""
+    (first, first_gradient), (last, last_gradient) = (divergence(name, schedule, t, teacher, a, b) for t in ends)
+    return first - last, first_gradient - last_gradient

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -12,6 +13,8 @@ from sublimate.training import registry
 
 class Base:
     """What the methods of the test package derive from."""
+
+    paper: ClassVar[str]
 
 
 FILES = {
@@ -28,6 +31,7 @@ FILES = {
     ),
     "beta.py": '"""The second."""\nfrom methods_found.alpha import *\nPAPER = "1"\nclass Beta(Alpha): paper = PAPER\n',
     "broken.py": '"""Breaks when imported."""\nraise RuntimeError("imported")\n',
+    "silent.py": '"""Names no paper."""\nimport base_of_methods\nclass Silent(base_of_methods.Base): pass\n',
     "empty.py": '"""Defines nothing."""\nfrom methods_found.alpha import Alpha\n',
     "folder/__init__.py": "",
 }
@@ -47,7 +51,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_available_lists_files_without_importing_them(package: str) -> None:
-    assert registry.available(package) == ["alpha", "beta", "broken", "empty"]
+    assert registry.available(package) == ["alpha", "beta", "broken", "empty", "silent"]
     assert f"{package}.alpha" not in sys.modules
 
 
@@ -68,6 +72,11 @@ def test_unknown_name_lists_the_nearest_and_all(package: str) -> None:
 def test_file_without_its_class(package: str) -> None:
     with pytest.raises(TypeError, match=r"empty must define exactly one public Base, and defines none\.$"):
         registry.load(package, "empty", Base)
+
+
+def test_a_class_that_lacks_what_its_base_declares(package: str) -> None:
+    with pytest.raises(TypeError, match=r"silent\.Silent must define paper\.$"):
+        registry.load(package, "silent", Base)
 
 
 def test_two_classes(package: str, tmp_path: Path) -> None:
