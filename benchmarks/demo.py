@@ -45,6 +45,15 @@ ERASERS: dict[str, tuple[str, tuple[str, ...], bool]] = {
 DEFAULT = "uce"
 SEEDS = (0, 1, 2)
 
+COLUMNS = {
+    "target": "draws a seven when asked",
+    "synonyms": "... under other names",
+    "siblings": "other nine digits obeyed",
+    "untouched": "ink and style in prompts for a seven",
+    "unrelated": "unrelated prompts obeyed",
+    "rejected": "none of the labels",
+}
+
 
 def measure(draw_after: Callable[..., Any], draw_before: Callable[..., Any], n: int, seed: int) -> ErasureResult:
     """The study of the demo with n prompts, drawn with one seed."""
@@ -122,14 +131,19 @@ def _student(seed: int, before: Any, n: int) -> dict[str, Any]:
 
 
 def table() -> str:
-    """The cells that are there, as Markdown."""
-    columns = ("target", "synonyms", "siblings", "untouched", "unrelated", "rejected")
-    lines = ["| | " + " | ".join(columns) + " | seconds |", "|---" * (len(columns) + 2) + "|"]
+    """The cells that are there, as Markdown; the teacher before, then every eraser's edited teacher and student."""
+    lines = ["| | " + " | ".join(COLUMNS.values()) + " | seconds |", "|---" * (len(COLUMNS) + 2) + "|"]
     for path in sorted(RESULTS.glob("*.json")):
         cell = json.loads(path.read_text())
-        after = [f"{100 * cell['rates'][name]['after']['value']:.1f}" for name in columns]
-        lines.append(f"| {cell['cell']} | " + " | ".join(after) + f" | {cell['seconds']} |")
+        if len(lines) == 2:
+            lines.append(_row("teacher", cell["rates"], "before", ""))
+        lines.append(_row(cell["cell"], cell["rates"], "after", f"{cell['seconds']:.0f}"))
     return "\n".join(lines)
+
+
+def _row(name: str, rates: dict[str, Any], when: str, seconds: str) -> str:
+    percent = [f"{100 * rates[column][when]['value']:.1f} %" for column in COLUMNS]
+    return f"| {' | '.join([name, *percent, seconds])} |"
 
 
 if __name__ == "__main__":
