@@ -110,9 +110,8 @@ class Trainer:
             raise ValueError(f"The objective needs {sorted(missing)}, which the data does not provide.")
         self.objective, self.source, self.config = objective, source, config
         self.validate, self.progress = validate, progress
-        self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision, log_with=config.report_to, project_dir=config.output_dir
-        )
+        # Autocast is torch's own: accelerate's belongs to the whole Python process, which may hold several runs.
+        self.accelerator = Accelerator(log_with=config.report_to, project_dir=config.output_dir)
         objective.mean_over_processes = lambda tensor: self.accelerator.reduce(tensor, "mean")
         self.players = objective.players()
         for player in self.players.values():
@@ -172,7 +171,7 @@ class Trainer:
         for name, player in self.players.items():
             player.set_trainable(name in turn.trains)
             player.module.train(name in turn.trains)
-        with torch.no_grad(), self.accelerator.autocast():
+        with torch.no_grad(), self._autocast():
             batch = self.objective.prepare(turn, self._batch(turn), self.step)
 
         size = self.config.train_batch_size
@@ -180,7 +179,7 @@ class Trainer:
         for start in range(0, len(batch), size):
             part = batch.part(start, start + size)
             torch.manual_seed(key(self.config.seed, self.step, turn.name, "network", self._first_index + start))
-            with self.accelerator.autocast():
+            with self._autocast():
                 loss = self.objective.loss(turn, part, self.step)
             share = len(part) / len(batch)
             (share * loss.total).backward()
@@ -203,6 +202,10 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return logs
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.config.mixed_precision == "bf16"
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=enabled)
 
     @property
     def _local_batch(self) -> int:

@@ -2,11 +2,16 @@
 
 import contextlib
 import copy
+import json
 
 import pytest
 import torch
+from processes import launch
+from safetensors.torch import load_file
 
 from sublimate.diffusion.denoisers import Denoiser
+from sublimate.erasure.methods.uce import UCE
+from sublimate.erasure.request import Concept, Request
 from sublimate.pipelines.model import open_model
 from sublimate.training import registry
 from sublimate.training.data import ModelSource
@@ -177,6 +182,67 @@ def weights(trainer):
 ROWS = [case if case == method else pytest.param(case, marks=pytest.mark.slow) for case, (method, _) in CASES.items()]
 
 
+# From an edited teacher, with a LoRA for a student, in bf16, as one of several processes: by configuration alone.
+COMPOSED = """
+import json, os, sys
+from pathlib import Path
+from sublimate.training.distill import DistillConfig, distill
+folder = Path(sys.argv[1])
+outcomes = {}
+for name, config in json.loads((folder / "configs.json").read_text()).items():
+    try:
+        distill(DistillConfig(**config), progress=False)
+        outcomes[name] = ""
+    except ValueError as refusal:
+        outcomes[name] = str(refusal)
+(folder / f"{os.environ['RANK']}.json").write_text(json.dumps(outcomes))
+"""
+# What is new in a student, or all of it, no LoRA can hold.
+REFUSED = {
+    "consistency_distillation-told",
+    "consistency_trajectory",
+    "consistency_trajectory-denoising",
+    "consistency_training",
+}
+
+
+@pytest.mark.slow
+def test_every_objective_composes_by_configuration_alone(tiny_sd_v, tmp_path):
+    model = open_model(str(tiny_sd_v))
+    edit = UCE().fit(model, Request(erase=(Concept("cat", anchor="dog"),)))
+    edit.save(tmp_path / "edit.safetensors")
+    (tmp_path / "prompts.txt").write_text("red cat\na dog\n")
+    prompts = str(tmp_path / "prompts.txt")
+    configs = {}
+    for case, (method, options) in CASES.items():
+        lora = (
+            {"student": LORA} if "student" in registry.load(OBJECTIVES, method, Objective).Config.model_fields else {}
+        )
+        negatives = method == "speedupnet" or options.get("negative_attention")
+        configs[case] = {
+            "model": str(tiny_sd_v),
+            "edits": [str(tmp_path / "edit.safetensors")],
+            "method": method,
+            "objective": {**options, **lora},
+            "data": {"prompts": prompts, "negatives": prompts if negatives else None, "teacher_steps": 1},
+            "trainer": {
+                "output_dir": str(tmp_path / case),
+                "max_train_steps": 1,
+                "train_batch_size": 1,
+                "mixed_precision": "bf16",
+            },
+        }
+    (tmp_path / "configs.json").write_text(json.dumps(configs))
+    launch(COMPOSED, tmp_path, processes=2, timeout=300)
+    outcomes = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert outcomes[0] == outcomes[1]
+    refusals = {case: said for case, said in outcomes[0].items() if said}
+    assert refusals.keys() == REFUSED and all("LoRA" in said for said in refusals.values()), refusals
+    for case in CASES.keys() - REFUSED:
+        (file,) = (tmp_path / case / "student").glob("*.safetensors")
+        assert all(torch.isfinite(tensor).all() for tensor in load_file(file).values()), case
+
+
 @pytest.mark.parametrize("case", ROWS)
 class TestObjective:
     def test_a_turn_moves_its_players_and_nothing_else(self, model, case, tmp_path):
@@ -225,6 +291,15 @@ class TestObjective:
             for turn in trainer.objective.turns(0):
                 trainer._take(turn)
         assert sum(passes) == 4 * trainer.objective.config.passes(0)
+
+    def test_bf16_moves_the_same_players_the_same_way(self, model, case, tmp_path):
+        wide = make_trainer(model, case, tmp_path / "a", train_batch_size=8)
+        narrow = make_trainer(model, case, tmp_path / "b", train_batch_size=8, mixed_precision="bf16")
+        for turn in wide.objective.turns(0):
+            a, b = (torch.cat([g.flatten() for g in gradients(trainer, turn)]) for trainer in (wide, narrow))
+            # Networks under autocast, weights and losses not; a fresh critic's difference is small beside its rounding.
+            assert b.dtype == torch.float32 and not torch.equal(a, b)
+            assert torch.cosine_similarity(a, b, 0) > 0.6
 
 
 @contextlib.contextmanager
