@@ -297,7 +297,7 @@ class TestObjective:
         narrow = make_trainer(model, case, tmp_path / "b", train_batch_size=8, mixed_precision="bf16")
         for turn in wide.objective.turns(0):
             a, b = (torch.cat([g.flatten() for g in gradients(trainer, turn)]) for trainer in (wide, narrow))
-            # Networks under autocast, weights and losses not; a fresh critic's difference is small beside its rounding.
+            # Networks round, weights do not; a fresh critic's difference is small beside its rounding.
             assert b.dtype == torch.float32 and not torch.equal(a, b)
             assert torch.cosine_similarity(a, b, 0) > 0.6
 
