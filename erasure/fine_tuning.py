@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import tempfile
 from abc import ABC
 from collections.abc import Iterator
@@ -19,6 +17,7 @@ from sublimate.diffusion.conditions import Condition
 from sublimate.erasure.request import Request
 from sublimate.erasure.weights import Rule, select
 from sublimate.pipelines.model import Model
+from sublimate.training.checkpoints import fingerprint
 from sublimate.training.objective import Batch, Objective, ObjectiveConfig
 from sublimate.training.players import Player, PlayerConfig, make_player
 from sublimate.training.randomness import SampleRandom
@@ -74,13 +73,16 @@ def trained_values(model: Model, student: Player) -> dict[str, Tensor]:
     return {f"{component}/{n.removeprefix('network.')}": p.detach() for n, p in student.trainable().items()}
 
 
-def fine_tune(model: Model, objective: Objective, config: FineTuningConfig, *, seed: int, progress: bool) -> None:
+def fine_tune(
+    model: Model, objective: Objective, request: Request, config: FineTuningConfig, *, seed: int, progress: bool
+) -> None:
     """Runs the trainer on an objective that draws its own prompts; the model's weights and place stay as they are.
 
     Args:
         model: what the objective's players were made from.
         objective: what to train.
-        config: the run.
+        request: what it was made for.
+        config: the run. A run that is resumed may change the number of steps and where they are kept, and no more.
         seed: all randomness derives from it.
         progress: show a progress bar.
 
@@ -88,6 +90,7 @@ def fine_tune(model: Model, objective: Objective, config: FineTuningConfig, *, s
         Interrupted: when stopped by a signal and there is an `output_dir` to resume from.
         KeyboardInterrupt: when stopped without one.
         Diverged: when the loss is no longer finite.
+        ValueError: when there is a checkpoint of another model, request or options.
     """
     device = model.device
     with _run_folder(config.output_dir) as folder, torch.random.fork_rng(devices=[]):
@@ -101,7 +104,9 @@ def fine_tune(model: Model, objective: Objective, config: FineTuningConfig, *, s
             gradient_checkpointing=config.gradient_checkpointing,
             checkpointing_steps=config.checkpointing_steps,
         )
-        trainer = Trainer(objective, _NoData(), options, progress=progress)
+        kept = config.model_dump(mode="json", exclude={"output_dir", "checkpointing_steps", "max_train_steps"})
+        identity = fingerprint(model.content_hash(), request.to_dict(), kept)
+        trainer = Trainer(objective, _NoData(), options, fingerprint=identity, progress=progress)
         model.to(trainer.accelerator.device)
         try:
             trainer.run()
@@ -111,28 +116,6 @@ def fine_tune(model: Model, objective: Objective, config: FineTuningConfig, *, s
             raise
         finally:
             model.to(device)
-
-
-def fingerprint(model: Model, request: Request, config: FineTuningConfig) -> Tensor:
-    """What must agree for a checkpoint to belong to a run, as (32,) uint8: the base, the request and the options.
-
-    The number of steps and where they are kept may change.
-    """
-    kept = config.model_dump(mode="json", exclude={"output_dir", "checkpointing_steps", "max_train_steps"})
-    text = json.dumps([model.content_hash(), request.to_dict(), kept], sort_keys=True)
-    return torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
-
-
-def check_fingerprint(found: Tensor | None, expected: Tensor) -> None:
-    """Makes sure that a checkpoint belongs to this run.
-
-    Raises:
-        ValueError: when it does not.
-    """
-    if found is None or not torch.equal(found.cpu(), expected):
-        raise ValueError(
-            "The checkpoint was made for another model, request or options: choose another output_dir, or delete it."
-        )
 
 
 class _NoData:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -85,6 +86,11 @@ def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
             f"The checkpoint {path} is damaged ({error}): delete it to resume from the one before it."
         ) from error
     return sections, facts
+
+
+def fingerprint(*parts: object) -> str:
+    """SHA-256 of values that JSON can hold: what must be the same for a checkpoint to belong to a run."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def load_exactly(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], what: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor
 
@@ -20,11 +21,12 @@ from sublimate.pipelines.generate import generate_latents, telling
 from sublimate.pipelines.model import Model, open_model
 from sublimate.pipelines.pictures import image_grid, pictures_of, to_png
 from sublimate.training import registry
+from sublimate.training.checkpoints import fingerprint
 from sublimate.training.config import Config, dump_config, validate_section
 from sublimate.training.data import ModelSource, Source, read_image_folder, read_prompts
 from sublimate.training.ink.sources import captioned
 from sublimate.training.ink.vocabulary import SYNONYMS
-from sublimate.training.objective import Artefact, Objective
+from sublimate.training.objective import Artefact, Objective, ObjectiveConfig
 from sublimate.training.randomness import SampleRandom
 from sublimate.training.trainer import Trainer, TrainerConfig
 
@@ -35,8 +37,9 @@ class DataConfig(Config):
     """Where prompts and images come from.
 
     Attributes:
-        prompts: "ink" for captions of Ink's grammar, or a text or JSON-lines file; None for an unconditional model.
-        images: the real class and the data of data-driven objectives: "teacher" for the (edited) teacher's own
+        prompts: "ink" for captions of Ink's grammar, or a text or JSON-lines file; None for an unconditional model,
+            and for a folder of images, which has captions.
+        images: the real class and the data of objectives that read images: "teacher" for the (edited) teacher's own
             guided samples, "ink" for renderings, a folder of images with `metadata.jsonl`; None for none.
         negatives: negative prompts for objectives that need them: "ink" for Ink's own concepts, or a text file.
         count: captions and images to draw when they come from "ink" or "teacher".
@@ -103,6 +106,17 @@ def distill(
     model = open_model(config.model) if model is None else model
     for path in config.edits:
         Edit.load(path).apply(model)
+    home = model.device
+    model.to(Accelerator().device)
+    try:
+        return _run(config, model, method, options, progress=bool(progress))
+    finally:
+        model.to(home)
+
+
+def _run(
+    config: DistillConfig, model: Model, method: type[Objective], options: ObjectiveConfig, *, progress: bool
+) -> Path:
     torch.manual_seed(config.trainer.seed)
     objective = method(model, options)
     if config.data.negatives is not None and "negatives" not in objective.needs:
@@ -111,11 +125,10 @@ def distill(
     if artefact.few_steps is not None and artefact.kind != "attachment":
         # Refused now rather than after training.
         model.backbone.few_steps(model.pipeline, artefact.few_steps)
-    scale = getattr(options, "guidance_scale", 1.0)
-    source = make_source(model, config.data, scale, samples="samples" in objective.needs, progress=bool(progress))
+    source = make_source(model, config.data, options.sample_guidance, needs=objective.needs, progress=progress)
     validate = _validator(model, objective, config, source)
-    trainer = Trainer(objective, source, config.trainer, validate=validate, progress=bool(progress))
-    model.to(trainer.accelerator.device)
+    identity = fingerprint(model.content_hash(), _lasting(options.model_dump(mode="json")), config.data.model_dump())
+    trainer = Trainer(objective, source, config.trainer, validate=validate, fingerprint=identity, progress=progress)
     trainer.run()
     folder = config.trainer.output_dir / "student"
     if trainer.accelerator.is_main_process:
@@ -125,8 +138,20 @@ def distill(
     return folder
 
 
+def _lasting(options: object) -> object:
+    """Options without the optimisers', which a resumed run may change."""
+    if not isinstance(options, dict):
+        return options
+    return {k: _lasting(v) for k, v in options.items() if k != "learning_rate" and not k.startswith("adam_")}
+
+
 def make_source(
-    model: Model, data: DataConfig, guidance_scale: float, *, samples: bool = False, progress: bool = True
+    model: Model,
+    data: DataConfig,
+    guidance_scale: float,
+    *,
+    needs: frozenset[str] = frozenset({"images"}),
+    progress: bool = True,
 ) -> Source:
     """The source that `data` describes; images become latents once, here.
 
@@ -134,13 +159,14 @@ def make_source(
         model: the teacher, with its edits applied.
         data: prompts and images.
         guidance_scale: guidance of the teacher's own samples, so that they follow the score being distilled.
-        samples: also draw the teacher's own sample of every prompt, for objectives that compare it with the image.
+        needs: what the objective reads: without "images" the teacher draws none; with "samples" it draws one of every
+            prompt, for objectives that compare it with the image.
         progress: show a bar while sampling.
 
     Raises:
         ValueError: when the data do not fit each other or the model.
     """
-    if model.backbone.shown and samples:
+    if model.backbone.shown and "samples" in needs:
         raise ValueError(
             f"This objective compares images with the teacher's own samples, which {model.source} draws of pictures "
             "that it is shown: choose another method."
@@ -152,18 +178,19 @@ def make_source(
     def drawn() -> Tensor:
         steps, seed = data.teacher_steps, data.seed
         texts = prompts or data.count
-        return generate_latents(model, texts, steps=steps, guidance_scale=guidance_scale, seed=seed, progress=progress)
+        x0 = generate_latents(model, texts, steps=steps, guidance_scale=guidance_scale, seed=seed, progress=progress)
+        return x0.cpu()
 
-    if data.images == "teacher":
-        latents: Tensor | None = drawn()
-    elif images is not None:
-        with torch.no_grad():
-            latents = torch.cat([model.encode(part) for part in images.split(64)])
-    else:
-        latents = None
+    latents: Tensor | None = None
+    if "images" in needs or model.backbone.shown:
+        if data.images == "teacher":
+            latents = drawn()
+        elif images is not None:
+            with torch.no_grad():
+                latents = torch.cat([model.encode(part.to(model.device)).cpu() for part in images.split(64)])
     negatives = list(SYNONYMS) if data.negatives == "ink" else _prompts_of(data.negatives)
     pictures = images if model.backbone.shown else None
-    return ModelSource(model, prompts, latents, negatives, drawn() if samples else None, pictures)
+    return ModelSource(model, prompts, latents, negatives, drawn() if "samples" in needs else None, pictures)
 
 
 def _prompts_of(file: str | None) -> list[str]:
@@ -171,17 +198,16 @@ def _prompts_of(file: str | None) -> list[str]:
 
 
 def _prompts_and_images(data: DataConfig) -> tuple[list[str], Tensor | None]:
-    if "ink" in (data.prompts, data.images):
-        prompts, images = captioned(data.count, data.seed, render=data.images == "ink")
-        if data.images == "ink" and data.prompts not in ("ink", None):
-            raise ValueError('Images from "ink" come with their own captions: set data.prompts to "ink" too.')
-    elif data.images not in (None, "teacher"):
+    if data.images not in (None, "teacher", "ink"):
         if data.prompts is not None:
             raise ValueError("An image folder brings its own captions: set data.prompts to null.")
         return read_image_folder(Path(data.images))
-    else:
-        prompts, images = [], None
-    return prompts if data.prompts == "ink" else _prompts_of(data.prompts), images
+    if data.images == "ink" and data.prompts not in ("ink", None):
+        raise ValueError('Images from "ink" come with their own captions: set data.prompts to "ink" too.')
+    if "ink" not in (data.prompts, data.images):
+        return _prompts_of(data.prompts), None
+    prompts, images = captioned(data.count, data.seed, render=data.images == "ink")
+    return prompts if data.prompts == "ink" else [], images
 
 
 def _validator(

@@ -19,6 +19,11 @@ from sublimate.training.randomness import SampleRandom
 class ObjectiveConfig(Config, ABC):
     """Base of every objective's options; defaults are the paper's."""
 
+    @property
+    def sample_guidance(self) -> float:
+        """Guidance of the teacher's own samples, where those are the data; 1 is none."""
+        return float(getattr(self, "guidance_scale", 1.0))
+
     @abstractmethod
     def passes(self, step: int = 0) -> float:
         """Network passes per sample in one training step: forward 1, backward 2 to weights and 1 to inputs alone."""

@@ -94,6 +94,7 @@ class Trainer:
         source: where conditions and images come from.
         config: options.
         validate: called with the step every `validation_steps`, with averaged weights in place.
+        fingerprint: of all else that a checkpoint must agree with to be resumed from (`checkpoints.fingerprint`).
         progress: show a progress bar.
     """
 
@@ -104,12 +105,13 @@ class Trainer:
         config: TrainerConfig,
         *,
         validate: Callable[[int], None] | None = None,
+        fingerprint: str = "",
         progress: bool = True,
     ) -> None:
         if missing := objective.needs - source.provides:
             raise ValueError(f"The objective needs {sorted(missing)}, which the data does not provide.")
         self.objective, self.source, self.config = objective, source, config
-        self.validate, self.progress = validate, progress
+        self.validate, self.fingerprint, self.progress = validate, fingerprint, progress
         # Autocast is torch's own: accelerate's belongs to the whole Python process, which may hold several runs.
         self.accelerator = Accelerator(log_with=config.report_to, project_dir=config.output_dir)
         objective.mean_over_processes = lambda tensor: self.accelerator.reduce(tensor, "mean")
@@ -285,7 +287,12 @@ class Trainer:
                 sections[f"optimizer.{name}"] = checkpoints.optimizer_tensors(self.optimizers[name])
             for name, average in self.averages.items():
                 sections[f"average.{name}"] = average.values
-            facts = {"sections": sorted(sections), **self._identity(), "step": self.step}
+            facts = {
+                "sections": sorted(sections),
+                **self._identity(),
+                "fingerprint": self.fingerprint,
+                "step": self.step,
+            }
             limit = self.config.checkpoints_total_limit
             checkpoints.write_checkpoint(self.config.output_dir, self.step, sections, facts, limit)
         self.accelerator.wait_for_everyone()
@@ -304,13 +311,23 @@ class Trainer:
                     f"The checkpoint {path} was made with {name} = {facts.get(name)}, this run has {value}: "
                     "resume with the same options or choose another output_dir."
                 )
+        if facts.get("fingerprint", "") != self.fingerprint:
+            raise ValueError(
+                f"The checkpoint {path} was made for another model, data or options: choose another output_dir, or "
+                "delete it."
+            )
+        if (step := int(facts["step"])) > self.config.max_train_steps:
+            raise ValueError(
+                f"The checkpoint {path} is at step {step}, beyond max_train_steps = {self.config.max_train_steps}: "
+                "choose another output_dir, or train for longer."
+            )
         for name, player in self.players.items():
             checkpoints.load_exactly(player.trainable(), sections[f"player.{name}"], f"player {name}")
             checkpoints.load_optimizer_tensors(self.optimizers[name], sections[f"optimizer.{name}"])
         for name, average in self.averages.items():
             average.load(sections[f"average.{name}"])
         self.objective.load_state(sections["objective"])
-        self.step = int(facts["step"])
+        self.step = step
 
     def _identity(self) -> dict[str, Any]:
         """What must agree for a resumed run to equal an uninterrupted one."""

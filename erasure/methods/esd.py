@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -16,9 +15,7 @@ from sublimate.erasure import keep, targets
 from sublimate.erasure.eraser import Changes, Eraser
 from sublimate.erasure.fine_tuning import (
     FineTuningConfig,
-    check_fingerprint,
     fine_tune,
-    fingerprint,
     make_student,
     trained_values,
 )
@@ -87,7 +84,7 @@ class ESD(Eraser):
         self, model: Model, request: Request, *, seed: int, detector: Detector | None, progress: bool
     ) -> Changes:
         objective = ESDObjective(model, self.config, request)
-        fine_tune(model, objective, self.config, seed=seed, progress=progress)
+        fine_tune(model, objective, request, self.config, seed=seed, progress=progress)
         return Changes(values=trained_values(model, objective.player))
 
 
@@ -117,7 +114,6 @@ class ESDObjective(SoloObjective):
         self.context = None if request.within is None else concept_bank(model, [request.within], config.templates)
         keeps = bool(request.preserve) and config.retain > 0
         self.kept = concept_bank(model, request.preserve, config.templates) if keeps else None
-        self.fingerprint = fingerprint(model, request, config)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -188,12 +184,6 @@ class ESDObjective(SoloObjective):
             terms["l1"] = keep.l1_drift(trained, originals)
             total = total + config.l1 * terms["l1"]
         return Loss(total, terms)
-
-    def state(self) -> dict[str, Tensor]:
-        return {"fingerprint": self.fingerprint}
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        check_fingerprint(state.get("fingerprint"), self.fingerprint)
 
     def exports(self) -> Artefact:
         return Artefact("weights", self.student)

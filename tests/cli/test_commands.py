@@ -93,6 +93,17 @@ def test_misspelled_key(capsys, distilling):
     assert "objective.divergence" in failed(capsys, *distilling, "objective.divergance=reverse_kl")
 
 
+def test_another_run_does_not_resume_from_this_ones_checkpoints(capsys, tmp_path, distilling):
+    assert sublimate(capsys, *distilling)[0] == 0
+    student = (tmp_path / "run" / "student" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    for change in ("objective.divergence=pearson", "data.seed=1"):
+        assert "another model, data or options" in failed(capsys, *distilling, change, "trainer.max_train_steps=3")
+    assert "at step 2, beyond max_train_steps = 1" in failed(capsys, *distilling, "trainer.max_train_steps=1")
+    assert (tmp_path / "run" / "student" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == student
+    longer = ["trainer.max_train_steps=3", "objective.student.learning_rate=1.0e-6"]
+    assert sublimate(capsys, *distilling, *longer)[0] == 0
+
+
 def test_negative_prompts_that_nothing_would_read(capsys, distilling):
     assert "f_distill reads no negative prompts" in failed(capsys, *distilling, "data.negatives=ink")
 

@@ -189,7 +189,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(sd, tmp_path):
     ESD(**options, output_dir=tmp_path).fit(sd, CAT)
     resumed = ESD(**{**options, "max_train_steps": 4}, output_dir=tmp_path).fit(sd, CAT)
     assert all(torch.equal(resumed.values[key], value) for key, value in whole.values.items())
-    with pytest.raises(ValueError, match="another model, request or options"):
+    with pytest.raises(ValueError, match="another model, data or options"):
         ESD(**{**options, "max_train_steps": 4}, output_dir=tmp_path).fit(sd, Request("dog"))
 
 

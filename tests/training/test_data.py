@@ -80,3 +80,6 @@ def test_the_teachers_own_samples_are_the_real_class(tiny_sd, tmp_path):
     assert source.tensors["images"].shape == (2, *model.latent_shape)
     with pytest.raises(ValueError, match="own captions"):
         make_source(model, DataConfig(prompts=str(tmp_path / "p.txt"), images=str(tmp_path)), 1.0)
+    with pytest.raises(ValueError, match="own captions"):
+        make_source(model, DataConfig(images=str(tmp_path)), 1.0)
+    assert make_source(model, data, 2.0, needs=frozenset({"prompts"}), progress=False).provides == {"prompts"}

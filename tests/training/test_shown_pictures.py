@@ -86,7 +86,7 @@ def test_data_that_cannot_be_shown_are_refused(tiny_sd, tiny_inpainting, tiny_up
     with pytest.raises(ValueError, match="has none of its own"):
         make_source(open_model(tiny_upscaling), DataConfig(**prompts), 1.0)
     with pytest.raises(ValueError, match="choose another method"):
-        make_source(open_model(tiny_inpainting), DataConfig(**prompts), 1.0, samples=True)
+        make_source(open_model(tiny_inpainting), DataConfig(**prompts), 1.0, needs=frozenset({"images", "samples"}))
     # An inpainting teacher draws from prompts alone.
     data = DataConfig(**prompts, teacher_steps=1)
     assert make_source(open_model(tiny_inpainting), data, 1.0, progress=False).provides >= {"images", "masks"}

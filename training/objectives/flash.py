@@ -103,6 +103,10 @@ class FlashConfig(ObjectiveConfig):
         generator = torch.Generator().manual_seed(key("flash", self.seed, step))
         return int(torch.multinomial(self.start_probabilities(step), 1, generator=generator))
 
+    @property
+    def sample_guidance(self) -> float:
+        return sum(self.guidance_range) / 2
+
     def passes(self, step: int = 0) -> float:
         teacher = 1 if self.guidance_range == (1.0, 1.0) else 2
         # The teacher's remaining steps, the student forward and backward.
