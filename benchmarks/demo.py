@@ -127,7 +127,8 @@ def _student(seed: int, before: Any, n: int) -> dict[str, Any]:
     config = load_config(DistillConfig, "demo", [f"trainer.output_dir={folder}", f"trainer.seed={seed}"])
     began = time.perf_counter()
     student = open_model(str(distill(config, edited)))
-    return record(measure(drawing(student), before, n, seed), time.perf_counter() - began, passes=config.passes())
+    seconds = time.perf_counter() - began
+    return record(measure(drawing(student), before, n, seed), seconds, passes=config.passes())
 
 
 def table() -> str:

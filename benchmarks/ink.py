@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from sublimate.pipelines.pictures import image_grid, to_png
 from sublimate.pipelines.speedupnet import NAME as SPEEDUPNET
 from sublimate.pipelines.speedupnet import attach_speedupnet
 from sublimate.training import registry
+from sublimate.training.checkpoints import find_checkpoint
 from sublimate.training.config import load_config, validate_section
 from sublimate.training.distill import OBJECTIVES, DistillConfig, distill
 from sublimate.training.ink.captions import prompts
@@ -69,10 +70,7 @@ class Cell:
 
 
 def _seeds(name: str, cell: Cell, seeds: Sequence[int]) -> dict[str, Cell]:
-    return {
-        f"{name}-{seed}": Cell(cell.config, (*cell.overrides, f"trainer.seed={seed}"), cell.steps, cell.budget)
-        for seed in seeds
-    }
+    return {f"{name}-{seed}": replace(cell, overrides=(*cell.overrides, f"trainer.seed={seed}")) for seed in seeds}
 
 
 CELLS: dict[str, Cell] = {
@@ -102,13 +100,20 @@ CELLS: dict[str, Cell] = {
 
 
 def configured(name: str, cell: Cell) -> tuple[DistillConfig, int]:
-    """The run of a cell with as many steps as the budget allows, and the passes those cost."""
+    """The run of a cell with as many steps as the budget allows, and the passes that it costs.
+
+    What the teacher draws for the cell's data is part of the budget.
+    """
     if cell.config is None:
         raise ValueError(f"{name} trains nothing.")
     config = load_config(DistillConfig, cell.config, [f"trainer.output_dir={RUNS / name}", *cell.overrides])
-    options = validate_section(registry.load(OBJECTIVES, config.method, Objective).Config, config.objective)
+    method = registry.load(OBJECTIVES, config.method, Objective)
+    options = validate_section(method.Config, config.objective)
     batch = config.trainer.train_batch_size * config.trainer.gradient_accumulation_steps
-    steps, spent = 0, 0.0
+    needs = method(open_model("ink"), options).needs
+    draws = ("samples" in needs) + ("images" in needs and config.data.images == "teacher")
+    guided = 1 if options.sample_guidance == 1 else 2
+    steps, spent = 0, float(draws * config.data.count * config.data.teacher_steps * guided)
     while spent + batch * options.passes(steps) <= cell.budget:
         spent, steps = spent + batch * options.passes(steps), steps + 1
     return config.model_copy(update={"trainer": config.trainer.model_copy(update={"max_train_steps": steps})}), round(
@@ -127,6 +132,8 @@ def drawing(name: str, cell: Cell) -> Draw:
     folder = RUNS / name / "student"
     if (folder / "model_index.json").is_file():
         student = open_model(str(folder))
+        if (cell.steps > 1) != ("few_steps" in student.defaults):
+            raise ValueError(f"{name} was not trained to be drawn in {cell.steps} steps: set its sampling_steps.")
         return lambda texts, seed: generate(student, texts, seed=seed, steps=cell.steps)
     model = open_model("ink")
     if json.loads((folder / "sublimate.json").read_text())["name"] == SPEEDUPNET:
@@ -142,12 +149,17 @@ def run_cell(name: str, n: int) -> None:
     record: dict[str, Any] = {"cell": name, "steps": cell.steps}
     if cell.config is not None:
         config, passes = configured(name, cell)
+        updates = config.trainer.max_train_steps
+        found = find_checkpoint(config.trainer.output_dir, "latest")
+        resumed = 0 if found is None else json.loads((found / "state.json").read_text())["step"]
         began = time.perf_counter()
         distill(config)
         seconds = time.perf_counter() - began
-        updates = config.trainer.max_train_steps
         record |= {"method": config.method, "config": cell.config, "overrides": cell.overrides, "passes": passes}
-        record |= {"updates": updates, "seconds_per_update": round(seconds / updates, 3)}
+        record |= {
+            "updates": updates,
+            "seconds_per_update": round(seconds / (updates - resumed), 3) if updates > resumed else None,
+        }
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     quality = ink_quality(drawing(name, cell), n=n, judged=min(2000, n))
     record |= {"peak_memory_gib": round(memory, 2), "n": n, **quality.to_dict(), "hardware": hardware_line()}

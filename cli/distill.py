@@ -27,7 +27,10 @@ def command(
     passes = resolved.passes()
     if dry_run:
         typer.echo(dump_config(resolved), nl=False)
-        typer.echo(f"# {passes:,.0f} network passes of one sample (a backward pass counts as two)")
+        typer.echo(
+            f"# {passes:,.0f} network passes of one sample to train (a backward pass counts 2, to inputs alone 1); "
+            "the teacher's own samples, where the data ask for them, come on top"
+        )
         return
     typer.echo(f"Wrote {distill(resolved)}; how to load it stands in its README.md.")
     # A process that leaves while the group's threads run may be aborted by them.

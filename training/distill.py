@@ -77,7 +77,7 @@ class DistillConfig(Config):
     validation_prompts: tuple[str, ...] = ()
 
     def passes(self) -> float:
-        """Counted network passes of the whole run, per process."""
+        """Counted network passes of the training, per process; without the teacher's own samples."""
         method = registry.load(OBJECTIVES, self.method, Objective)
         options = validate_section(method.Config, self.objective)
         batch = self.trainer.train_batch_size * self.trainer.gradient_accumulation_steps
