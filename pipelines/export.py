@@ -38,6 +38,7 @@ def export_student(
     *,
     t: float | None = None,
     few_steps: FewSteps | None = None,
+    as_base: bool = False,
     provenance: Mapping[str, Any] | None = None,
     title: str | None = None,
     license: str | None = None,
@@ -55,6 +56,7 @@ def export_student(
         folder: where to write; an earlier export there is replaced once the new one is complete.
         t: the time a one-step student starts at; the schedule's end unless given.
         few_steps: how a student of several steps is sampled; None for a student of one step.
+        as_base: it is no such student, but sampled as the base is: with the base's scheduler and defaults.
         provenance: how it was made; JSON values. The base and the versions are added.
         title: the card's headline.
         license: the card's license; the base model's unless given.
@@ -66,15 +68,17 @@ def export_student(
         ValueError: when no stock pipeline runs this student exactly, or the folder holds something else.
     """
     student = _stock_network(model, network)
-    stock = _stock_sampling(model, t, few_steps)
+    stock = _stock_sampling(model, t, few_steps, as_base)
     pipeline = _stock_pipeline(model, student, stock)
-    record = _record("weights", model, provenance, stock, t)
+    record = _record("weights", model, provenance, stock, t, as_base)
     usage = [
         "from diffusers import DiffusionPipeline",
         "",
         'pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")',
     ]
-    card = _card(model, record, usage, title or f"{_pace(record)} student", license)
+    card = _card(
+        model, record, usage, title or ("Fine-tuned model" if as_base else f"{_pace(record)} student"), license
+    )
     return _write(Path(folder), INDEX, record, card, lambda aside: pipeline.save_pretrained(aside))
 
 
@@ -85,6 +89,7 @@ def export_lora(
     *,
     t: float | None = None,
     few_steps: FewSteps | None = None,
+    as_base: bool = False,
     provenance: Mapping[str, Any] | None = None,
     title: str | None = None,
     license: str | None = None,
@@ -100,6 +105,7 @@ def export_lora(
         folder: where to write; an earlier export there is replaced once the new one is complete.
         t: the time a one-step student starts at; the schedule's end unless given.
         few_steps: how a student of several steps is sampled; None for a student of one step.
+        as_base: it is no such student, but sampled as the base is: with the base's scheduler and defaults.
         provenance: how it was made; JSON values. The base and the versions are added.
         title: the card's headline.
         license: the card's license; the base model's unless given.
@@ -112,10 +118,10 @@ def export_lora(
             else.
     """
     state = _lora_state(_unwrapped(model, network), model.backbone.network_attribute)
-    stock = _stock_sampling(model, t, few_steps)
+    stock = _stock_sampling(model, t, few_steps, as_base)
     if not hasattr(getattr(diffusers, stock.pipeline_class), "load_lora_weights"):
         raise ValueError(f"{stock.pipeline_class} loads no LoRA: export the student's weights instead.")
-    record = _record("lora", model, provenance, stock, t)
+    record = _record("lora", model, provenance, stock, t, as_base)
     scheduler = type(stock.scheduler).__name__
     usage = [
         f"from diffusers import {scheduler}, {stock.pipeline_class}",
@@ -124,7 +130,7 @@ def export_lora(
         'pipeline.load_lora_weights("path/to/this/folder")',
         f'pipeline.scheduler = {scheduler}.from_pretrained("path/to/this/folder", subfolder="scheduler")',
     ]
-    card = _card(model, record, usage, title or f"{_pace(record)} LoRA", license)
+    card = _card(model, record, usage, title or ("Fine-tuned LoRA" if as_base else f"{_pace(record)} LoRA"), license)
 
     def save(aside: Path) -> None:
         save_file(state, aside / LORA_FILE, {"format": "pt"})
@@ -216,7 +222,9 @@ def _merged(network: nn.Module) -> nn.Module:
     return network
 
 
-def _stock_sampling(model: Model, t: float | None, few_steps: FewSteps | None) -> StockSampling:
+def _stock_sampling(model: Model, t: float | None, few_steps: FewSteps | None, as_base: bool) -> StockSampling:
+    if as_base:
+        return StockSampling(type(model.pipeline).__name__, model.pipeline.scheduler, {})
     if few_steps is None:
         return model.backbone.one_step(model.pipeline, t)
     if t is not None and t != few_steps.call_times(model.schedule)[0]:
@@ -260,7 +268,7 @@ def _lora_state(network: nn.Module, component: str) -> dict[str, Tensor]:
 
 
 def _record(
-    kind: str, model: Model, provenance: Mapping[str, Any] | None, stock: StockSampling, t: float | None
+    kind: str, model: Model, provenance: Mapping[str, Any] | None, stock: StockSampling, t: float | None, as_base: bool
 ) -> dict[str, Any]:
     """What `sublimate.json` holds: `call` is for the stock pipeline, what stands beside it for our own samplers."""
     base = {"source": public_name(model.source), "content_hash": model.content_hash()}
@@ -270,7 +278,9 @@ def _record(
         "guidance_scale": 1.0,
         "start": float(model.schedule.t_max if t is None else t),
     }
-    if few is not None:
+    if as_base:
+        sampling = {key: model.defaults[key] for key in ("steps", "guidance_scale") if key in model.defaults}
+    elif few is not None:
         times = few.call_times(model.schedule)
         sampling = {
             "steps": few.steps,
@@ -324,7 +334,7 @@ def _pace(record: Mapping[str, Any]) -> str:
 def _summary(record: Mapping[str, Any], result: str) -> str:
     """The card's first sentences."""
     if "start" not in record:
-        return "A diffusers pipeline with changed weights."
+        return "A LoRA for its base." if record["kind"] == "lora" else "A diffusers pipeline with changed weights."
     few, start = record.get("few_steps"), f"starting from pure noise at t = {record['start']:g}."
     if few is None or few["steps"] == 1:
         return f"Draws {result} in a single network pass, {start}"

@@ -219,9 +219,11 @@ def _validator(
     """
     if not config.validation_prompts:
         return None
-    if objective.exports().kind == "attachment":
+    artefact = objective.exports()
+    if artefact.kind == "attachment" or artefact.as_base:
         raise ValueError(
-            f"{config.method} trains an attachment, which draws no pictures: leave out validation_prompts."
+            f"{config.method} trains no student that draws in few steps, as validation does: leave out "
+            "validation_prompts."
         )
     generator = torch.Generator().manual_seed(config.trainer.seed)
     z = torch.randn((len(config.validation_prompts), *model.latent_shape), generator=generator)
@@ -273,5 +275,6 @@ def _export(model: Model, objective: Objective, config: DistillConfig, folder: P
         folder,
         t=artefact.start_time,
         few_steps=artefact.few_steps,
+        as_base=artefact.as_base,
         provenance=provenance,
     )

@@ -88,6 +88,7 @@ class Artefact:
         module: what was trained.
         start_time: the time at which a student is given pure noise; None is the schedule's end.
         few_steps: how the student is sampled in several steps; None for a student of one step.
+        as_base: it is no such student, but sampled as the base is.
         attachment: what `pipelines.attachments.export_attachment` is told of an attachment: its name, options, summary
             and usage.
     """
@@ -96,6 +97,7 @@ class Artefact:
     module: nn.Module
     start_time: float | None = None
     few_steps: FewSteps | None = None
+    as_base: bool = False
     attachment: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -292,6 +292,18 @@ def test_a_few_step_export_opens_as_a_model_that_samples_alike(folders, tmp_path
     torch.testing.assert_close(drawn, expected, atol=tolerance, rtol=0)
 
 
+def test_what_is_no_student_is_sampled_as_its_base(tiny_sd, tmp_path):
+    model = open_model(tiny_sd)
+    student = student_of(model)
+    folder = export_student(model, student, tmp_path / "tuned", as_base=True)
+    again, card = open_model(folder), (folder / "README.md").read_text()
+    assert "One-step" not in card and "single network pass" not in card and "distillation" not in card
+    assert again.pipeline.scheduler.config == model.pipeline.scheduler.config
+    drawn = generate(again, PROMPTS, steps=3, guidance_scale=2.0)
+    model.denoiser = student
+    torch.testing.assert_close(drawn, generate(model, PROMPTS, steps=3, guidance_scale=2.0), atol=2e-5, rtol=0)
+
+
 def test_the_base_keeps_its_weights_scheduler_and_config(tiny_sd, tmp_path):
     model = open_model(tiny_sd)
     before, scheduler = model.content_hash(), dict(model.pipeline.scheduler.config)

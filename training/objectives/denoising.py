@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import nn
@@ -53,8 +53,7 @@ class Denoising(SoloObjective):
 
     def prepare(self, turn: Turn, batch: Batch, step: int) -> Batch:
         x0 = batch["images"]
-        low, high = self.config.time_range
-        t = self.schedule.uniform_time(low + (high - low) * batch.random.uniform(x0.device))
+        t = self.schedule.uniform_time(batch.random.uniform(x0.device), *self.config.time_range)
         dropped = batch.random.uniform(x0.device) < self.config.condition_dropout
         return batch.adding(t=t, eps=batch.random.normal(self.shape, x0.device), dropped=dropped)
 
@@ -69,4 +68,5 @@ class Denoising(SoloObjective):
         return self.player.module
 
     def exports(self) -> Artefact:
-        return Artefact("weights" if self.config.student.kind == "full" else "lora", self.student)
+        kind: Literal["weights", "lora"] = "weights" if self.config.student.kind == "full" else "lora"
+        return Artefact(kind, self.student, as_base=True)

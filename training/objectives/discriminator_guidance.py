@@ -68,7 +68,7 @@ class DiscriminatorGuidance(SoloObjective):
         check_guidance(self.null, config.guidance_scale)
         judge = make_discriminator(self.model, self.taps, self.shape, self.null, config.discriminator_width)
         super().__init__(model, config, "discriminator", make_player(judge, config.discriminator, ema=True))
-        ends = self.schedule.uniform_time(torch.tensor(config.time_range, dtype=torch.float64))
+        ends = self.schedule.uniform_time(torch.tensor((0.0, 1.0), dtype=torch.float64), *config.time_range)
         # A schedule may end in pure noise, where no density is uniform: EDM's noisiest level is far enough.
         found = self.schedule.log_snr(ends)
         self.log_snr_range = torch.where(found.isfinite(), found, -2 * math.log(80)).tolist()
