@@ -11,7 +11,7 @@ import typer
 def command(
     model: Annotated[str, typer.Argument(help="A packaged name (ink), a diffusers folder, a file or a hub id.")],
     edit: Annotated[list[Path] | None, typer.Option(help="An edit to apply first; repeatable.")] = None,
-    n: Annotated[int, typer.Option(min=2, help="Images for the distances (on Ink).")] = 5000,
+    n: Annotated[int | None, typer.Option(min=2, help="Images for the distances (on Ink); 5000 by default.")] = None,
     judged: Annotated[
         int | None, typer.Option(min=1, help="Prompts judged for agreement; min(2000, n) by default.")
     ] = None,
@@ -22,7 +22,7 @@ def command(
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; the checkpoint's own by default.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(min=0, help="1 is no guidance.")] = None,
     sampler: Annotated[str | None, typer.Option(help="As in `generate`; the model's own by default.")] = None,
-    eta: Annotated[float | None, typer.Option(min=0, max=1, help="Noise of a few-step sampler; 0 is none.")] = None,
+    eta: Annotated[float | None, typer.Option(min=0, max=1, help="As in `generate`.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Keys the noise and the prompts.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Also write the numbers to this JSON file.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
@@ -34,12 +34,13 @@ def command(
     from sublimate.evaluation.detectors import open_detector
     from sublimate.evaluation.hardware import hardware_line
     from sublimate.evaluation.ink_study import ink_quality
-    from sublimate.evaluation.intervals import plain
     from sublimate.evaluation.studies import read_prompt_set
     from sublimate.pipelines.edit import Edit
     from sublimate.pipelines.generate import generate
     from sublimate.pipelines.model import open_model
 
+    if prompts is not None and (n is not None or judged is not None):
+        raise ValueError("--n and --judged are for Ink's grammar: your own prompts are all drawn and judged.")
     opened, judge = open_model(model, device=device), open_detector(detector, device=device)
     for path in edit or ():
         Edit.load(path).apply(opened)
@@ -51,9 +52,10 @@ def command(
     if prompts is not None:
         asked = read_prompt_set(prompts)
         found = agreement(judge, draw(asked.texts, seed), asked.expected)
-        measured = {"agreement": {name: plain(rate) for name, rate in found.groups.items()}}
+        measured = {"agreement": found.to_dict()}
     else:
-        quality = ink_quality(draw, n=n, judged=min(2000, n) if judged is None else judged, seed=seed)
+        n = 5000 if n is None else n
+        quality = ink_quality(draw, judge, n=n, judged=min(2000, n) if judged is None else judged, seed=seed)
         found, measured = quality.agreement, quality.to_dict()
         typer.echo(f"fidelity: {quality.fidelity}\nfloor (real against real): {quality.floor}")
     for name, rate in {**found.groups, "all that was asked": found.together, "rejected": found.rejected}.items():

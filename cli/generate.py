@@ -24,7 +24,9 @@ def command(
         str | None,
         typer.Option(help="ddim, euler, heun, one_step, consistency, target_driven, trajectory; the model's own."),
     ] = None,
-    eta: Annotated[float | None, typer.Option(min=0, max=1, help="Noise of a few-step sampler; 0 is none.")] = None,
+    eta: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Noise of the few-step samplers but consistency; 0 is none.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Keys the noise.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sublimate.evaluation.intervals import Rate
+from sublimate.evaluation.intervals import Rate, plain
 from sublimate.pipelines.detector import Detector
 
 _MANY = 40  # labels that still fit into a sentence
@@ -120,6 +121,11 @@ class Agreement:
     groups: Mapping[str, Rate]
     together: Rate
     rejected: Rate
+
+    def to_dict(self) -> dict[str, Any]:
+        """The rates as JSON values."""
+        rates = {**self.groups, "together": self.together, "rejected": self.rejected}
+        return {name: plain(rate) for name, rate in rates.items()}
 
 
 def obeyed(readings: Readings, expected: Sequence[Expected], groups: Iterable[str]) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from sublimate.evaluation.detectors import open_detector
 from sublimate.evaluation.erasure import Generate
 from sublimate.evaluation.quality import Quality, measure_quality
 from sublimate.evaluation.studies import Bars, ErasureStudy, PromptSet
+from sublimate.pipelines.detector import Detector
 from sublimate.training.ink.captions import Caption, prompts
 from sublimate.training.ink.detector import InkDetector
 from sublimate.training.ink.vocabulary import GROUPS, locate
@@ -59,18 +60,21 @@ def ink_study(
     )
 
 
-def ink_quality(generate: Generate, *, n: int = 5000, judged: int = 2000, seed: int = 0) -> Quality:
+def ink_quality(
+    generate: Generate, detector: Detector | None = None, *, n: int = 5000, judged: int = 2000, seed: int = 0
+) -> Quality:
     """How well a model draws Ink: captions of the grammar, judged by Ink's detector against held-out handwriting.
 
     Args:
         generate: the model.
+        detector: Ink's, where it is open already.
         n: images for the distances.
         judged: how many of them are judged for agreement.
         seed: of prompts and images.
     """
-    detector = open_detector("ink")
+    detector = open_detector("ink") if detector is None else detector
     if not isinstance(detector, InkDetector):
-        raise TypeError(f"Ink is judged by its own detector, not by a {type(detector).__name__}.")
+        raise ValueError("Ink's grammar is judged by Ink's own detector: give prompts of your own for another.")
     return measure_quality(
         generate,
         ink_prompts(prompts(n, seed)),

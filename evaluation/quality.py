@@ -11,7 +11,6 @@ from torch import Tensor
 from sublimate.evaluation.agreement import Agreement, agreement
 from sublimate.evaluation.erasure import Generate
 from sublimate.evaluation.fidelity import Extractor, Fidelity, extract, fidelity, real_versus_real
-from sublimate.evaluation.intervals import plain
 from sublimate.evaluation.studies import PromptSet
 from sublimate.pipelines.detector import Detector
 
@@ -35,9 +34,8 @@ class Quality:
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers as JSON values."""
-        rates = {**self.agreement.groups, "together": self.agreement.together, "rejected": self.agreement.rejected}
         return {
-            "agreement": {name: plain(rate) for name, rate in rates.items()},
+            "agreement": self.agreement.to_dict(),
             "fidelity": asdict(self.fidelity),
             "floor": asdict(self.floor),
         }

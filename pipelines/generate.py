@@ -84,7 +84,7 @@ def generate(
         batch_size: images at once.
         sampler: "ddim", "euler", "heun", "one_step", or a few-step student's "consistency", "target_driven" or
             "trajectory" (see `FewSteps`); the checkpoint's own default, else its family's.
-        eta: of the few-step samplers: 0 is deterministic; the checkpoint's own default.
+        eta: of "target_driven" and "trajectory": 0 is deterministic; the checkpoint's own default.
         clipped_calls: of the few-step samplers: how many of the first calls clip their x0; the checkpoint's default.
         start: the schedule's time at which pure noise is put in, for a single step; the checkpoint's own default,
             else the schedule's end.
@@ -170,6 +170,8 @@ def generate_latents(
     name = sampler or model.backbone.sampler
     if discriminator is not None and (few or name not in ("ddim", "heun")):
         raise ValueError(f"A discriminator corrects the samplers ddim and heun, not {few.sampler if few else name}.")
+    if discriminator is not None and start is not None:
+        raise ValueError("A discriminator corrects whole trajectories: leave out start.")
     run = _few_step_run(model, few) if few else _walk(model, name, steps, start)
     reads_target = few is not None and few.sampler == "trajectory"
     reads_guidance = not reads_target and model.backbone.reads_guidance(network)
@@ -242,7 +244,10 @@ def _few_steps(
         if steps != 1:
             raise ValueError(f"A start of its own takes 1 step, not {steps or few.steps}: leave out start or steps.")
         given["times"] = (float(start),)
-    return replace(few, **given)
+    few = replace(few, **given)
+    if few.sampler == "consistency" and "eta" in given:
+        raise ValueError("The consistency sampler adds fresh noise at every step: leave out eta.")
+    return few
 
 
 def _few_step_run(model: Model, few: FewSteps) -> Run:

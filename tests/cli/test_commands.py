@@ -161,3 +161,14 @@ def test_a_full_disk_leaves_the_earlier_student_alone(capsys, tmp_path, distilli
     assert "The disk is full" in failed(capsys, *distilling, "trainer.max_train_steps=3")
     assert {path: path.read_bytes() for path in student.rglob("*") if path.is_file()} == before
     assert [path.name for path in (tmp_path / "run").iterdir() if "partial" in path.name] == []
+
+
+def test_own_prompts_are_all_judged_and_inks_grammar_by_inks_detector(capsys, tmp_path, tiny_sd_v):
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text('{"text": "a red seven", "digit": "seven", "ink": "red"}\n{"text": "a nine", "digit": "nine"}\n')
+    found = tmp_path / "found.json"
+    draw = ["evaluate", "ink", "--steps", "1", "--prompts", asked]
+    assert sublimate(capsys, *draw, "--out", found)[0] == 0
+    rates = json.loads(found.read_text())["agreement"]
+    assert {"digit", "ink", "together", "rejected"} <= rates.keys() and rates["together"]["n"] == 2
+    assert "--n and --judged" in failed(capsys, *draw, "--n", "8")
