@@ -39,6 +39,8 @@ def command(
         within=None if within is None else Concept(within),
     )
     eraser = registry.load("sublimate.erasure.methods", method, Eraser)
+    if anchor and not eraser.uses_anchor:
+        raise ValueError(f"{method} leads away from a concept, not to another: leave out --anchor.")
     changes = option or ()
     if config is None:
         options = validate_section(eraser.Config, parse_overrides(changes), "--set")

@@ -29,7 +29,7 @@ class Eraser(ABC):
     """A method of concept erasure: options in, an edit of a model's weights out.
 
     A method reads of a request what it has a use for; parts that would change *what* is erased and that it cannot
-    honour (`within`, a detector) it refuses.
+    honour (`within`, a detector) it refuses. `uses_anchor` says whether it reads what takes a concept's place.
 
     Args:
         config: the method's options.
@@ -43,6 +43,7 @@ class Eraser(ABC):
     paper: ClassVar[str]
     handles_within: ClassVar[bool] = False
     uses_detector: ClassVar[bool] = False
+    uses_anchor: ClassVar[bool] = True
 
     def __init__(self, config: Options | None = None, /, **options: Any) -> None:
         if config is not None and options:

@@ -92,7 +92,8 @@ def run_demo(
     config = load_config(DistillConfig, "demo", [f"trainer.output_dir={folder / 'distill'}", *overrides])
     base, edited, detector = open_model("ink"), open_model("ink"), open_detector("ink")
 
-    say(f"1/3 Erasing {name!r} with {method}; in its place: {request.erase[0].anchor!r}.")
+    place = f"; in its place: {request.erase[0].anchor!r}" if eraser.uses_anchor else ""
+    say(f"1/3 Erasing {name!r} with {method}{place}.")
     edit = eraser.fit(base, request, progress=True)
     folder.mkdir(parents=True, exist_ok=True)
     edit.save(folder / "edit.safetensors")
@@ -109,9 +110,11 @@ def run_demo(
         "One-step student of the edited teacher": _measured(study, draw_base, drawing(student), detector),
     }
     first, second = results.values()
+    command = ["sublimate", "demo", concept, "--method", method, "--n", str(n), "--out", str(folder)]
+    command += [word for change in overrides for word in ("--set", change)]
     report = erasure_report(
         first,
-        command=f"sublimate demo {shlex.quote(concept)} --method {method} --n {n}",
+        command=shlex.join(command),
         lead=f"{method.upper()} on Ink's teacher, then one-step f-distill of what it left.",
         pictures=example_pictures(first, students={"one-step student": drawing(student)}),
         more=(

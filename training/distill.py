@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Self, cast
 
 import torch
 from accelerate import Accelerator
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from sublimate.diffusion.conditions import Condition
@@ -75,6 +75,12 @@ class DistillConfig(Config):
     data: DataConfig = DataConfig()
     trainer: TrainerConfig = TrainerConfig()
     validation_prompts: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _validates(self) -> Self:
+        if bool(self.validation_prompts) != (self.trainer.validation_steps is not None):
+            raise ValueError("validation_prompts and trainer.validation_steps go together: set both or neither.")
+        return self
 
     def passes(self) -> float:
         """Counted network passes of the training, per process; without the teacher's own samples."""

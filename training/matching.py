@@ -31,18 +31,15 @@ class MatchingConfig(ObjectiveConfig):
             schedule's end.
         critic_updates: critic (and discriminator) updates per student update.
         time_range: noise levels used, as fractions of the schedule's time.
-        discriminator_width: hidden width of the discriminator's heads, where there is one.
-        student, critic, discriminator: how each player is made and optimised.
+        student, critic: how each player is made and optimised.
     """
 
     guidance_scale: float = Field(default=1.0, ge=1)
     start_log_snr: float | None = None
     critic_updates: int = Field(default=1, ge=1)
     time_range: tuple[float, float] = (0.02, 0.98)
-    discriminator_width: int = Field(default=256, ge=1)
     student: PlayerConfig = PlayerConfig()
     critic: PlayerConfig = PlayerConfig()
-    discriminator: PlayerConfig = PlayerConfig()
 
     @property
     def adversarial(self) -> bool:
@@ -62,6 +59,20 @@ class MatchingConfig(ObjectiveConfig):
     @abstractmethod
     def student_passes(self, step: int = 0) -> float:
         """Network passes per sample of the student's turn, counted as in `passes`."""
+
+
+class AdversarialConfig(MatchingConfig):
+    """Options of distribution matching with a discriminator, which takes part where `adversarial` says so.
+
+    Attributes:
+        discriminator_width: hidden width of the discriminator's heads.
+        discriminator: how the discriminator is made and optimised.
+
+    The others are `MatchingConfig`'s.
+    """
+
+    discriminator_width: int = Field(default=256, ge=1)
+    discriminator: PlayerConfig = PlayerConfig()
 
 
 class Matching(Objective):
@@ -95,7 +106,7 @@ class Matching(Objective):
             STUDENT: make_player(self.teacher, config.student, ema=True),
             "critic": make_player(self.teacher, config.critic),
         }
-        if config.adversarial:
+        if isinstance(config, AdversarialConfig) and config.adversarial:
             judge = make_discriminator(self.teacher, self.taps, self.shape, self.null, config.discriminator_width)
             self._players["discriminator"] = make_player(judge, config.discriminator)
 

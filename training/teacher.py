@@ -32,18 +32,18 @@ def frozen(teacher: Trainee) -> Denoiser:
     return teacher.denoiser.requires_grad_(False).eval()
 
 
-def check_guidance(null: Condition, *scales: float) -> None:
+def check_guidance(null: Condition, *scales: float, option: str = "guidance_scale") -> None:
     """Refuses guidance where there is no text to guide by.
 
     Args:
         null: the teacher's null condition; without keys for an unconditional teacher.
         scales: the guidance scales that will be used; 1 is none.
+        option: of the objective, which gave them.
 
     Raises:
         ValueError: when the teacher is unconditional and a scale is not 1.
     """
     if not null and any(scale != 1 for scale in scales):
         raise ValueError(
-            f"objective.guidance_scale is {', '.join(map(str, scales))}, but the teacher is unconditional: "
-            "set it to 1."
+            f"objective.{option} is {', '.join(map(str, scales))}, but the teacher is unconditional: 1 is no guidance."
         )

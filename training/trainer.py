@@ -9,12 +9,12 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -65,6 +65,12 @@ class TrainerConfig(Config):
     report_to: str | None = None
     logging_steps: int = Field(default=10, ge=1)
     validation_steps: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _warms_up(self) -> Self:
+        if self.lr_scheduler == "constant" and self.lr_warmup_steps > 0:
+            raise ValueError("A constant lr_scheduler has no warm-up: set it to constant_with_warmup.")
+        return self
 
 
 class Interrupted(Exception):

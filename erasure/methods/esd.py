@@ -79,6 +79,7 @@ class ESD(Eraser):
     Config = ESDConfig
     paper: ClassVar[str] = "2303.07345"
     handles_within = True
+    uses_anchor = False
 
     def solve(
         self, model: Model, request: Request, *, seed: int, detector: Detector | None, progress: bool

@@ -108,6 +108,25 @@ def test_negative_prompts_that_nothing_would_read(capsys, distilling):
     assert "f_distill reads no negative prompts" in failed(capsys, *distilling, "data.negatives=ink")
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["trainer.lr_warmup_steps=1"], "constant_with_warmup"),
+        (["validation_prompts=[a dog]"], "validation_prompts and trainer.validation_steps go together"),
+        (["method=disback", "objective={discriminator_width: 8}"], "discriminator_width"),
+        (["method=consistency_trajectory", "objective={sampling_gamma: 0.3}"], "sampling_gamma"),
+    ],
+)
+def test_options_that_nothing_would_read(capsys, tmp_path, distilling, changes, said):
+    own = [option for option in distilling if not option.startswith("objective.")]
+    assert said in failed(capsys, *own, "trainer.lr_scheduler=constant", "trainer.lr_warmup_steps=0", *changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_anchor_that_the_eraser_does_not_read(capsys, tiny_sd_v):
+    assert "--anchor" in failed(capsys, "erase", tiny_sd_v, "cat", "--method", "esd", "--anchor", "dog")
+
+
 def test_missing_folder(capsys, tmp_path):
     assert "nowhere" in failed(capsys, "generate", tmp_path / "nowhere", "a cat")
 

@@ -142,7 +142,7 @@ def test_pictures_of_an_attachment_are_refused(tiny_sd_v, tmp_path):
         method="discriminator_guidance",
         objective={"discriminator_width": 8},
         data={"prompts": str(prompts), "images": "teacher", "teacher_steps": 1},
-        trainer={"output_dir": tmp_path / "run"},
+        trainer={"output_dir": tmp_path / "run", "validation_steps": 1},
         validation_prompts=("a dog",),
     )
     with pytest.raises(ValueError, match="leave out validation_prompts"):

@@ -93,7 +93,10 @@ class ConsistencyDistillation(SoloObjective):
         super().__init__(model, config, "student", make_player(network, config.student, ema=True))
         self.solver = GuidedSolver(model, config.grid_steps)
         self.schedule, self.shape = self.solver.schedule, tuple(model.latent_shape)
-        check_guidance(self.solver.null, *(config.guidance_range or (config.guidance_scale,)))
+        if config.guidance_range is None:
+            check_guidance(self.solver.null, config.guidance_scale)
+        else:
+            check_guidance(self.solver.null, *config.guidance_range, option="guidance_range")
         self.few_steps = FewSteps(
             "consistency",
             steps=config.sampling_steps,

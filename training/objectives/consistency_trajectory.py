@@ -54,6 +54,8 @@ class ConsistencyTrajectoryConfig(ObjectiveConfig):
             raise ValueError(
                 "A student that is told its target has a new layer, which no LoRA holds: set kind to full."
             )
+        if self.sampling_gamma > 0 and self.sampling_steps == 1:
+            raise ValueError("A single step has no noise to add: set sampling_steps, or sampling_gamma to 0.")
         if self.denoising_weight > 0 and self.guidance_scale != 1:
             raise ValueError(
                 "The denoising term teaches the data's own, unguided denoiser: set guidance_scale to 1 or "

@@ -18,12 +18,12 @@ from sublimate.training.losses import (
     pseudo_target_loss,
     score_difference,
 )
-from sublimate.training.matching import Matching, MatchingConfig
+from sublimate.training.matching import AdversarialConfig, Matching
 from sublimate.training.objective import Batch, Loss
 from sublimate.training.teacher import Teacher
 
 
-class FDistillConfig(MatchingConfig):
+class FDistillConfig(AdversarialConfig):
     """Options of f-distill; defaults are those published for Stable Diffusion 1.5.
 
     Attributes:
@@ -36,7 +36,7 @@ class FDistillConfig(MatchingConfig):
         weight_normalization: divide h(r) by its batch mean.
         sample_normalization: divide each sample's gradient by mean|x0 - mu_p|, DMD's weight (DMD2, eq. 8 of DMD).
 
-    The others are `MatchingConfig`'s.
+    The others are `AdversarialConfig`'s and `MatchingConfig`'s.
     """
 
     divergence: Divergence = "jensen_shannon"

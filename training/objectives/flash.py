@@ -148,7 +148,7 @@ class Flash(Objective):
             raise ValueError("Only the perceptual distance has an extractor: pass it in Python, or choose `features`.")
         self.teacher, self.taps = frozen(model), model.feature_taps()
         self.schedule, self.shape, self.null = self.teacher.schedule, tuple(model.latent_shape), model.null_condition()
-        check_guidance(self.null, *config.guidance_range)
+        check_guidance(self.null, *config.guidance_range, option="guidance_range")
         self.model: Any = model
         self.extractor, self.grid = extractor, self.schedule.grid(config.teacher_steps)
         self._players = {"student": make_player(self.teacher, config.student, ema=True)}

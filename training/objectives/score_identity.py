@@ -10,12 +10,12 @@ from torch import Tensor
 
 from sublimate.diffusion.predictions import Prediction
 from sublimate.training.losses import distance_to_teacher, generator_loss, identity_terms
-from sublimate.training.matching import Matching, MatchingConfig
+from sublimate.training.matching import AdversarialConfig, Matching
 from sublimate.training.objective import Batch, Loss
 from sublimate.training.players import WITHOUT_MOMENTUM, PlayerConfig
 
 
-class ScoreIdentityConfig(MatchingConfig):
+class ScoreIdentityConfig(AdversarialConfig):
     """Options of SiD; defaults are those published for CIFAR-10: start sigma 2.5, the Karras curve up to 80 %.
 
     Attributes:
@@ -23,7 +23,7 @@ class ScoreIdentityConfig(MatchingConfig):
         gan_weight: weight of the adversarial term; SiDA's is 1e-4 (0.01 beside 100 for the identity), 0 is data-free.
         sample_normalization: divide each sample's loss, adversarial term included, by mean|x0 - mu_p|.
 
-    The others are `MatchingConfig`'s.
+    The others are `AdversarialConfig`'s and `MatchingConfig`'s.
     """
 
     alpha: float | None = None

@@ -88,7 +88,7 @@ class SwiftBrush(Matching):
 
     def __init__(self, model: Teacher, config: SwiftBrushConfig) -> None:
         super().__init__(model, config)
-        check_guidance(self.null, *(config.guidance_range or ()))
+        check_guidance(self.null, *(config.guidance_range or ()), option="guidance_range")
         if config.negative_attention:
             install_negative_attention(self.student.network)
 

@@ -18,13 +18,13 @@ from sublimate.training.losses import (
     generator_loss,
     identity_terms,
 )
-from sublimate.training.matching import Matching, MatchingConfig
+from sublimate.training.matching import AdversarialConfig, Matching
 from sublimate.training.objective import Batch, Loss
 from sublimate.training.players import WITHOUT_MOMENTUM, PlayerConfig
 from sublimate.training.teacher import Teacher
 
 
-class UniInstructConfig(MatchingConfig):
+class UniInstructConfig(AdversarialConfig):
     """Options of Uni-Instruct; defaults are those published for CIFAR-10 (start sigma 2.5, one critic update).
 
     Attributes:
@@ -35,7 +35,7 @@ class UniInstructConfig(MatchingConfig):
             the divergence per element; off, times are drawn as the schedule trains and every sample's loss is divided
             by mean|x0 - mu_p|, adversarial term included, as in SiD.
 
-    The others are `MatchingConfig`'s.
+    The others are `AdversarialConfig`'s and `MatchingConfig`'s.
     """
 
     divergence: Divergence = "forward_kl"
