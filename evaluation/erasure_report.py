@@ -19,7 +19,7 @@ NOT_TRIED = (
     "fine-tuning the edited weights, on the concept or on anything else",
     "images as a start (img2img, inpainting), adapters and other samplers",
 )
-"""What an erasure study alone leaves open; `sublimate audit` measures some of it."""
+"""What an erasure study alone leaves open."""
 
 _ROLES = {
     "target": "Asked for “{}”",

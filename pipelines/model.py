@@ -41,7 +41,8 @@ class Model:
         denoiser: its network as (x_t, t, condition) -> Prediction.
         schedule: the noise schedule it was trained with.
         source: what it was opened from.
-        defaults: "guidance_scale", "steps" and "start" from the checkpoint's `sublimate.json`, as far as given.
+        defaults: "guidance_scale", "steps", "start" and "few_steps" from the checkpoint's `sublimate.json`, as far as
+            given.
     """
 
     def __init__(self, pipeline: Any, source: str, defaults: Mapping[str, Any] | None = None) -> None:

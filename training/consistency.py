@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.guidance import guided
 from sublimate.diffusion.predictions import Prediction, per_sample
 from sublimate.diffusion.schedules import Schedule
+from sublimate.training.ema import Average
 from sublimate.training.teacher import Teacher, frozen
 
 
@@ -78,3 +79,20 @@ class GuidedSolver:
         c = self.schedule.at(to)
         null = self.null if null is None else null
         return guided(self.teacher, x_t, t, condition, null, scale).combine(c.alpha, c.sigma)
+
+
+def target_state(average: Average | None) -> dict[str, Tensor]:
+    """What a checkpoint keeps of an averaged target network; nothing where the target is the student itself."""
+    return {} if average is None else {f"target.{name}": value for name, value in average.values.items()}
+
+
+def load_target(average: Average | None, state: Mapping[str, Tensor]) -> None:
+    """Restores `target_state`.
+
+    Raises:
+        ValueError: when it is that of another student.
+    """
+    if state.keys() != target_state(average).keys():
+        raise ValueError("The checkpoint's target does not fit this student: resume with the same options.")
+    if average is not None:
+        average.load({name.removeprefix("target."): value for name, value in state.items()})

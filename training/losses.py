@@ -24,8 +24,8 @@ Divergence = Literal[
 ]
 
 # h(r) = f''(r) r^2 for r = p/q (teacher over student), f as in f-distill (arXiv 2502.15681, Table 1).
-# Constants matter only beside other terms: after normalisation to mean one they drop out. "js" belongs to
-# f = r log r - (r+1) log((r+1)/2), which is twice the Jensen-Shannon divergence.
+# Constants matter only beside other terms: after normalisation to mean one they drop out. That of
+# Jensen-Shannon belongs to f = r log r - (r+1) log((r+1)/2), which is twice the Jensen-Shannon divergence.
 F_DIVERGENCES: Mapping[Divergence, Callable[[Tensor], Tensor]] = MappingProxyType(
     {
         "reverse_kl": torch.ones_like,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, cast
 
 import torch
 from pydantic import Field
@@ -193,5 +193,4 @@ class Matching(Objective):
         return batch.adding(t=t, **{name: batch.random.normal(self.shape, device) for name in names})
 
     def exports(self) -> Artefact:
-        kind: Literal["weights", "lora"] = "weights" if self.config.student.kind == "full" else "lora"
-        return Artefact(kind, self.student, self.start)
+        return Artefact(self.config.student.artefact, self.student, self.start)

@@ -21,8 +21,9 @@ class ObjectiveConfig(Config, ABC):
 
     @property
     def sample_guidance(self) -> float:
-        """Guidance of the teacher's own samples, where those are the data; 1 is none."""
-        return float(getattr(self, "guidance_scale", 1.0))
+        """Guidance of the teacher's own samples, where those are the data: its scale, or the middle of its range."""
+        low, high = getattr(self, "guidance_range", None) or (1.0, 1.0)
+        return float(getattr(self, "guidance_scale", (low + high) / 2))
 
     @abstractmethod
     def passes(self, step: int = 0) -> float:
@@ -164,7 +165,7 @@ class Objective(ABC):
 
     @classmethod
     def describe(cls) -> dict[str, Any]:
-        """Name, paper and options, for provenance."""
+        """Name and paper, for provenance."""
         return {"method": cls.__module__.rsplit(".", 1)[-1], "paper": cls.paper}
 
 

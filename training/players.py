@@ -45,6 +45,11 @@ class PlayerConfig(Config):
     adam_epsilon: float = Field(default=1e-8, gt=0)
     adam_weight_decay: float = Field(default=0.01, ge=0)
 
+    @property
+    def artefact(self) -> Literal["weights", "lora"]:
+        """What a player of this kind is exported as."""
+        return "weights" if self.kind == "full" else "lora"
+
 
 # Adam as SiD and much of adversarial training run it.
 WITHOUT_MOMENTUM = PlayerConfig(adam_beta1=0.0, adam_weight_decay=0.0)

@@ -32,6 +32,16 @@ def frozen(teacher: Trainee) -> Denoiser:
     return teacher.denoiser.requires_grad_(False).eval()
 
 
+def images_and(null: Condition, *more: str) -> frozenset[str]:
+    """The needs of an objective that reads images, their prompts where the model reads text, and more.
+
+    Args:
+        null: the model's null condition; without keys for an unconditional model.
+        more: other needs, by name.
+    """
+    return frozenset({"images", *more} | ({"prompts"} if null else set()))
+
+
 def check_guidance(null: Condition, *scales: float, option: str = "guidance_scale") -> None:
     """Refuses guidance where there is no text to guide by.
 

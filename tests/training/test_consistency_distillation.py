@@ -181,7 +181,7 @@ def test_the_target_is_a_moving_average_that_survives_a_restart():
     objective.loss(TURN, batch, 0)
     with torch.no_grad():
         objective.player.module.mean += 1.0
-    torch.testing.assert_close(objective._averaged().values["mean"], torch.tensor(MEAN))
+    torch.testing.assert_close(objective._averaged.values["mean"], torch.tensor(MEAN))
     objective.after_step(0)
     torch.testing.assert_close(objective.state()["target.mean"], torch.tensor(MEAN + 0.1))
     average = Exact(VP)

@@ -13,12 +13,12 @@ from torch.func import functional_call
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.predictions import Prediction, add_noise
 from sublimate.pipelines.few_steps import FewSteps
-from sublimate.training.consistency import GuidedSolver, jump
+from sublimate.training.consistency import GuidedSolver, jump, load_target, target_state
 from sublimate.training.ema import Average
 from sublimate.training.losses import pseudo_huber_loss, squared_loss
 from sublimate.training.objective import Artefact, Batch, Loss, ObjectiveConfig, SoloObjective, Turn
 from sublimate.training.players import PlayerConfig, make_player
-from sublimate.training.teacher import Teacher, check_guidance
+from sublimate.training.teacher import Teacher, check_guidance, images_and
 
 
 class ConsistencyDistillationConfig(ObjectiveConfig):
@@ -107,7 +107,7 @@ class ConsistencyDistillation(SoloObjective):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"images", "prompts"} if self.solver.null else {"images"})
+        return images_and(self.solver.null)
 
     def prepare(self, turn: Turn, batch: Batch, step: int) -> Batch:
         device = batch["images"].device
@@ -133,9 +133,9 @@ class ConsistencyDistillation(SoloObjective):
     def target(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
         """The student's moving average, or the student itself."""
         student = self.player.module
-        if self.config.target_decay is None:
+        if self._averaged is None:
             return student(x_t, t, condition)
-        return functional_call(student, self._averaged().values, (x_t, t, condition))
+        return functional_call(student, self._averaged.values, (x_t, t, condition))
 
     def _to_data(self, network, x: Tensor, t: Tensor, condition: Condition) -> Tensor:  # type: ignore[no-untyped-def]
         """f(x, t)."""
@@ -151,27 +151,22 @@ class ConsistencyDistillation(SoloObjective):
         scale = torch.as_tensor(self._scale(batch), dtype=torch.float32, device=batch["t"].device)
         return batch.condition.replace(guidance=scale.expand(len(batch)))
 
-    def _averaged(self) -> Average:
+    @property
+    def _averaged(self) -> Average | None:
         # Made at first use, when the student has reached its device and not yet moved.
-        if self._average is None:
-            self._average = Average(self.player.trainable(), self.config.target_decay or 0.0)
+        if self._average is None and self.config.target_decay is not None:
+            self._average = Average(self.player.trainable(), self.config.target_decay)
         return self._average
 
     def after_step(self, step: int) -> None:
-        if self.config.target_decay is not None:
-            self._averaged().update()
+        if self._averaged is not None:
+            self._averaged.update()
 
     def state(self) -> dict[str, Tensor]:
-        if self.config.target_decay is None:
-            return {}
-        return {f"target.{name}": value for name, value in self._averaged().values.items()}
+        return target_state(self._averaged)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        if state.keys() != self.state().keys():
-            raise ValueError("The checkpoint's target does not fit this student: resume with the same options.")
-        if state:
-            self._averaged().load({name.removeprefix("target."): value for name, value in state.items()})
+        load_target(self._averaged, state)
 
     def exports(self) -> Artefact:
-        full = self.config.student.kind == "full"
-        return Artefact("weights" if full else "lora", self.player.module, few_steps=self.few_steps)
+        return Artefact(self.config.student.artefact, self.player.module, few_steps=self.few_steps)

@@ -148,12 +148,12 @@ class ConsistencyTraining(SoloObjective):
         return torch.where(noise > 0, t, schedule.t_clean)
 
     def exports(self) -> Artefact:
-        kind: Literal["weights", "lora"] = "weights" if self.config.student.kind == "full" else "lora"
         if (steps := self.config.sampling_steps) == 1:
-            return Artefact(kind, self.student, self.start)
+            return Artefact(self.config.student.artefact, self.student, self.start)
         whole = self.start == self.schedule.t_max
         times = None if whole else (self.start, *self.schedule.grid(steps)[1:-1].tolist())
-        return Artefact(kind, self.student, self.start, FewSteps("consistency", steps=steps, times=times))
+        few = FewSteps("consistency", steps=steps, times=times)
+        return Artefact(self.config.student.artefact, self.student, self.start, few)
 
 
 @contextmanager

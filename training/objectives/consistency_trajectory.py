@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from sublimate.diffusion.predictions import add_noise, per_sample
 from sublimate.pipelines.few_steps import FewSteps
-from sublimate.training.consistency import GuidedSolver, jump
+from sublimate.training.consistency import GuidedSolver, jump, load_target, target_state
 from sublimate.training.ema import Average
 from sublimate.training.losses import denoising_loss, pseudo_huber_loss
 from sublimate.training.objective import Artefact, Batch, Loss, ObjectiveConfig, SoloObjective, Turn
 from sublimate.training.players import PlayerConfig, make_player
-from sublimate.training.teacher import Teacher, check_guidance
+from sublimate.training.teacher import Teacher, check_guidance, images_and
 
 
 class ConsistencyTrajectoryConfig(ObjectiveConfig):
@@ -110,7 +110,7 @@ class ConsistencyTrajectory(SoloObjective):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"images", "prompts"} if self.solver.null else {"images"})
+        return images_and(self.solver.null)
 
     @property
     def student(self) -> nn.Module:
@@ -173,14 +173,11 @@ class ConsistencyTrajectory(SoloObjective):
 
     def state(self) -> dict[str, Tensor]:
         _ = self.target
-        values = {} if self._average is None else self._average.values
-        return {f"target.{name}": value for name, value in values.items()}
+        return target_state(self._average)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        if state.keys() != self.state().keys():
-            raise ValueError("The checkpoint's target does not fit this student: resume with the same options.")
-        if self._average is not None:
-            self._average.load({name.removeprefix("target."): value for name, value in state.items()})
+        _ = self.target
+        load_target(self._average, state)
 
     def exports(self) -> Artefact:
         few, config = None, self.config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field
 from torch import nn
@@ -11,7 +11,7 @@ from sublimate.diffusion.predictions import add_noise
 from sublimate.training.losses import denoising_loss
 from sublimate.training.objective import Artefact, Batch, Loss, ObjectiveConfig, SoloObjective, Turn
 from sublimate.training.players import PlayerConfig, make_player
-from sublimate.training.teacher import Trainee
+from sublimate.training.teacher import Trainee, images_and
 
 
 class DenoisingConfig(ObjectiveConfig):
@@ -49,7 +49,7 @@ class Denoising(SoloObjective):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"images", "prompts"} if self.null else {"images"})
+        return images_and(self.null)
 
     def prepare(self, turn: Turn, batch: Batch, step: int) -> Batch:
         x0 = batch["images"]
@@ -68,5 +68,4 @@ class Denoising(SoloObjective):
         return self.player.module
 
     def exports(self) -> Artefact:
-        kind: Literal["weights", "lora"] = "weights" if self.config.student.kind == "full" else "lora"
-        return Artefact(kind, self.student, as_base=True)
+        return Artefact(self.config.student.artefact, self.student, as_base=True)

@@ -15,7 +15,7 @@ from sublimate.pipelines.discriminator_guidance import NAME
 from sublimate.training.losses import discriminator_loss
 from sublimate.training.objective import Artefact, Batch, Loss, ObjectiveConfig, SoloObjective, Turn
 from sublimate.training.players import PlayerConfig, make_player
-from sublimate.training.teacher import Teacher, check_guidance, frozen
+from sublimate.training.teacher import Teacher, check_guidance, frozen, images_and
 
 
 class DiscriminatorGuidanceConfig(ObjectiveConfig):
@@ -75,7 +75,7 @@ class DiscriminatorGuidance(SoloObjective):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"images", "samples", "prompts"} if self.null else {"images", "samples"})
+        return images_and(self.null, "samples")
 
     def prepare(self, turn: Turn, batch: Batch, step: int) -> Batch:
         device = batch["images"].device

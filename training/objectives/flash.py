@@ -18,7 +18,7 @@ from sublimate.training.losses import pseudo_target_loss, score_difference, squa
 from sublimate.training.objective import Artefact, Batch, Loss, Objective, ObjectiveConfig, Turn
 from sublimate.training.players import Player, PlayerConfig, make_player
 from sublimate.training.randomness import key
-from sublimate.training.teacher import Teacher, check_guidance, frozen
+from sublimate.training.teacher import Teacher, check_guidance, frozen, images_and
 
 Weights = Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)]
 Phases = Annotated[tuple[Weights, ...], Field(min_length=1)]
@@ -103,10 +103,6 @@ class FlashConfig(ObjectiveConfig):
         generator = torch.Generator().manual_seed(key("flash", self.seed, step))
         return int(torch.multinomial(self.start_probabilities(step), 1, generator=generator))
 
-    @property
-    def sample_guidance(self) -> float:
-        return sum(self.guidance_range) / 2
-
     def passes(self, step: int = 0) -> float:
         teacher = 1 if self.guidance_range == (1.0, 1.0) else 2
         # The teacher's remaining steps, the student forward and backward.
@@ -158,7 +154,7 @@ class Flash(Objective):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"images", "prompts"} if self.null else {"images"})
+        return images_and(self.null)
 
     def players(self) -> dict[str, Player]:
         return self._players
@@ -249,5 +245,5 @@ class Flash(Objective):
         return self._players["discriminator"].module(prediction, batch["judged"]).float()
 
     def exports(self) -> Artefact:
-        kind: Literal["weights", "lora"] = "weights" if self.config.student.kind == "full" else "lora"
-        return Artefact(kind, self.student, few_steps=FewSteps("consistency", steps=self.config.sampling_steps))
+        few = FewSteps("consistency", steps=self.config.sampling_steps)
+        return Artefact(self.config.student.artefact, self.student, few_steps=few)

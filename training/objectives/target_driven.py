@@ -16,7 +16,7 @@ from sublimate.training.consistency import GuidedSolver, jump
 from sublimate.training.losses import pseudo_huber_loss
 from sublimate.training.objective import Artefact, Batch, Loss, ObjectiveConfig, SoloObjective, Turn
 from sublimate.training.players import PlayerConfig, make_player
-from sublimate.training.teacher import Teacher, check_guidance
+from sublimate.training.teacher import Teacher, check_guidance, images_and
 
 
 class TargetDrivenConfig(ObjectiveConfig):
@@ -99,7 +99,7 @@ class TargetDriven(SoloObjective):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"images", "prompts"} if self.solver.null else {"images"})
+        return images_and(self.solver.null)
 
     def prepare(self, turn: Turn, batch: Batch, step: int) -> Batch:
         device = batch["images"].device
@@ -125,8 +125,7 @@ class TargetDriven(SoloObjective):
         return Loss(pseudo_huber_loss(reached, wanted, self.config.huber_c).mean())
 
     def exports(self) -> Artefact:
-        full = self.config.student.kind == "full"
-        return Artefact("weights" if full else "lora", self.player.module, few_steps=self.few_steps)
+        return Artefact(self.config.student.artefact, self.player.module, few_steps=self.few_steps)
 
 
 def merged_targets(grid_steps: int, target_steps: Sequence[int]) -> Tensor:
