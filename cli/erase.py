@@ -26,7 +26,6 @@ def command(
     """Erase concepts and write the edit, which applies to and comes off the base model bit by bit."""
     from sublimate.erasure.eraser import Eraser
     from sublimate.erasure.request import Concept, Request
-    from sublimate.pipelines.export import save_model
     from sublimate.pipelines.model import open_model
     from sublimate.training import registry
     from sublimate.training.config import load_config, parse_overrides, validate_section
@@ -51,6 +50,5 @@ def command(
     out.mkdir(parents=True, exist_ok=True)
     typer.echo(f"Wrote {edit.save(out / 'edit.safetensors')}")
     if fold:
-        with edit.applied(opened):
-            folder = save_model(opened, out / "model", provenance=dict(edit.provenance))
+        folder = edit.fold(opened, out / "model")
         typer.echo(f'Wrote {folder}: DiffusionPipeline.from_pretrained("{folder}")')

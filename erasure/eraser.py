@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -14,6 +13,7 @@ from sublimate.erasure.request import Request
 from sublimate.pipelines.detector import Detector
 from sublimate.pipelines.edit import Edit
 from sublimate.pipelines.model import Model
+from sublimate.pipelines.versions import versions
 from sublimate.training.config import Config as Options
 
 
@@ -97,14 +97,3 @@ class Eraser(ABC):
     def name(cls) -> str:
         """The method's name: that of its file."""
         return cls.__module__.rsplit(".", 1)[-1]
-
-
-def versions() -> dict[str, str]:
-    """Versions of the libraries that an edit depends on."""
-    found = {}
-    for package in ("sublimate", "torch", "diffusers", "transformers"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found

@@ -6,7 +6,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,16 @@ def fill(template: str, name: str) -> str:
     if template.count("{}") != 1:
         raise ValueError(f"A template needs exactly one {{}} where the concept's name goes, got {template!r}.")
     return " ".join(template.replace("{}", name).split())
+
+
+def _checked(templates: tuple[str, ...]) -> tuple[str, ...]:
+    for template in templates:
+        fill(template, "")
+    return templates
+
+
+Templates = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_checked)]
+"""Prompts with one `{}` each for a concept's name."""
 
 
 def _folded(text: str) -> str:

@@ -8,10 +8,11 @@ import torch
 
 from sublimate.evaluation.erasure import Generate
 from sublimate.evaluation.erasure_result import Comparison, ErasureResult
-from sublimate.evaluation.hardware import hardware_line, versions
+from sublimate.evaluation.hardware import hardware_line
 from sublimate.evaluation.intervals import Rate
 from sublimate.evaluation.report import Report
 from sublimate.evaluation.report_sections import Cell, PictureRow, Pictures, Section, Table, Verdict
+from sublimate.pipelines.versions import versions
 
 NOT_TRIED = (
     "prompts searched for by an attacker (black-box or by gradient)",

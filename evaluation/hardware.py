@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-
-PACKAGES = ("sublimate", "torch", "diffusers", "transformers")
 
 
 def hardware_line() -> str:
@@ -18,17 +15,6 @@ def hardware_line() -> str:
     threads = torch.get_num_threads()
     parts = [f"{_processor()}, {threads} thread{'s' * (threads > 1)} on {cores} cores", *_accelerators()]
     return f"{'; '.join(parts)}; torch {torch.__version__}"
-
-
-def versions() -> dict[str, str]:
-    """The installed versions of this package, of what computes and of what models are saved as, and of Python."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def _processor() -> str:

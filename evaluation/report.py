@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 from sublimate.evaluation.report_page import page
 from sublimate.evaluation.report_sections import Section, section_to_dict
+from sublimate.pipelines.folders import file_written_aside
 
 FORMAT = 1
 
@@ -79,20 +78,7 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
         html = self.to_html()
-        _replace(folder / "report.json", text + "\n")
-        _replace(folder / "report.html", html)
+        for name, content in (("report.json", text + "\n"), ("report.html", html)):
+            with file_written_aside(folder / name) as aside:
+                aside.write_text(content, encoding="utf-8")
         return folder / "report.html"
-
-
-def _replace(path: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp makes files that only their owner may read
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.pipelines.model import Model
-from sublimate.pipelines.negative_attention import reads_negatives
+from sublimate.pipelines.negative_attention import attention_layers, reads_negatives
 
 _SDPA_KERNELS = {
     "math": SDPBackend.MATH,
@@ -146,7 +146,7 @@ def set_attention(model: Model, kernel: str = "auto") -> AttentionReport:
         _check_xformers(model.device)
     if reads_negatives(model.denoiser.network):
         raise ValueError("Choose the attention kernel before what reads negative prompts is installed: remove that.")
-    layers = _attention_layers(model.denoiser.network)
+    layers = attention_layers(model.denoiser.network)
     before = [layer.processor for layer in layers.values()]
     chosen = [_processor(layer.processor, kernel, type(model.denoiser.network).__name__) for layer in layers.values()]
     try:
@@ -164,12 +164,7 @@ def set_attention(model: Model, kernel: str = "auto") -> AttentionReport:
 
 def attention_report(model: Model) -> AttentionReport:
     """Which attention kernels the denoiser uses as it is, from one forward pass."""
-    return AttentionReport("as it is", _watch(model, _attention_layers(model.denoiser.network)))
-
-
-def _attention_layers(network: nn.Module) -> dict[str, Any]:
-    """The layers that delegate to an attention processor."""
-    return {name: module for name, module in network.named_modules() if hasattr(module, "set_processor")}
+    return AttentionReport("as it is", _watch(model, attention_layers(model.denoiser.network)))
 
 
 def _original(processor: Any) -> Any:

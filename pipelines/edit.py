@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from sublimate.pipelines.checkpoints import refuse_pickle
 from sublimate.pipelines.edit_stack import EditStack, close_stack, merged, open_stack, parameter_of, stack_of
 from sublimate.pipelines.export import save_model
+from sublimate.pipelines.folders import file_written_aside
 from sublimate.pipelines.model import Model
 
 FORMAT = "sublimate.edit"
@@ -156,7 +156,8 @@ class Edit:
             "low_rank": json.dumps(sorted(self.low_rank)),
             "provenance": json.dumps(self.provenance, sort_keys=True),
         }
-        write_atomically(tensors, path, metadata)
+        with file_written_aside(path) as aside:
+            save_file(tensors, aside, metadata)
         return path
 
     @staticmethod
@@ -249,27 +250,6 @@ class Edit:
                 f"The edit was made for {_name(base)}, the model is {here}: "
                 "pass allow_other_base=True to apply it all the same."
             )
-
-
-def write_atomically(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Writes safetensors aside in the same folder, syncs, and renames: readers never see half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.parent / f".{path.name}.{os.getpid()}.partial"
-    try:
-        save_file(dict(tensors), aside, dict(metadata))
-        _sync(aside)
-        aside.replace(path)
-        _sync(path.parent)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _float32(key: str, tensor: Tensor) -> Tensor:

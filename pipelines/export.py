@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.metadata
 import inspect
 import json
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from sublimate.pipelines.few_steps import FewSteps
 from sublimate.pipelines.folders import written_aside
 from sublimate.pipelines.model import DEFAULTS_FILE, Model
 from sublimate.pipelines.progress import without_bars
+from sublimate.pipelines.versions import versions
 
 INDEX = "model_index.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -297,16 +297,7 @@ def _record(
 
 
 def _with_versions(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("sublimate", "diffusers", "transformers", "torch")
-    versions = {name: version for name in names if (version := _version(name))}
-    return json.loads(json.dumps({**provenance, "versions": versions}))
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return json.loads(json.dumps({**provenance, "versions": versions()}))
 
 
 def _card(model: Model, record: Mapping[str, Any], usage: list[str], title: str, license: str | None) -> str:

@@ -50,3 +50,10 @@ def _keep(features: dict[str, Tensor], name: str, item: int) -> Any:
         features[name] = output if isinstance(output, Tensor) else output[item]
 
     return hook
+
+
+def unet_taps(network: Any) -> tuple[str, ...]:
+    """A UNet's blocks, by name: the middle first, whose output sees the whole picture."""
+    downs = tuple(f"down_blocks.{i}" for i in range(len(network.down_blocks)))
+    ups = tuple(f"up_blocks.{i}" for i in range(len(network.up_blocks)))
+    return ("mid_block", *downs, *ups)

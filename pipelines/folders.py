@@ -1,4 +1,4 @@
-"""Folders that appear complete or not at all."""
+"""Folders and files that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -48,6 +48,20 @@ def written_aside(folder: Path, marker: str) -> Iterator[Path]:
         shutil.rmtree(earlier, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def file_written_aside(path: Path) -> Iterator[Path]:
+    """A path in the same folder, whose file takes the place of `path` once this context ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.parent / f".{path.name}.{os.getpid()}.partial"
+    try:
+        yield aside
+        _sync(aside)
+        aside.replace(path)
+        _sync(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -115,12 +115,12 @@ _PROCESSORS = (NegativeAttention, NegativeJointAttention)
 
 def takes_negatives(network: nn.Module) -> bool:
     """Whether negative attention is installed in a network."""
-    return any(isinstance(layer.processor, _PROCESSORS) for layer in attention_layers(network))
+    return any(isinstance(layer.processor, _PROCESSORS) for layer in attention_layers(network).values())
 
 
 def reads_negatives(network: nn.Module) -> bool:
     """Whether a network reads negative prompts by whatever processors it has."""
-    return any(getattr(layer.processor, "reads_negatives", False) for layer in attention_layers(network))
+    return any(getattr(layer.processor, "reads_negatives", False) for layer in attention_layers(network).values())
 
 
 def install_negative_attention(network: nn.Module) -> None:
@@ -131,7 +131,7 @@ def install_negative_attention(network: nn.Module) -> None:
     Raises:
         ValueError: when it is installed already, or the network has no attention to text that it fits.
     """
-    layers = attention_layers(network)
+    layers = attention_layers(network).values()
     if reads_negatives(network):
         raise ValueError(f"This {type(network).__name__} reads negative prompts already: remove what does so first.")
     joint = any(getattr(layer, "add_k_proj", None) is not None for layer in layers)
@@ -148,7 +148,7 @@ def install_negative_attention(network: nn.Module) -> None:
 
 def remove_negative_attention(network: nn.Module) -> None:
     """Puts back the processors that were there before."""
-    for layer in attention_layers(network):
+    for layer in attention_layers(network).values():
         if isinstance(layer.processor, _PROCESSORS):
             layer.set_processor(layer.processor.original)
 
@@ -183,6 +183,6 @@ def negative_arguments(network: nn.Module, condition: Condition) -> dict[str, Te
     return {"negative": condition[NEGATIVE], "strength": condition[STRENGTH]}
 
 
-def attention_layers(network: nn.Module) -> list[Any]:
-    """The layers that delegate to an attention processor."""
-    return [module for module in network.modules() if hasattr(module, "set_processor")]
+def attention_layers(network: nn.Module) -> dict[str, Any]:
+    """The layers that delegate to an attention processor, by name."""
+    return {name: module for name, module in network.named_modules() if hasattr(module, "set_processor")}

@@ -144,7 +144,7 @@ def install_speedupnet(network: nn.Module, *, positive: bool = False, initial_sc
     Raises:
         ValueError: when the network has no cross-attention that it fits, or reads negative prompts already.
     """
-    layers = attention_layers(network)
+    layers = attention_layers(network).values()
     crossed = [layer for layer in layers if getattr(layer, "is_cross_attention", False)]
     if not crossed:
         raise ValueError(f"A {type(network).__name__} has no cross-attention: SpeedUpNet is for UNets with text.")
@@ -170,7 +170,7 @@ def install_speedupnet(network: nn.Module, *, positive: bool = False, initial_sc
 
 def attached_speedupnet(network: nn.Module) -> Mapping[str, Any] | None:
     """The "guidance_scale" and "steps" that the adapter in a network is made for; None without one."""
-    found = (layer.processor for layer in attention_layers(network))
+    found = (layer.processor for layer in attention_layers(network).values())
     return next((p.defaults for p in found if isinstance(p, SpeedUpAttention)), None)
 
 
@@ -183,7 +183,7 @@ def detach_speedupnet(model: Model) -> None:
     network = model.denoiser.network
     if attached_speedupnet(network) is None:
         raise ValueError(f"{model.source} has no SpeedUpNet attached.")
-    for layer in attention_layers(network):
+    for layer in attention_layers(network).values():
         if isinstance(layer.processor, SpeedUpAttention | ReadsNothing):
             original = layer.processor.original
             # A processor that is a module is registered as one; `set_processor` says so in the log if it removes it.

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from sublimate.diffusion.conditions import Condition
@@ -20,7 +20,7 @@ from sublimate.erasure.fine_tuning import (
     trained_values,
 )
 from sublimate.erasure.prompt_bank import concept_bank
-from sublimate.erasure.request import Request, fill
+from sublimate.erasure.request import Request, Templates
 from sublimate.erasure.trajectories import rollout
 from sublimate.pipelines.detector import Detector
 from sublimate.pipelines.model import Model
@@ -50,18 +50,11 @@ class ESDConfig(FineTuningConfig):
     start_guidance: float = Field(default=3.0, ge=0)
     sampling_steps: int = Field(default=50, ge=1)
     trajectory: Literal["student", "frozen"] = "student"
-    templates: tuple[str, ...] = Field(default=("{}",), min_length=1)
+    templates: Templates = ("{}",)
     space: targets.Space = "output"
     retain: float = Field(default=1.0, ge=0)
     null_pin: float = Field(default=0.0, ge=0)
     l1: float = Field(default=0.0, ge=0)
-
-    @field_validator("templates")
-    @classmethod
-    def _have_places(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
-        for template in templates:
-            fill(template, "")
-        return templates
 
     def passes(self, step: int = 0) -> float:
         """For a request with preserved concepts (if `retain` is set) and without `within`, which adds 1."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from sublimate.erasure import closed_form
 from sublimate.erasure.eraser import Changes, Eraser
-from sublimate.erasure.request import Request, fill
+from sublimate.erasure.request import Request, Templates
 from sublimate.erasure.token_rows import Tokens, concept_rows
 from sublimate.pipelines.backbones.base import EntryPoint
 from sublimate.pipelines.detector import Detector
@@ -36,18 +36,11 @@ class UCEConfig(Config):
     """
 
     tokens: Tokens = "tail"
-    templates: tuple[str, ...] = Field(default=("{}",), min_length=1)
+    templates: Templates = ("{}",)
     erase_scale: float = Field(default=1.0, gt=0)
     preserve_scale: float = Field(default=1.0, ge=0)
     lam: float = Field(default=0.5, ge=0)
     lam_relative: bool = False
-
-    @field_validator("templates")
-    @classmethod
-    def _have_places(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
-        for template in templates:
-            fill(template, "")
-        return templates
 
 
 class UCE(Eraser):

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from sublimate.diffusion.conditions import Condition
 from sublimate.pipelines.autoencoders import decode_media, encode_media
 from sublimate.pipelines.backbones.base import Backbone, EntryPoint, Network, Pipeline, StockSampling, refuse_unknown
-from sublimate.pipelines.features import tapped
+from sublimate.pipelines.features import tapped, unet_taps
 from sublimate.pipelines.few_steps import FewSteps
 from sublimate.pipelines.one_step import ddim_at
 from sublimate.pipelines.stock_few_steps import table_sampling
@@ -126,9 +126,7 @@ class AudioLDM2(Backbone):
         return StockSampling("AudioLDM2Pipeline", scheduler, {**call, **self.no_guidance}, few)
 
     def feature_taps(self, network: Network) -> tuple[str, ...]:
-        downs = tuple(f"down_blocks.{i}" for i in range(len(network.down_blocks)))
-        ups = tuple(f"up_blocks.{i}" for i in range(len(network.up_blocks)))
-        return ("mid_block", *downs, *ups)
+        return unet_taps(network)
 
     def text_entry_points(self, pipe: Pipeline) -> list[EntryPoint]:
         points = []

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sublimate.diffusion.conditions import Condition
 from sublimate.pipelines.autoencoders import decode_latents, encode_images
 from sublimate.pipelines.backbones.base import Backbone, EntryPoint, Network, Pipeline, StockSampling, refuse_unknown
-from sublimate.pipelines.features import tapped
+from sublimate.pipelines.features import tapped, unet_taps
 from sublimate.pipelines.few_steps import FewSteps
 from sublimate.pipelines.negative_attention import NEGATIVE, STRENGTH, negative_arguments
 from sublimate.pipelines.one_step import ddim_at
@@ -94,9 +94,7 @@ class StableDiffusion(Backbone):
         return twin
 
     def feature_taps(self, network: Network) -> tuple[str, ...]:
-        downs = tuple(f"down_blocks.{i}" for i in range(len(network.down_blocks)))
-        ups = tuple(f"up_blocks.{i}" for i in range(len(network.up_blocks)))
-        return ("mid_block", *downs, *ups)
+        return unet_taps(network)
 
     def text_entry_points(self, pipe: Pipeline) -> list[EntryPoint]:
         return [

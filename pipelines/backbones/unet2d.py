@@ -12,7 +12,7 @@ from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.predictions import Parametrization
 from sublimate.diffusion.schedules import EDM, Schedule
 from sublimate.pipelines.backbones.base import Backbone, Network, Pipeline, StockSampling, refuse_unknown
-from sublimate.pipelines.features import tapped
+from sublimate.pipelines.features import tapped, unet_taps
 from sublimate.pipelines.few_steps import FewSteps
 from sublimate.pipelines.one_step import consistency_at, ddim_at
 from sublimate.pipelines.stock_few_steps import consistency_sampling, table_sampling
@@ -84,9 +84,7 @@ class UNet2D(Backbone):
         return StockSampling("DDPMPipeline", scheduler, call, few)
 
     def feature_taps(self, network: Network) -> tuple[str, ...]:
-        downs = tuple(f"down_blocks.{i}" for i in range(len(network.down_blocks)))
-        ups = tuple(f"up_blocks.{i}" for i in range(len(network.up_blocks)))
-        return ("mid_block", *downs, *ups)
+        return unet_taps(network)
 
 
 class PreconditionedUNet2D(UNet2D):

@@ -7,13 +7,13 @@ import json
 import re
 from html.parser import HTMLParser
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from sublimate.evaluation import report as module
 from sublimate.evaluation.criteria import Criterion
 from sublimate.evaluation.intervals import Difference, Rate, Spread
 from sublimate.evaluation.report import Report
@@ -185,7 +185,7 @@ def test_a_failed_write_leaves_the_old_report_and_nothing_else(tmp_path, monkeyp
     def broken(source, target):
         raise OSError("disk full")
 
-    monkeypatch.setattr(module.os, "replace", broken)
+    monkeypatch.setattr(Path, "replace", broken)
     with pytest.raises(OSError, match="disk full"):
         sample(title="new").write(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before and len(before) == 2

@@ -78,7 +78,7 @@ def test_without_iterations_it_draws_what_generate_draws(tiny_sd_v):
 @pytest.mark.parametrize("sampler", ["consistency", "target_driven", "euler"])
 def test_a_samplers_fresh_noise_is_none_of_the_initial_noise(tiny_sd_v, sampler):
     model, prompts = open_model(tiny_sd_v), ["a dog", "red cat"]
-    sampling = {"sampler": sampler, "steps": 3, "seed": 4, **({} if sampler == "euler" else {"eta": 0.7})}
+    sampling = {"sampler": sampler, "steps": 3, "seed": 4, **({"eta": 0.7} if sampler == "target_driven" else {})}
     found = ditto(model, prompts, brightness, iterations=0, **sampling)
     assert torch.equal(found.images, generate(model, prompts, **sampling))
     z = initial_noise(model.latent_shape, 4, range(2))

