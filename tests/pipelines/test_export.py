@@ -293,8 +293,7 @@ def test_a_few_step_export_opens_as_a_model_that_samples_alike(folders, tmp_path
 
 
 def test_what_is_no_student_is_sampled_as_its_base(tiny_sd, tmp_path):
-    model = open_model(tiny_sd)
-    student = student_of(model)
+    student = student_of(model := open_model(tiny_sd))
     again = open_model(export_student(model, student, tmp_path / "tuned", as_base=True))
     assert not re.search("One-step|single network|distillation", (tmp_path / "tuned" / "README.md").read_text())
     drawn = generate(again, PROMPTS, steps=3, guidance_scale=2.0)
