@@ -27,7 +27,8 @@ class MapHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(batch, channels, height, width) -> (batch, 1)."""
-        return self.pooled(self.local(features.float()).mean((2, 3)))
+        # torch 2.13's group norm crashes in the backward pass of channels-last maps on the CPU.
+        return self.pooled(self.local(features.float().contiguous()).mean((2, 3)))
 
 
 class TokenHead(nn.Module):
