@@ -298,8 +298,9 @@ class TestObjective:
         for turn in wide.objective.turns(0):
             a, b = (torch.cat([g.flatten() for g in gradients(trainer, turn)]) for trainer in (wide, narrow))
             # Networks round, weights do not; a fresh critic's difference is small beside its rounding.
-            assert b.dtype == torch.float32 and not torch.equal(a, b)
-            assert torch.cosine_similarity(a, b, 0) > 0.6
+            assert b.dtype == torch.float32
+            if a.any() or b.any():  # without guidance, a critic that still is the teacher gives no gradient
+                assert not torch.equal(a, b) and torch.cosine_similarity(a, b, 0) > 0.6
 
 
 @contextlib.contextmanager
