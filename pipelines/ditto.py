@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from sublimate.diffusion.conditions import Condition
 from sublimate.pipelines.controls import Control
 from sublimate.pipelines.generate import generate_latents, initial_noise
+from sublimate.pipelines.gradient_checkpointing import enable_gradient_checkpointing
 from sublimate.pipelines.model import Model
 
 
@@ -167,15 +168,9 @@ def _optimised(
 @contextmanager
 def _checkpointed(model: Model) -> Iterator[None]:
     """Gradient checkpointing in every network that has it and does not use it yet; undone afterwards."""
-    changed = [
-        module
-        for module in model.components().values()
-        if getattr(module, "_supports_gradient_checkpointing", False) and not module.is_gradient_checkpointing
-    ]
-    for module in changed:
-        module.enable_gradient_checkpointing()  # type: ignore[operator]
+    changed = [network for part in model.components().values() for network in enable_gradient_checkpointing(part)]
     try:
         yield
     finally:
-        for module in changed:
-            module.disable_gradient_checkpointing()  # type: ignore[operator]
+        for network in changed:
+            network.disable_gradient_checkpointing()

@@ -76,9 +76,7 @@ def export_student(
         "",
         'pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")',
     ]
-    card = _card(
-        model, record, usage, title or ("Fine-tuned model" if as_base else f"{_pace(record)} student"), license
-    )
+    card = _card(model, record, usage, title or f"{_pace(record)} {'model' if as_base else 'student'}", license)
     return _write(Path(folder), INDEX, record, card, lambda aside: pipeline.save_pretrained(aside))
 
 
@@ -130,7 +128,7 @@ def export_lora(
         'pipeline.load_lora_weights("path/to/this/folder")',
         f'pipeline.scheduler = {scheduler}.from_pretrained("path/to/this/folder", subfolder="scheduler")',
     ]
-    card = _card(model, record, usage, title or ("Fine-tuned LoRA" if as_base else f"{_pace(record)} LoRA"), license)
+    card = _card(model, record, usage, title or f"{_pace(record)} LoRA", license)
 
     def save(aside: Path) -> None:
         save_file(state, aside / LORA_FILE, {"format": "pt"})
@@ -319,6 +317,8 @@ def _card(model: Model, record: Mapping[str, Any], usage: list[str], title: str,
 
 
 def _pace(record: Mapping[str, Any]) -> str:
+    if "start" not in record:
+        return "Fine-tuned"
     return "One-step" if record["steps"] == 1 else "Few-step"
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.nn import functional as F
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.pipelines.model import Model
@@ -33,8 +32,7 @@ class Source(Protocol):
 class ModelSource:
     """Prompts, and latents that belong to them, for training on a model; samples are drawn with replacement.
 
-    A model that is shown masks or small images gets them too, made from the pictures: a rectangle to paint, everything
-    in a quarter of the samples; or the picture in the latents' size with noise of any level.
+    A model that is shown pictures gets them too, made from the samples' own by its backbone's `show_examples`.
 
     Args:
         model: encodes the prompts (its text encoder stays frozen).
@@ -93,29 +91,7 @@ class ModelSource:
             images = self.pictures[indices]
         else:
             images = self.model.render(self.tensors["images"][indices].to(self.model.device))
-        if self.shown == "masks":
-            return self.model.show(images=images, masks=rectangles(random, *images.shape[2:]))
-        small = F.interpolate(images, size=self.tensors["images"].shape[2:], mode="area")
-        highest = self.model.pipeline.config.max_noise_level
-        return self.model.show(
-            low_res=small, noise=random.normal(small.shape[1:]), noise_level=random.integers(highest + 1)
-        )
-
-
-def rectangles(random: SampleRandom, height: int, width: int) -> Tensor:
-    """A mask per sample, (batch, 1, height, width): 1 within a rectangle, and everywhere in a quarter of the samples.
-
-    Sides are uniform between a quarter of the image's and the whole.
-    """
-    inside = []
-    everything = random.uniform() < 0.25
-    for size in (height, width):
-        side = torch.where(everything, size, (size * (0.25 + 0.75 * random.uniform())).ceil())
-        start = ((size - side + 1) * random.uniform()).floor()
-        places = torch.arange(size)
-        inside.append((places >= start[:, None]) & (places < (start + side)[:, None]))
-    rows, columns = inside
-    return (rows[:, None, :, None] & columns[:, None, None, :]).float()
+        return self.model.backbone.show_examples(self.model.pipeline, images, random)
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -177,8 +177,8 @@ def make_source(
             f"This objective compares images with the teacher's own samples, which {model.source} draws of pictures "
             "that it is shown: choose another method."
         )
-    if model.backbone.shown == "low_res" and data.images == "teacher":
-        raise ValueError(f"{model.source} enlarges pictures and has none of its own: set data.images to a folder.")
+    if not model.backbone.draws_from_text and data.images == "teacher":
+        raise ValueError(f"{model.source} draws by pictures and has none of its own: set data.images to a folder.")
     prompts, images = _prompts_and_images(data)
 
     def drawn() -> Tensor:

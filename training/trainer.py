@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sublimate.pipelines.gradient_checkpointing import enable_gradient_checkpointing
 from sublimate.training import checkpoints
 from sublimate.training.config import Config
 from sublimate.training.data import Source
@@ -125,7 +126,7 @@ class Trainer:
         for player in self.players.values():
             player.module.to(self.accelerator.device)
             if config.gradient_checkpointing:
-                _enable_gradient_checkpointing(player.module)
+                enable_gradient_checkpointing(player.module)
         self.optimizers = {name: player.optimizer() for name, player in self.players.items()}
         self.multipliers = {name: self._multiplier(optimizer) for name, optimizer in self.optimizers.items()}
         self.averages = {
@@ -343,12 +344,6 @@ class Trainer:
             "global_batch": self._local_batch * self.accelerator.num_processes,
             "averages": sorted(self.averages),
         }
-
-
-def _enable_gradient_checkpointing(module: torch.nn.Module) -> None:
-    for part in module.modules():
-        if getattr(part, "_supports_gradient_checkpointing", False):
-            part.enable_gradient_checkpointing()  # type: ignore[operator]
 
 
 @contextlib.contextmanager

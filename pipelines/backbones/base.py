@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -24,6 +24,22 @@ Pipeline = Any
 
 Network = Any
 """The family's diffusers network, or a player made from it."""
+
+
+class Draws(Protocol):
+    """One stream of random numbers per sample, on the CPU."""
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        """N(0, I), (batch, *shape)."""
+        ...
+
+    def uniform(self) -> Tensor:
+        """Numbers in [0, 1), (batch,)."""
+        ...
+
+    def integers(self, high: int) -> Tensor:
+        """Integers in [0, high), (batch,)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -77,6 +93,7 @@ class Backbone(ABC):
         media_range: the lowest and highest value of media, to which they are clamped; None where they have no bounds.
         shown: what the network sees besides text, "masks" or "low_res"; "" for nothing. `show` makes it a condition.
         shown_arguments: the stock call's arguments for that, as its model card writes them.
+        draws_from_text: whether prompts alone are enough to draw by.
     """
 
     pipeline_classes: ClassVar[tuple[str, ...]]
@@ -90,6 +107,7 @@ class Backbone(ABC):
     media_range: ClassVar[tuple[float, float] | None] = (0.0, 1.0)
     shown: ClassVar[Literal["", "masks", "low_res"]] = ""
     shown_arguments: ClassVar[tuple[str, ...]] = ()
+    draws_from_text: ClassVar[bool] = True
 
     def components(self, pipe: Pipeline) -> dict[str, nn.Module]:
         """The networks a checkpoint consists of, by name: denoiser, text encoders, autoencoder, vocoder."""
@@ -161,13 +179,21 @@ class Backbone(ABC):
     def null_condition(self, pipe: Pipeline) -> Condition:
         """The condition, of batch size 1, that stands for no text; without keys for an unconditional model."""
 
-    def show(self, pipe: Pipeline, **pictures: Tensor) -> Condition:
+    def show(self, pipe: Pipeline, *args: Any, **pictures: Any) -> Condition:
         """What the network is told of pictures, beside the text; the family's class says which it takes.
 
         Raises:
             ValueError: for a family that is shown none.
         """
         raise ValueError(f"{type(pipe).__name__} is told text alone, so there is nothing to show it.")
+
+    def show_examples(self, pipe: Pipeline, images: Tensor, draws: Draws) -> Condition:
+        """What the network is shown while it trains on images, (batch, 3, height, width) in [0, 1].
+
+        Raises:
+            ValueError: for a family that is shown none.
+        """
+        return self.show(pipe, images)
 
     @abstractmethod
     def encode(self, pipe: Pipeline, images: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.pipelines.autoencoders import encode_media
-from sublimate.pipelines.backbones.base import Network, Pipeline
+from sublimate.pipelines.backbones.base import Draws, Network, Pipeline
 from sublimate.pipelines.backbones.stable_diffusion import StableDiffusion, call_unet
 
 MASK, MASKED = "extra.mask", "extra.masked"
@@ -57,7 +57,7 @@ class Inpainting(StableDiffusion):
         everything = self.show(pipe, images=grey, masks=torch.ones_like(grey[:, :1]))
         return text.replace(**everything.expand(len(prompts)))
 
-    def show(self, pipe: Pipeline, *, images: Tensor, masks: Tensor) -> Condition:  # type: ignore[override]
+    def show(self, pipe: Pipeline, *, images: Tensor, masks: Tensor) -> Condition:
         """What the network is told of images and of what to paint in them.
 
         Args:
@@ -75,3 +75,23 @@ class Inpainting(StableDiffusion):
         masked = encode_media(pipe.vae, (2 * images - 1) * (1 - painted))
         mask = F.interpolate(painted, size=masked.shape[2:], mode="nearest")
         return Condition({MASK: mask.to(masked).expand(len(images), -1, -1, -1), MASKED: masked})
+
+    def show_examples(self, pipe: Pipeline, images: Tensor, draws: Draws) -> Condition:
+        """A rectangle to paint in each image, everything in a quarter of them."""
+        return self.show(pipe, images=images, masks=rectangles(draws, *images.shape[2:]))
+
+
+def rectangles(draws: Draws, height: int, width: int) -> Tensor:
+    """A mask per sample, (batch, 1, height, width): 1 within a rectangle, and everywhere in a quarter of the samples.
+
+    Sides are uniform between a quarter of the image's and the whole.
+    """
+    inside = []
+    everything = draws.uniform() < 0.25
+    for size in (height, width):
+        side = torch.where(everything, size, (size * (0.25 + 0.75 * draws.uniform())).ceil())
+        start = ((size - side + 1) * draws.uniform()).floor()
+        places = torch.arange(size)
+        inside.append((places >= start[:, None]) & (places < (start + side)[:, None]))
+    rows, columns = inside
+    return (rows[:, None, :, None] & columns[:, None, None, :]).float()

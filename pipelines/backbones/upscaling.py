@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sublimate.diffusion.conditions import Condition
-from sublimate.pipelines.backbones.base import Network, Pipeline, StockSampling
+from sublimate.pipelines.backbones.base import Draws, Network, Pipeline, StockSampling
 from sublimate.pipelines.backbones.stable_diffusion import StableDiffusion, call_unet
 from sublimate.pipelines.few_steps import FewSteps
 
@@ -27,6 +28,7 @@ class Upscaling(StableDiffusion):
     guidance_scale = 9.0
     shown = "low_res"
     shown_arguments = ("image=small_image",)
+    draws_from_text = False
 
     @staticmethod
     def call(
@@ -44,14 +46,7 @@ class Upscaling(StableDiffusion):
         grey = self.show(pipe, low_res=torch.full(shape, 0.5), noise=torch.zeros(shape))
         return super().null_condition(pipe).replace(**grey)
 
-    def show(  # type: ignore[override]
-        self,
-        pipe: Pipeline,
-        *,
-        low_res: Tensor,
-        noise: Tensor,
-        noise_level: Tensor | int = 20,
-    ) -> Condition:
+    def show(self, pipe: Pipeline, *, low_res: Tensor, noise: Tensor, noise_level: Tensor | int = 20) -> Condition:
         """What the network is told of small images.
 
         Args:
@@ -71,6 +66,12 @@ class Upscaling(StableDiffusion):
         image = (2 * low_res - 1).to(device, pipe.unet.dtype)
         noised = pipe.low_res_scheduler.add_noise(image, noise.to(image), level)
         return Condition({LOW_RES: noised, NOISE_LEVEL: level})
+
+    def show_examples(self, pipe: Pipeline, images: Tensor, draws: Draws) -> Condition:
+        """Each image in the latents' size, with noise of any level."""
+        small = F.interpolate(images, scale_factor=1 / pipe.vae_scale_factor, mode="area")
+        noise, level = draws.normal(small.shape[1:]), draws.integers(pipe.config.max_noise_level + 1)
+        return self.show(pipe, low_res=small, noise=noise, noise_level=level)
 
     def few_steps(self, pipe: Pipeline, few: FewSteps) -> StockSampling:
         stock = super().few_steps(pipe, few)

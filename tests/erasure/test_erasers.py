@@ -69,7 +69,7 @@ class TestEraser:
         with again.applied(model):
             assert bits(model) == expected
 
-    def test_the_seed_decides(self, model, case):
+    def test_a_fit_of_one_seed_repeats(self, model, case):
         with fitted(model, case, seed=3).applied(model):
             expected = bits(model)
         with fitted(model, case, seed=3).applied(model):

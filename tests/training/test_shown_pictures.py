@@ -5,8 +5,9 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from sublimate.pipelines.backbones.inpainting import rectangles
 from sublimate.pipelines.model import open_model
-from sublimate.training.data import ModelSource, rectangles
+from sublimate.training.data import ModelSource
 from sublimate.training.distill import DataConfig, DistillConfig, distill, make_source
 from sublimate.training.randomness import SampleRandom
 

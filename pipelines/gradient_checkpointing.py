@@ -1,0 +1,15 @@
+"""Gradient checkpointing: activations are recomputed in the backward pass instead of kept."""
+
+from __future__ import annotations
+
+from diffusers import ModelMixin
+from torch import nn
+
+
+def enable_gradient_checkpointing(module: nn.Module) -> list[ModelMixin]:
+    """Enables it in every network of diffusers within a module; returns those in which it was not enabled before."""
+    networks = (part for part in module.modules() if isinstance(part, ModelMixin))
+    changed = [n for n in networks if n._supports_gradient_checkpointing and not n.is_gradient_checkpointing]
+    for network in changed:
+        network.enable_gradient_checkpointing()
+    return changed
