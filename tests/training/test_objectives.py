@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from diffusers import ModelMixin
 from processes import launch
 from safetensors.torch import load_file
 
@@ -281,6 +282,8 @@ class TestObjective:
     def test_gradient_checkpointing_changes_nothing(self, model, case, tmp_path):
         plain = make_trainer(model, case, tmp_path / "a")
         saving = make_trainer(model, case, tmp_path / "b", gradient_checkpointing=True)
+        parts = (part for player in saving.players.values() for part in player.module.modules())
+        assert all(part.is_gradient_checkpointing for part in parts if isinstance(part, ModelMixin))
         for turn in plain.objective.turns(0):
             for a, b in zip(gradients(plain, turn), gradients(saving, turn), strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * float(a.abs().max()) + 1e-10)
