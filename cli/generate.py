@@ -27,10 +27,14 @@ def command(
     eta: Annotated[
         float | None, typer.Option(min=0, max=1, help="Noise of the few-step samplers but consistency; 0 is none.")
     ] = None,
+    attention: Annotated[
+        str | None, typer.Option(help="Attention kernel: auto, sdpa, math, flash, efficient, cudnn, eager, xformers.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Keys the noise.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Draw images and write them as PNG files, with a sheet of all of them; sounds as WAV files too."""
+    from sublimate.pipelines.attention import set_attention
     from sublimate.pipelines.edit import Edit
     from sublimate.pipelines.generate import generate
     from sublimate.pipelines.model import open_model
@@ -38,6 +42,8 @@ def command(
     from sublimate.pipelines.sound import to_wav, waveforms
 
     opened = open_model(model, device=device)
+    if attention is not None:
+        set_attention(opened, attention)
     for path in edit or ():
         Edit.load(path).apply(opened)
     texts = [prompt for prompt in prompts or () for _ in range(count)]

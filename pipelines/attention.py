@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers.models import attention_processor as stock
@@ -27,13 +27,15 @@ _SDPA_KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
 
-KERNELS = ("auto", "sdpa", *_SDPA_KERNELS, "eager", "xformers")
+Kernel = Literal["auto", "sdpa", "math", "flash", "efficient", "cudnn", "eager", "xformers"]
 """What can be asked for.
 
 "auto" is what diffusers chooses; "sdpa" torch's scaled_dot_product_attention with whichever kernel fits; "math",
 "flash", "efficient" and "cudnn" that function with this kernel and no other; "eager" softmax written out, which has
 forward-mode and higher derivatives; "xformers" its memory-efficient attention.
 """
+
+KERNELS: tuple[str, ...] = get_args(Kernel)
 
 # Processors that have a counterpart in xformers.
 _XFORMERS: dict[str, type] = {

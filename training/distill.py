@@ -14,6 +14,7 @@ from torch import Tensor
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.denoisers import Denoiser
 from sublimate.pipelines.attachments import export_attachment
+from sublimate.pipelines.attention import Kernel, set_attention
 from sublimate.pipelines.edit import Edit
 from sublimate.pipelines.export import export_lora, export_student
 from sublimate.pipelines.few_steps import sample_few_steps
@@ -61,6 +62,8 @@ class DistillConfig(Config):
     Attributes:
         model: the teacher: a packaged name, a diffusers folder, a `.safetensors` file or a hub id.
         edits: edit files applied to the teacher first, in order.
+        attention: the attention kernel of the teacher and its players (`sublimate.pipelines.attention`); None leaves
+            the model's own.
         method: name of a file in `training/objectives/`.
         objective: that method's options.
         data: prompts and images.
@@ -70,6 +73,7 @@ class DistillConfig(Config):
 
     model: str = "ink"
     edits: tuple[Path, ...] = ()
+    attention: Kernel | None = None
     method: str = "f_distill"
     objective: dict[str, object] = Field(default_factory=dict)
     data: DataConfig = DataConfig()
@@ -114,6 +118,8 @@ def distill(
         Edit.load(path).apply(model)
     home = model.device
     model.to(Accelerator().device)
+    if config.attention is not None:
+        set_attention(model, config.attention)
     try:
         return _run(config, model, method, options, progress=bool(progress))
     finally:
