@@ -9,6 +9,7 @@ import torch
 
 from sublimate.cli.app import run
 from sublimate.pipelines import folders
+from sublimate.pipelines.attention import _OperatorLog
 
 DISTILL = (
     "data.prompts={prompts}",
@@ -83,6 +84,29 @@ def test_sounds_are_written_with_their_spectrograms(capsys, tmp_path, tiny_audio
     names = ["00000.png", "00000.wav", "00001.png", "00001.wav", "sheet.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert len((tmp_path / "00001.wav").read_bytes()) == 44 + 2 * 256
+
+
+def trains_with(distilling, *options):
+    """The operators that run in a distillation; autograd's and the text encoder's too."""
+    seen = set()
+    with _OperatorLog(seen.add), pytest.raises(SystemExit) as stop:
+        run([str(argument) for argument in (*distilling, "trainer.max_train_steps=1", *options)])
+    assert stop.value.code == 0
+    return seen
+
+
+def test_players_are_trained_with_the_attention_that_was_asked_for(distilling, tmp_path):
+    flash = "aten._scaled_dot_product_flash_attention_for_cpu_backward.default"
+    assert flash in trains_with(distilling)
+    assert flash not in trains_with(distilling, "attention=math", f"trainer.output_dir={tmp_path / 'math'}")
+
+
+def test_attention_that_does_not_run_here(capsys, tiny_sd_v, distilling):
+    said = "'cudnn' does not run here on cpu"
+    assert said in failed(capsys, *distilling, "attention=cudnn")
+    assert said in failed(capsys, "erase", tiny_sd_v, "cat", "--attention", "cudnn")
+    assert said in failed(capsys, "generate", tiny_sd_v, "cat", "--attention", "cudnn")
+    assert "use one of auto, sdpa" in failed(capsys, "generate", tiny_sd_v, "cat", "--attention", "fast")
 
 
 def test_unknown_method(capsys, tiny_sd_v):

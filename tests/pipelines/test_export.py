@@ -239,18 +239,21 @@ def fresh(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     return {name: (float(error), kind) for _, name, error, kind in lines}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*STUDENTS, "lora", "merged"])
 def test_a_fresh_process_draws_the_students_x0(fresh, name):
     error, _ = fresh[name]
     assert error < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*FEW_STEP_STUDENTS, "few-step-lora", "few-step-lora-in-one"])
 def test_a_fresh_process_samples_in_few_steps_like_ours(fresh, name):
     error, _ = fresh[name]
     assert error < 2e-5
 
 
+@pytest.mark.slow
 def test_pixel_students_are_saved_as_stock_pipelines(fresh):
     assert fresh["tiny_unconditional"][1] == "DDIMPipeline"
     assert fresh["tiny_unconditional#consistency"][1] == "DDPMPipeline"

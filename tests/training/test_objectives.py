@@ -257,6 +257,7 @@ class TestObjective:
                 assert moved == (name in turn.trains), (turn, name)
         assert all(torch.equal(v, teacher[k]) for k, v in model.denoiser.state_dict().items())
 
+    @pytest.mark.slow  # the quick suite has the trainer's own
     def test_a_resumed_run_equals_the_uninterrupted_one(self, model, case, tmp_path):
         straight = make_trainer(model, case, tmp_path / "a")
         straight.run()
