@@ -58,7 +58,8 @@ def model_card(
     if _is_hub_id(base):
         front["base_model"] = base
         front["base_model_relation"] = "adapter" if kind == "lora" else "finetune"
-    rows = [f"| {name} | {_cell(value)} |" for name, value in provenance.items()]
+    blocks = {name: value for name, value in provenance.items() if isinstance(value, str) and "\n" in value}
+    rows = [f"| {name} | {_cell(value)} |" for name, value in provenance.items() if name not in blocks]
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         f"# {title}",
@@ -66,6 +67,7 @@ def model_card(
         f"**Kind: {kind}.** {_KINDS[kind]} Base model: `{public_name(base)}`.",
         f"## How to load it\n\n```python\n{usage.strip()}\n```",
         "## How it was made\n\n| | |\n|---|---|\n" + "\n".join(rows),
+        *(f"`{name}`:\n\n```yaml\n{value.rstrip()}\n```" for name, value in blocks.items()),
     ]
     if license is None:
         parts.append("## License\n\nThe base model's license and terms of use apply to this derivative.")

@@ -15,7 +15,8 @@ import torch
 from diffusers import ModelMixin
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sublimate.diffusion.denoisers import Denoiser
@@ -39,6 +40,7 @@ def export_student(
     t: float | None = None,
     few_steps: FewSteps | None = None,
     as_base: bool = False,
+    dtype: torch.dtype | None = None,
     provenance: Mapping[str, Any] | None = None,
     title: str | None = None,
     license: str | None = None,
@@ -57,6 +59,7 @@ def export_student(
         t: the time a one-step student starts at; the schedule's end unless given.
         few_steps: how a student of several steps is sampled; None for a student of one step.
         as_base: it is no such student, but sampled as the base is: with the base's scheduler and defaults.
+        dtype: precision of the saved weights; None keeps theirs. Loaders make float32 of them unless told otherwise.
         provenance: how it was made; JSON values. The base and the versions are added.
         title: the card's headline.
         license: the card's license; the base model's unless given.
@@ -77,7 +80,7 @@ def export_student(
         'pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")',
     ]
     card = _card(model, record, usage, title or f"{_pace(record)} {'model' if as_base else 'student'}", license)
-    return _write(Path(folder), INDEX, record, card, lambda aside: pipeline.save_pretrained(aside))
+    return _write(Path(folder), INDEX, record, card, lambda aside: pipeline.save_pretrained(aside), dtype)
 
 
 def export_lora(
@@ -88,6 +91,7 @@ def export_lora(
     t: float | None = None,
     few_steps: FewSteps | None = None,
     as_base: bool = False,
+    dtype: torch.dtype | None = None,
     provenance: Mapping[str, Any] | None = None,
     title: str | None = None,
     license: str | None = None,
@@ -104,6 +108,7 @@ def export_lora(
         t: the time a one-step student starts at; the schedule's end unless given.
         few_steps: how a student of several steps is sampled; None for a student of one step.
         as_base: it is no such student, but sampled as the base is: with the base's scheduler and defaults.
+        dtype: precision of the saved weights; None keeps theirs. Loaders make float32 of them unless told otherwise.
         provenance: how it was made; JSON values. The base and the versions are added.
         title: the card's headline.
         license: the card's license; the base model's unless given.
@@ -134,7 +139,7 @@ def export_lora(
         save_file(state, aside / LORA_FILE, {"format": "pt"})
         stock.scheduler.save_pretrained(aside / "scheduler")
 
-    return _write(Path(folder), LORA_FILE, record, card, save)
+    return _write(Path(folder), LORA_FILE, record, card, save, dtype)
 
 
 def save_model(
@@ -338,9 +343,22 @@ def _summary(record: Mapping[str, Any], result: str) -> str:
 
 
 @without_bars()
-def _write(folder: Path, marker: str, record: Mapping[str, Any], card: str, save: Any) -> Path:
+def _write(
+    folder: Path, marker: str, record: Mapping[str, Any], card: str, save: Any, dtype: torch.dtype | None = None
+) -> Path:
     with written_aside(folder, marker) as aside:
         save(aside)
+        if dtype is not None:
+            for file in aside.rglob("*.safetensors"):
+                _cast(file, dtype)
         (aside / DEFAULTS_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         (aside / "README.md").write_text(card, encoding="utf-8")
     return folder
+
+
+def _cast(file: Path, dtype: torch.dtype) -> None:
+    """Rewrites a file's floating-point weights in another precision."""
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    weights = load_file(file)
+    save_file({k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}, file, metadata)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Self, cast
+from typing import Literal, Self, cast
 
 import torch
 from accelerate import Accelerator
@@ -68,6 +68,7 @@ class DistillConfig(Config):
         objective: that method's options.
         data: prompts and images.
         trainer: the training run; the student is written to `<output_dir>/student`.
+        save_dtype: precision of the exported student; training is not touched by it.
         validation_prompts: prompts of the sample pictures.
     """
 
@@ -78,6 +79,7 @@ class DistillConfig(Config):
     objective: dict[str, object] = Field(default_factory=dict)
     data: DataConfig = DataConfig()
     trainer: TrainerConfig = TrainerConfig()
+    save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     validation_prompts: tuple[str, ...] = ()
 
     @model_validator(mode="after")
@@ -134,6 +136,8 @@ def _run(
     if config.data.negatives is not None and "negatives" not in objective.needs:
         raise ValueError(f"{config.method} reads no negative prompts with these options: set data.negatives to null.")
     artefact = objective.exports()
+    if artefact.kind == "attachment" and config.save_dtype != "float32":
+        raise ValueError(f"{config.method} exports an attachment, which is float32: leave out save_dtype.")
     if artefact.few_steps is not None and artefact.kind != "attachment":
         # Refused now rather than after training.
         model.backbone.few_steps(model.pipeline, artefact.few_steps)
@@ -288,5 +292,6 @@ def _export(model: Model, objective: Objective, config: DistillConfig, folder: P
         t=artefact.start_time,
         few_steps=artefact.few_steps,
         as_base=artefact.as_base,
+        dtype=None if config.save_dtype == "float32" else getattr(torch, config.save_dtype),
         provenance=provenance,
     )

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sublimate.cli.app import run
 from sublimate.pipelines import folders
@@ -58,6 +59,9 @@ def test_distill_writes_a_student_and_the_same_command_resumes(capsys, tmp_path,
     assert sublimate(capsys, *distilling)[0] == 0
     assert weights.read_bytes() == before
     assert json.loads((tmp_path / "run" / "student" / "sublimate.json").read_text())["steps"] == 1
+    # A finished run exports again without training, here in another precision.
+    assert sublimate(capsys, *distilling, "save_dtype=float16")[0] == 0
+    assert {value.dtype for value in load_file(weights).values()} == {torch.float16}
 
 
 def test_dry_run_prints_the_configuration_and_its_cost(capsys, tmp_path, distilling):
@@ -139,6 +143,7 @@ def test_negative_prompts_that_nothing_would_read(capsys, distilling):
         (["validation_prompts=[a dog]"], "validation_prompts and trainer.validation_steps go together"),
         (["method=disback", "objective={discriminator_width: 8}"], "discriminator_width"),
         (["method=consistency_trajectory", "objective={sampling_gamma: 0.3}"], "sampling_gamma"),
+        (["method=discriminator_guidance", "objective={}", "save_dtype=float16"], "leave out save_dtype"),
     ],
 )
 def test_options_that_nothing_would_read(capsys, tmp_path, distilling, changes, said):

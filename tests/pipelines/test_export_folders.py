@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import StableDiffusionPipeline
+from peft import LoraConfig, inject_adapter_in_model
+from safetensors.torch import load_file
 
 from sublimate.pipelines.cards import inherited_license, model_card
-from sublimate.pipelines.export import export_student
+from sublimate.pipelines.export import export_lora, export_student
 from sublimate.pipelines.folders import written_aside
 from sublimate.pipelines.model import open_model
 
@@ -74,6 +78,34 @@ def test_the_record_says_how_it_was_made(tiny_sd, tmp_path):
     assert "library_name: diffusers" in card
     assert "Kind: weights" in card
     assert "f_distill" in card
+
+
+@pytest.mark.parametrize("kind", ["weights", "lora"])
+def test_weights_are_saved_in_the_precision_asked_for(tiny_sd, tmp_path, kind):
+    model = open_model(tiny_sd)
+    student = copy.deepcopy(model.denoiser)
+    if kind == "lora":
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_k"], init_lora_weights=False), student.network)
+    write = export_student if kind == "weights" else export_lora
+    folders = {d: write(model, student, tmp_path / str(d), dtype=d) for d in (None, torch.float16, torch.bfloat16)}
+    files = [path.relative_to(folders[None]) for path in folders[None].rglob("*.safetensors")]
+    assert len(files) == {"weights": 3, "lora": 1}[kind]
+    for dtype, folder in folders.items():
+        for file in files:
+            expected = load_file(folders[None] / file)
+            for name, value in load_file(folder / file).items():
+                assert value.dtype == (expected[name].dtype if dtype is None else dtype)
+                assert torch.equal(value, expected[name].to(value.dtype))
+    if kind == "weights":
+        assert open_model(folders[torch.float16]).dtype == torch.float32
+
+
+def test_options_of_many_lines_are_a_block_of_the_card(tiny_sd, tmp_path):
+    model = open_model(tiny_sd)
+    provenance = {"config": "method: f_distill\nobjective:\n  gan_weight: 0.1\n", "seed": 3}
+    card = (export_student(model, model.denoiser, tmp_path / "s", provenance=provenance) / "README.md").read_text()
+    assert "\n```yaml\nmethod: f_distill\nobjective:\n  gan_weight: 0.1\n```\n" in card
+    assert "| seed | `3` |" in card and "| config |" not in card
 
 
 def test_cards_show_how_pictures_are_given(tiny_inpainting, tiny_upscaling, tmp_path):
