@@ -25,7 +25,8 @@ def command(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="All randomness derives from it.")] = 0,
     device: Annotated[
-        str, typer.Option(help="Where the model is opened; training goes where accelerate says (ACCELERATE_USE_CPU=1).")
+        str,
+        typer.Option(help="Where the model is opened; training goes where accelerate says (ACCELERATE_USE_CPU=1)."),
     ] = "cpu",
 ) -> None:
     """Erase concepts and write the edit, which applies to and comes off the base model bit by bit."""
