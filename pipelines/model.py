@@ -192,11 +192,7 @@ class Model:
         tensors = self._tensors()
         state = tuple((key, t.data_ptr(), t._version, _sample(t)) for key, t in tensors.items())
         if self._hash is None or self._hash[0] != state:
-            digest = hashlib.sha256()
-            for key, tensor in tensors.items():
-                digest.update(f"{key}:{tuple(tensor.shape)}:".encode())
-                digest.update(tensor.to("cpu", torch.float32).contiguous().numpy().data)
-            self._hash = state, digest.hexdigest()
+            self._hash = state, weights_hash(tensors)
         return self._hash[1]
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -262,6 +258,15 @@ def _folder(path: Path, name: str, revision: str | None, variant: str | None, to
             f"or the name of a packaged model ({', '.join(packaged_names()) or 'none is installed'})."
         )
     return _download(name, revision, variant, token)
+
+
+def weights_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over named tensors in float32, in the order given; the same on every device."""
+    digest = hashlib.sha256()
+    for key, tensor in tensors.items():
+        digest.update(f"{key}:{tuple(tensor.shape)}:".encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def packaged_names() -> list[str]:

@@ -93,6 +93,13 @@ def fingerprint(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+def lasting(options: object) -> object:
+    """Options without the optimisers', which a resumed run may change."""
+    if not isinstance(options, dict):
+        return options
+    return {k: lasting(v) for k, v in options.items() if k != "learning_rate" and not k.startswith("adam_")}
+
+
 def load_exactly(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], what: str) -> None:
     """Copies tensors into the parameters of the same names, which must match one to one.
 

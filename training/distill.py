@@ -22,7 +22,7 @@ from sublimate.pipelines.generate import generate_latents, telling
 from sublimate.pipelines.model import Model, open_model
 from sublimate.pipelines.pictures import image_grid, pictures_of, to_png
 from sublimate.training import registry
-from sublimate.training.checkpoints import fingerprint
+from sublimate.training.checkpoints import fingerprint, lasting
 from sublimate.training.config import Config, dump_config, validate_section
 from sublimate.training.data import ModelSource, Source, read_image_folder, read_prompts
 from sublimate.training.ink.sources import captioned
@@ -143,7 +143,7 @@ def _run(
         model.backbone.few_steps(model.pipeline, artefact.few_steps)
     source = make_source(model, config.data, options.sample_guidance, needs=objective.needs, progress=progress)
     validate = _validator(model, objective, config, source)
-    identity = fingerprint(model.content_hash(), _lasting(options.model_dump(mode="json")), config.data.model_dump())
+    identity = fingerprint(model.content_hash(), lasting(options.model_dump(mode="json")), config.data.model_dump())
     trainer = Trainer(objective, source, config.trainer, validate=validate, fingerprint=identity, progress=progress)
     trainer.run()
     folder = config.trainer.output_dir / "student"
@@ -152,13 +152,6 @@ def _run(
             _export(model, objective, config, folder)
     trainer.accelerator.wait_for_everyone()
     return folder
-
-
-def _lasting(options: object) -> object:
-    """Options without the optimisers', which a resumed run may change."""
-    if not isinstance(options, dict):
-        return options
-    return {k: _lasting(v) for k, v in options.items() if k != "learning_rate" and not k.startswith("adam_")}
 
 
 def make_source(

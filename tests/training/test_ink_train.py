@@ -1,5 +1,7 @@
 """Ink's training from end to end, two steps per stage: what it writes opens, and runs again without training."""
 
+import shutil
+
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -11,6 +13,7 @@ from sublimate.training.ink.detector import InkDetector
 from sublimate.training.ink.sources import CaptionedLatents, Pictures, captioned
 from sublimate.training.ink.train import InkConfig, train_ink
 from sublimate.training.ink.world import sample
+from sublimate.training.objectives.denoising import DenoisingConfig
 from sublimate.training.randomness import SampleRandom
 
 QUICK = tuple(
@@ -52,6 +55,40 @@ def test_a_finished_run_trains_nothing_again(folder):
     train_ink(config, progress=False)
     assert (path / "teacher" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
     assert {p: p.read_bytes() for p in path.rglob("log.jsonl")} == logs and len(logs) == 3
+
+
+def test_another_recipe_does_not_resume_from_this_ones_checkpoints(folder):
+    path, config = folder
+    before = (path / "teacher" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    changes = {"objective": config.teacher.objective.model_copy(update={"condition_dropout": 0.2})}, {"pictures": 7}
+    for change in changes:
+        other = config.model_copy(update={"teacher": config.teacher.model_copy(update=change)})
+        with pytest.raises(ValueError, match="another model, data or options"):
+            train_ink(other, progress=False)
+    faster = DenoisingConfig(condition_dropout=0.1, student={"learning_rate": 1e-5, "adam_weight_decay": 0.0})
+    train_ink(
+        config.model_copy(update={"teacher": config.teacher.model_copy(update={"objective": faster})}), progress=False
+    )
+    assert (path / "teacher" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+
+
+def test_another_autoencoder_makes_another_teacher(folder, tmp_path):
+    path, config = folder
+    shutil.copytree(path, tmp_path / "ink")
+    shutil.rmtree(tmp_path / "ink" / "stages" / "autoencoder")
+    other = config.autoencoder.objective.model_copy(update={"edge_weight": 0.1})
+    changes = {
+        "output_dir": tmp_path / "ink",
+        "autoencoder": config.autoencoder.model_copy(update={"objective": other}),
+    }
+    with pytest.raises(ValueError, match="another model, data or options"):
+        train_ink(config.model_copy(update=changes), progress=False)
+
+
+@pytest.mark.parametrize("option", ["detector.trainer.seed=1", "teacher.trainer.output_dir=elsewhere"])
+def test_stages_have_no_folder_or_seed_of_their_own(option):
+    with pytest.raises(ValueError, match="share one folder and seed"):
+        load_config(InkConfig, "ink", [option], kind="teacher")
 
 
 def test_sources_depend_on_their_random_numbers_alone():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from diffusers import AutoencoderKL
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from sublimate.pipelines.model import weights_hash
+from sublimate.training.checkpoints import fingerprint, lasting
 from sublimate.training.config import Config, dump_config
 from sublimate.training.data import Source
 from sublimate.training.ink.autoencoder import Autoencoding, AutoencodingConfig
@@ -60,6 +62,17 @@ class InkConfig(Config):
     detector: DetectorStage = DetectorStage()
     teacher: TeacherStage = TeacherStage()
 
+    @model_validator(mode="after")
+    def _is_one_run(self) -> Self:
+        unset = TrainerConfig()
+        for name in ("autoencoder", "detector", "teacher"):
+            trainer = getattr(self, name).trainer
+            if (trainer.output_dir, trainer.seed) != (unset.output_dir, unset.seed):
+                raise ValueError(
+                    f"The stages share one folder and seed: set output_dir and seed, not {name}.trainer's."
+                )
+        return self
+
 
 def train_ink(config: InkConfig, *, progress: bool = True) -> Path:
     """Trains every stage that is not finished and writes the assets.
@@ -81,14 +94,16 @@ def train_ink(config: InkConfig, *, progress: bool = True) -> Path:
 def _train_autoencoder(config: InkConfig, progress: bool) -> AutoencoderKL:
     torch.manual_seed(config.seed)
     objective = Autoencoding(make_autoencoder(), config.autoencoder.objective)
-    _run(objective, Pictures(), config, config.autoencoder.trainer, "autoencoder", progress)
+    _run(objective, Pictures(), config, "autoencoder", progress)
     return objective.autoencoder.eval()
 
 
 def _train_detector(config: InkConfig, autoencoder: AutoencoderKL, progress: bool) -> None:
     torch.manual_seed(config.seed)
     objective = Detecting(InkDetector(), config.detector.objective)
-    _run(objective, DetectorPictures(autoencoder), config, config.detector.trainer, "detector", progress)
+    _run(
+        objective, DetectorPictures(autoencoder), config, "detector", progress, weights_hash(autoencoder.state_dict())
+    )
     objective.detector.save(config.output_dir / "detector.safetensors")
 
 
@@ -102,17 +117,23 @@ def _train_teacher(config: InkConfig, autoencoder: AutoencoderKL, progress: bool
     untrained = UntrainedTeacher(tokenizer)
     objective = Denoising(untrained, config.teacher.objective)
     source = CaptionedLatents(factor * latents, glyphs, untrained.encode_prompts)
-    _run(objective, source, config, config.teacher.trainer, "teacher", progress)
+    identity = fingerprint(weights_hash(autoencoder.state_dict()), config.teacher.pictures)
+    _run(objective, source, config, "teacher", progress, identity)
     provenance = {**objective.describe(), "config": dump_config(config)}
     save_teacher(_network(objective), autoencoder, tokenizer, config.output_dir / "teacher", provenance)
 
 
 def _run(
-    objective: Objective, source: Source, config: InkConfig, trainer: TrainerConfig, stage: str, progress: bool
+    objective: Objective, source: Source, config: InkConfig, stage: str, progress: bool, identity: str = ""
 ) -> None:
-    """Runs one stage in its own folder and leaves the averaged weights in place."""
-    options = trainer.model_copy(update={"output_dir": config.output_dir / "stages" / stage, "seed": config.seed})
-    run = Trainer(objective, source, options, progress=progress)
+    """Runs one stage in its own folder and leaves the averaged weights in place.
+
+    It resumes from a checkpoint of the same options and `identity`, what else the stage was made from.
+    """
+    own = getattr(config, stage)
+    options = own.trainer.model_copy(update={"output_dir": config.output_dir / "stages" / stage, "seed": config.seed})
+    identity = fingerprint(lasting(own.objective.model_dump(mode="json")), identity)
+    run = Trainer(objective, source, options, fingerprint=identity, progress=progress)
     run.run()
     for average in run.averages.values():
         average.store()
