@@ -257,7 +257,7 @@ class TestObjective:
                 assert moved == (name in turn.trains), (turn, name)
         assert all(torch.equal(v, teacher[k]) for k, v in model.denoiser.state_dict().items())
 
-    @pytest.mark.slow  # the quick suite has the trainer's own
+    @pytest.mark.slow
     def test_a_resumed_run_equals_the_uninterrupted_one(self, model, case, tmp_path):
         straight = make_trainer(model, case, tmp_path / "a")
         straight.run()
@@ -268,6 +268,7 @@ class TestObjective:
         for name, value in weights(straight).items():
             assert torch.equal(value, weights(resumed)[name]), name
 
+    @pytest.mark.slow
     def test_accumulation_changes_nothing_but_rounding(self, model, case, tmp_path):
         # One step: Adam turns the rounding of a near-zero gradient into a full step, so gradients are compared.
         whole = make_trainer(model, case, tmp_path / "a", train_batch_size=4)
@@ -280,6 +281,7 @@ class TestObjective:
                 # Near pure noise an eps-network's x0 multiplies rounding by fifteen.
                 torch.testing.assert_close(a, b, rtol=2e-3, atol=1e-3 * float(a.abs().max()) + floor)
 
+    @pytest.mark.slow
     def test_gradient_checkpointing_changes_nothing(self, model, case, tmp_path):
         plain = make_trainer(model, case, tmp_path / "a")
         saving = make_trainer(model, case, tmp_path / "b", gradient_checkpointing=True)
@@ -296,6 +298,7 @@ class TestObjective:
                 trainer._take(turn)
         assert sum(passes) == 4 * trainer.objective.config.passes(0)
 
+    @pytest.mark.slow
     def test_bf16_moves_the_same_players_the_same_way(self, model, case, tmp_path):
         wide = make_trainer(model, case, tmp_path / "a", train_batch_size=8)
         narrow = make_trainer(model, case, tmp_path / "b", train_batch_size=8, mixed_precision="bf16")
