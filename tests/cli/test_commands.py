@@ -99,6 +99,7 @@ def trains_with(distilling, *options):
     return seen
 
 
+@pytest.mark.slow
 def test_players_are_trained_with_the_attention_that_was_asked_for(distilling, tmp_path):
     flash = "aten._scaled_dot_product_flash_attention_for_cpu_backward.default"
     assert flash in trains_with(distilling)
@@ -121,6 +122,7 @@ def test_misspelled_key(capsys, distilling):
     assert "objective.divergence" in failed(capsys, *distilling, "objective.divergance=reverse_kl")
 
 
+@pytest.mark.slow
 def test_another_run_does_not_resume_from_this_ones_checkpoints(capsys, tmp_path, distilling):
     assert sublimate(capsys, *distilling)[0] == 0
     student = (tmp_path / "run" / "student" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
@@ -160,6 +162,7 @@ def test_missing_folder(capsys, tmp_path):
     assert "nowhere" in failed(capsys, "generate", tmp_path / "nowhere", "a cat")
 
 
+@pytest.mark.slow
 def test_half_written_checkpoint(capsys, tmp_path, distilling):
     assert sublimate(capsys, *distilling)[0] == 0
     path = tmp_path / "run" / "checkpoint-2" / "player.student.safetensors"
@@ -197,6 +200,7 @@ def test_negative_guidance(capsys, tiny_sd_v, distilling):
     assert "objective.guidance_scale" in failed(capsys, *distilling, "objective.guidance_scale=-2")
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_earlier_student_alone(capsys, tmp_path, distilling, monkeypatch):
     assert sublimate(capsys, *distilling)[0] == 0
     student = tmp_path / "run" / "student"

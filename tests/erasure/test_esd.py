@@ -164,6 +164,7 @@ def test_the_seed_decides(sd):
     assert any(not torch.equal(first[key], other[key]) for key in first)
 
 
+@pytest.mark.slow
 def test_training_leads_away_from_the_concept(sd):
     options = {**SMALL, "sampling_steps": 1}
     objective, turn, batch = start(sd, Request("cat"), **options)
@@ -183,6 +184,7 @@ def test_what_has_no_gradient_does_not_move(sd):
     assert all(torch.equal(value, sd.parameters()[key]) for key, value in values.items())
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_to_the_same_weights(sd, tmp_path):
     options = {**SMALL, "checkpointing_steps": 2}
     whole = ESD(**{**options, "max_train_steps": 4}).fit(sd, CAT)

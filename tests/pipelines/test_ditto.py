@@ -113,6 +113,7 @@ def test_checkpointing_changes_memory_alone_and_is_undone(request, family):
     assert not any(model.component(name).is_gradient_checkpointing for name in ("unet", "vae"))
 
 
+@pytest.mark.slow
 def test_sound_follows_a_curve_of_intensity(tiny_audio):
     model, curve = open_model(tiny_audio), intensity(torch.linspace(-2.5, 1.5, 4))
     before = model.content_hash()

@@ -42,6 +42,7 @@ def test_case_and_spacing_do_not_matter(tokenizer):
     assert tokenizer("  A  Red\nSeven").input_ids == tokenizer("a red seven").input_ids
 
 
+@pytest.mark.slow
 def test_the_folder_gives_the_same_ids_in_a_fresh_process(tokenizer, tmp_path):
     save_tokenizer(tmp_path)
     code = (

@@ -57,6 +57,7 @@ def test_a_finished_run_trains_nothing_again(folder):
     assert {p: p.read_bytes() for p in path.rglob("log.jsonl")} == logs and len(logs) == 3
 
 
+@pytest.mark.slow
 def test_another_recipe_does_not_resume_from_this_ones_checkpoints(folder):
     path, config = folder
     before = (path / "teacher" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
@@ -72,6 +73,7 @@ def test_another_recipe_does_not_resume_from_this_ones_checkpoints(folder):
     assert (path / "teacher" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_another_autoencoder_makes_another_teacher(folder, tmp_path):
     path, config = folder
     shutil.copytree(path, tmp_path / "ink")

@@ -62,6 +62,7 @@ def gradients(players):
     return [{k: p.grad.clone() for k, p in player.trainable().items()} for player in players]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_shared_base_gives_the_gradients_of_full_copies(unet, checkpointing):
     shared = gradients(lora_players(unet, shared=True, checkpointing=checkpointing))

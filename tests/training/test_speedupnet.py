@@ -127,6 +127,7 @@ def test_the_adapter_is_told_the_guidance_of_each_sample_and_the_teacher_no_nega
     assert objective.told(batch)[STRENGTH].tolist() == pytest.approx([2 / 3] * 4)
 
 
+@pytest.mark.slow
 def test_only_the_adapter_learns_and_it_learns(tiny_sd_v):
     model, objective, batch = made(tiny_sd_v, FIRST)
     before = model.content_hash()

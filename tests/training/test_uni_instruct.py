@@ -63,6 +63,7 @@ def test_the_gradient_is_that_of_the_expanded_divergence(divergence):
     close(integrated(objective, *levels(objective)), REFERENCE[divergence][:2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [SCHEDULE, TABLE], ids=["circle", "table"])
 @pytest.mark.parametrize("divergence", [name for name in GENERATORS if name != "neyman"])
 def test_it_is_so_on_variance_preserving_schedules(divergence, schedule):
