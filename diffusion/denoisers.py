@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,25 @@ from torch import Tensor, nn
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.noise import as_double
-from sublimate.diffusion.predictions import Parametrization, Prediction, scaled
+from sublimate.diffusion.predictions import Activations, Parametrization, Prediction, scaled
 from sublimate.diffusion.schedules import Schedule
+
+
+class Only(tuple[str, ...]):
+    """Names of features that are all that is wanted of a network: with the last of them its call may raise `Ended`."""
+
+
+class Ended(Exception):
+    """A network's call stopped because it had the features it was asked for.
+
+    Attributes:
+        features: by name.
+    """
+
+    def __init__(self, features: Mapping[str, Tensor]) -> None:
+        super().__init__("The network's pass ended with its last feature.")
+        self.features = features
+
 
 NetworkCall = Callable[[nn.Module, Tensor, Tensor, Condition, Sequence[str]], tuple[Tensor, dict[str, Tensor]]]
 """How a family's network is called: (network, input (batch, ...), time (batch,) float32, condition, feature names) ->
@@ -69,6 +86,19 @@ class Denoiser(nn.Module):
         condition = (Condition() if condition is None else condition).expand(batch)
         output, taps = self.call(self.network, x_in, told, condition, features)
         return Prediction(x_t, output, c, self.parametrization, taps)
+
+    def activations(
+        self, x_t: Tensor, t: Tensor | float, condition: Condition | None = None, *, features: Sequence[str]
+    ) -> Activations:
+        """The named features alone: the network's pass, and one back to its input, end with the last of them.
+
+        Arguments and errors are `forward`'s.
+        """
+        try:
+            prediction = self(x_t, t, condition, features=Only(features))
+        except Ended as ended:
+            return Activations(x_t, ended.features)
+        return Activations(x_t, prediction.features)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Denoiser:
         # `call` is often a method of a backbone, which must not be copied along.

@@ -157,6 +157,19 @@ def _combination(kind: str, c: Coefficients) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True, eq=False)
+class Activations:
+    """What a network sees in x_t, without what it predicts.
+
+    Attributes:
+        x_t: (batch, ...) the noised input.
+        features: inner activations, by name.
+    """
+
+    x_t: Tensor
+    features: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
 class Prediction:
     """A network's output at x_t, and everything that follows from it; each quantity is solved when first asked for.
 

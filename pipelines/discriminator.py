@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.denoisers import Denoiser
-from sublimate.diffusion.predictions import Prediction
+from sublimate.diffusion.predictions import Activations, Prediction
 
 
 class MapHead(nn.Module):
@@ -65,9 +65,9 @@ class Discriminator(nn.Module):
         head = MapHead if maps else TokenHead
         self.heads = nn.ModuleList(head(count, width) for count in channels.values())
 
-    def forward(self, prediction: Prediction, t: Tensor) -> Tensor:
-        """Logits (batch, heads) from the features of a prediction at time t; the features know t already."""
-        return torch.cat([head(prediction.features[tap]) for tap, head in zip(self.taps, self.heads, strict=True)], 1)
+    def forward(self, seen: Prediction | Activations, t: Tensor) -> Tensor:
+        """Logits (batch, heads) from the features of what a network saw at time t; the features know t already."""
+        return torch.cat([head(seen.features[tap]) for tap, head in zip(self.taps, self.heads, strict=True)], 1)
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ def make_discriminator(
     """
     parameter = next(denoiser.parameters())
     x_t = torch.zeros(1, *shape, device=parameter.device, dtype=parameter.dtype)
-    features = denoiser(x_t, denoiser.schedule.t_max, condition, features=taps).features
+    features = denoiser.activations(x_t, denoiser.schedule.t_max, condition, features=taps).features
     maps = features[taps[0]].dim() == 4
     return Discriminator({tap: features[tap].shape[1 if maps else 2] for tap in taps}, width, maps=maps)
 

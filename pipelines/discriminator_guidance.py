@@ -88,9 +88,9 @@ class DiscriminatorGuidance:
         One pass through the denoiser and one back to its input.
         """
         x_t = x_t.detach().requires_grad_(True)
-        prediction = self.denoiser(x_t, t, condition, features=self.discriminator.taps)
+        seen = self.denoiser.activations(x_t, t, condition, features=self.discriminator.taps)
         # Several heads are several estimates of one ratio.
-        logits = self.discriminator(prediction, t).float().mean(1).clamp(-_LOGIT_BOUND, _LOGIT_BOUND)
+        logits = self.discriminator(seen, t).float().mean(1).clamp(-_LOGIT_BOUND, _LOGIT_BOUND)
         (gradient,) = torch.autograd.grad(logits.sum(), x_t)
         return logits.detach(), gradient.float()
 

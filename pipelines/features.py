@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sublimate.diffusion.denoisers import Ended, Only
+
 
 @contextmanager
 def tapped(network: nn.Module, names: Sequence[str], *, item: int = 0) -> Iterator[dict[str, Tensor]]:
@@ -18,7 +20,7 @@ def tapped(network: nn.Module, names: Sequence[str], *, item: int = 0) -> Iterat
 
     Args:
         network: whose modules.
-        names: as in `named_modules`.
+        names: as in `named_modules`; of `Only` names the last that is there ends the call with `Ended`.
         item: which one to take where a module returns several.
 
     Yields:
@@ -32,6 +34,8 @@ def tapped(network: nn.Module, names: Sequence[str], *, item: int = 0) -> Iterat
     try:
         for name in names:
             handles.append(_module(network, name).register_forward_hook(_keep(features, name, item)))
+        if names and isinstance(names, Only):
+            handles.extend(_module(network, name).register_forward_hook(_end(features, len(names))) for name in names)
         yield features
     finally:
         for handle in handles:
@@ -48,6 +52,14 @@ def _module(network: nn.Module, name: str) -> nn.Module:
 def _keep(features: dict[str, Tensor], name: str, item: int) -> Any:
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
         features[name] = output if isinstance(output, Tensor) else output[item]
+
+    return hook
+
+
+def _end(features: dict[str, Tensor], count: int) -> Any:
+    def hook(*_: Any) -> None:
+        if len(features) == count:
+            raise Ended(features)
 
     return hook
 

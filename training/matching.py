@@ -160,9 +160,9 @@ class Matching(Objective):
         if "discriminator" not in self._players:
             return Loss(denoising)
         with torch.no_grad():
-            fake = self.teacher(x_t, batch["t"], batch.condition, features=self.taps)
+            fake = self.teacher.activations(x_t, batch["t"], batch.condition, features=self.taps)
             x_t = add_noise(self.schedule, batch["images"], batch["eps_real"], batch["t"])
-            real = self.teacher(x_t, batch["t"], batch.condition, features=self.taps)
+            real = self.teacher.activations(x_t, batch["t"], batch.condition, features=self.taps)
         judge = self.discriminator
         gan = discriminator_loss(judge(real, batch["t"]), judge(fake, batch["t"])).mean()
         return Loss(denoising + gan, {"critic/denoising": denoising, "critic/discriminator": gan})

@@ -27,7 +27,10 @@ class ObjectiveConfig(Config, ABC):
 
     @abstractmethod
     def passes(self, step: int = 0) -> float:
-        """Network passes per sample in one training step: forward 1, backward 2 to weights and 1 to inputs alone."""
+        """Network passes per sample in one training step: forward 1, backward 2 to weights and 1 to inputs alone.
+
+        A pass that ends with the features it is made for counts as a whole one.
+        """
 
 
 @dataclass(frozen=True)

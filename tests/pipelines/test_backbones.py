@@ -214,6 +214,30 @@ def test_features_are_the_modules_outputs_and_leave_no_hooks(models, name):
     torch.testing.assert_close(prediction.output, model.denoiser(x_t, t, condition).output, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_pass_for_features_ends_with_the_last_of_them(models, name, checkpointing):
+    model = models[name]
+    x_t, t, condition = draw(model)
+    network = model.denoiser.network
+    taps = model.feature_taps()
+    denoiser = copy.deepcopy(model.denoiser).train()
+    if checkpointing:
+        denoiser.network.enable_gradient_checkpointing()
+    found, outputs = [], []
+    denoiser.network.register_forward_hook(lambda *_: outputs.append(1))
+    for read in (denoiser, denoiser.activations):
+        x = x_t.clone().requires_grad_()
+        seen = read(x, t, condition, features=taps)
+        assert seen.x_t is x and set(seen.features) == set(taps)
+        (gradient,) = torch.autograd.grad(sum(f.square().sum() for f in seen.features.values()), x)
+        found.append([gradient, *seen.features.values()])
+    assert len(outputs) == 1  # the first: the second never came to the network's output
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    assert not any(module._forward_hooks for module in network.modules())
+
+
 def test_an_unknown_feature_is_refused_and_leaves_no_hooks(models):
     model = models["tiny_sd"]
     x_t, t, condition = draw(model)

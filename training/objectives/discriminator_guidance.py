@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sublimate.diffusion.predictions import Prediction, add_noise
+from sublimate.diffusion.predictions import Activations, add_noise
 from sublimate.pipelines.discriminator import make_discriminator
 from sublimate.pipelines.discriminator_guidance import NAME
 from sublimate.training.losses import discriminator_loss
@@ -91,9 +91,9 @@ class DiscriminatorGuidance(SoloObjective):
         return Loss(discriminator_loss(real, fake).mean())
 
     @torch.no_grad()
-    def _features(self, x0: Tensor, eps: Tensor, batch: Batch) -> Prediction:
+    def _features(self, x0: Tensor, eps: Tensor, batch: Batch) -> Activations:
         x_t = add_noise(self.schedule, x0, eps, batch["t"])
-        return self.model(x_t, batch["t"], batch.condition, features=self.taps)
+        return self.model.activations(x_t, batch["t"], batch.condition, features=self.taps)
 
     def exports(self) -> Artefact:
         judge, c = self.player.module, self.config

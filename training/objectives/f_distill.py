@@ -105,8 +105,8 @@ class FDistill(Matching):
         divergence = pseudo_target_loss(x0, direction).mean()
         if self.config.gan_weight == 0:
             return Loss(divergence)
-        features = self.teacher(self.noised(x0, batch), batch["t"], batch.condition, features=self.taps)
-        gan = generator_loss(self.discriminator(features, batch["t"])).mean()
+        seen = self.teacher.activations(self.noised(x0, batch), batch["t"], batch.condition, features=self.taps)
+        gan = generator_loss(self.discriminator(seen, batch["t"])).mean()
         return Loss(divergence + self.config.gan_weight * gan, {"student/divergence": divergence, "student/gan": gan})
 
     @torch.no_grad()

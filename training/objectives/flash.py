@@ -227,7 +227,7 @@ class Flash(Objective):
             return list(self.extractor(self.model.render(x0)))
         t = self.schedule.uniform_time(torch.full((len(x0),), self.config.feature_time, device=x0.device))
         x_t = add_noise(self.schedule, x0, batch["eps_real"], t)
-        found = self.teacher(x_t, t, batch.condition, features=self.taps).features
+        found = self.teacher.activations(x_t, t, batch.condition, features=self.taps).features
         return [found[tap] for tap in self.taps]
 
     def _matching(self, x0: Tensor, batch: Batch) -> Tensor:
@@ -241,8 +241,8 @@ class Flash(Objective):
 
     def _logits(self, x0: Tensor, eps: Tensor, batch: Batch) -> Tensor:
         x_t = add_noise(self.schedule, x0, eps, batch["judged"])
-        prediction = self.teacher(x_t, batch["judged"], batch.condition, features=self.taps)
-        return self._players["discriminator"].module(prediction, batch["judged"]).float()
+        seen = self.teacher.activations(x_t, batch["judged"], batch.condition, features=self.taps)
+        return self._players["discriminator"].module(seen, batch["judged"]).float()
 
     def exports(self) -> Artefact:
         few = FewSteps("consistency", steps=self.config.sampling_steps)
