@@ -122,6 +122,72 @@ def anchored_factors(edited: Tensor, anchors: Tensor, right: Tensor) -> tuple[Te
     return compress((_float64(anchors) - _float64(edited)).mT, right)
 
 
+def recovering_rows(rows: Tensor, moment: Tensor, u: Tensor, v: Tensor, lam: float) -> Tensor:
+    """The embeddings that make edited layers W_l = W0_l (I + U V) do for c what the unedited ones did.
+
+        c' = (sum_l W_l^T W_l + lam I)^-1 (sum_l W_l^T W0_l) c                               (RECE, arXiv 2407.12383)
+
+    minimises sum_l |W_l c' - W0_l c|^2 + lam |c'|^2: lam keeps c' where embeddings are.
+
+    Args:
+        rows: c, (m, d_in).
+        moment: sum_l W0_l^T W0_l, (d_in, d_in).
+        u, v: the edit that all these layers share, (d_in, rank) and (rank, d_in).
+        lam: >= 0, in units of the layers' squared singular values.
+
+    Returns:
+        (m, d_in) float64.
+
+    Raises:
+        ValueError: when lam is negative, or zero while an edited direction reaches no layer.
+    """
+    u, v = _float64(u), _float64(v)
+    edited = torch.eye(len(moment), dtype=torch.float64) + u @ v
+    crossed = edited.mT @ _float64(moment)
+    return torch.cholesky_solve(crossed @ _float64(rows).mT, _factored(crossed @ edited, lam)).mT
+
+
+def quiet_directions(rows: Tensor, threshold: float, fixed: Tensor) -> Tensor:
+    """An orthonormal basis of the directions along which `rows` hardly vary from zero and `fixed` rows not at all.
+
+    Changes of a layer that act on these directions alone leave the rows nearly and the fixed rows exactly where they
+    were (SPEED, arXiv 2503.07392).
+
+    Args:
+        rows: (k, d_in); k may be 0.
+        threshold: directions on which the rows' mean square is below this are quiet.
+        fixed: (n, d_in).
+
+    Returns:
+        (d_in, quiet directions), float64.
+    """
+    rows, fixed = _float64(rows), _float64(fixed)
+    basis = torch.eye(fixed.shape[1], dtype=torch.float64)
+    if len(rows):
+        squares, directions = torch.linalg.eigh(second_moment(rows, torch.full((len(rows),), 1 / len(rows))))
+        basis = directions[:, squares < threshold]
+    _, s, vh = torch.linalg.svd(fixed @ basis, full_matrices=True)
+    rank = int((s > RANK_TOLERANCE * float(fixed.norm())).sum())
+    return basis @ vh[rank:].mT
+
+
+def confined_factor(edited: Tensor, basis: Tensor, lam: float) -> Tensor:
+    """The factor C_E N (N^T C_E^T C_E N + lam I)^-1 N^T of the best update that acts within a subspace alone.
+
+    With R = V - W0 C_E^T, R times this minimises |(W0 + D) C_E^T - V|^2 + lam |D|^2 over all D = D N N^T.
+
+    Args:
+        edited: C_E, (m, d_in).
+        basis: N, orthonormal, (d_in, n).
+        lam: ridge, > 0.
+
+    Returns:
+        (m, d_in) float64.
+    """
+    inner = _float64(edited) @ basis
+    return torch.cholesky_solve(inner.mT, _factored(inner.mT @ inner, lam)).mT @ basis.mT
+
+
 def compress(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """The same product with as few inner dimensions as its numerical rank, split evenly in scale.
 

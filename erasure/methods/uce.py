@@ -6,13 +6,13 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from sublimate.erasure import closed_form
 from sublimate.erasure.eraser import Changes, Eraser
 from sublimate.erasure.request import Request, Templates
-from sublimate.erasure.token_rows import Tokens, concept_rows
-from sublimate.pipelines.backbones.base import EntryPoint
+from sublimate.erasure.text_layers import text_layers
+from sublimate.erasure.token_rows import Rows, Tokens, concept_rows
 from sublimate.pipelines.detector import Detector
 from sublimate.pipelines.model import Model
 from sublimate.training.config import Config
@@ -62,39 +62,31 @@ class UCE(Eraser):
         self, model: Model, request: Request, *, seed: int, detector: Detector | None, progress: bool
     ) -> Changes:
         config: UCEConfig = self.config
-        points = model.text_entry_points()
-        if not points:
-            raise ValueError(f"No text enters {model.source}, so there is nothing for UCE to edit.")
+        layers = text_layers(model)
         erased = concept_rows(model, request.erase, config.templates, config.tokens, anchored=True)
         kept = concept_rows(model, request.preserve, config.templates, config.tokens, anchored=False)
-        factors = {}
-        for key in {point.key for point in points}:
-            own = erased[key].own
-            preserved = kept[key].own if key in kept else own[:0]
-            right = closed_form.right_factor(
-                own,
-                torch.full((len(own),), config.erase_scale),
-                preserved,
-                torch.full((len(preserved),), config.preserve_scale),
-                closed_form.ridge(config.lam, own, relative=config.lam_relative),
-            )
-            factors[key] = closed_form.anchored_factors(own, erased[key].anchors, right)
-        return Changes(low_rank={_key(point): _layer_factors(model, point, *factors[point.key]) for point in points})
+        factors = {
+            key: uce_factors(erased[key], kept[key].own if key in kept else None, config)
+            for key in {layer.reads for layer in layers}
+        }
+        return Changes(low_rank={layer.key: layer.change(*factors[layer.reads]) for layer in layers})
 
 
-def _key(point: EntryPoint) -> str:
-    return f"{point.component}/{point.module_name}.weight"
+def uce_factors(erased: Rows, kept: Tensor | None, config: UCEConfig) -> tuple[Tensor, Tensor]:
+    """(U, V) of the change W0 U V that minimises UCE's objective for every layer W0 that reads these rows.
 
-
-def _layer_factors(model: Model, point: EntryPoint, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, A) of one layer's change W0 U V on the columns that text enters through."""
-    layer = model.component(point.component).get_submodule(point.module_name)
-    if not isinstance(layer, nn.Linear):
-        raise ValueError(f"{point.module_name} is a {type(layer).__name__}, and UCE edits linear layers only.")
-    weight = layer.weight.detach().to("cpu", torch.float64)
-    b, a = weight[:, point.columns] @ u, v
-    if len(a) > len(b):
-        b, a = closed_form.compress(b, a)
-    full = a.new_zeros(len(a), weight.shape[1])
-    full[:, point.columns] = a
-    return b, full
+    Args:
+        erased: rows c_i and their anchors g_i.
+        kept: rows c_j, (k, d_in); None preserves nothing.
+        config: weights and ridge.
+    """
+    own = erased.own
+    preserved = own[:0] if kept is None else kept
+    right = closed_form.right_factor(
+        own,
+        torch.full((len(own),), config.erase_scale),
+        preserved,
+        torch.full((len(preserved),), config.preserve_scale),
+        closed_form.ridge(config.lam, own, relative=config.lam_relative),
+    )
+    return closed_form.anchored_factors(own, erased.anchors, right)

@@ -16,6 +16,8 @@ FAMILIES = ("tiny_sd", *(pytest.param(family, marks=pytest.mark.slow) for family
 CASES = {
     "uce": ("uce", {}),
     "uce-last": ("uce", {"tokens": "last"}),
+    "rece": ("rece", {"rounds": 2}),
+    "speed": ("speed", {"layers": "all", "tokens": "tail", "threshold": 1.0, "augmentations": 2}),
     "esd": ("esd", {"sampling_steps": 2, "max_train_steps": 2, "train_batch_size": 2, "learning_rate": 1e-3}),
 }
 

@@ -1,0 +1,63 @@
+"""The linear layers through which text enters a denoiser, as the matrices that closed forms work on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sublimate.erasure import closed_form
+from sublimate.pipelines.model import Model
+
+
+@dataclass(frozen=True)
+class TextLayer:
+    """One layer, cut down to the columns that text reaches.
+
+    Attributes:
+        key: full key of its weight.
+        reads: the condition's entry that it reads.
+        weight: W0, (d_out, d_in) float64 on the CPU.
+        columns: where these d_in columns lie in the whole weight.
+        width: how many columns the whole weight has.
+    """
+
+    key: str
+    reads: str
+    weight: Tensor
+    columns: slice
+    width: int
+
+    def change(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors (B, A) of the change W0 U V of the whole weight.
+
+        Args:
+            u: (d_in, rank).
+            v: (rank, d_in).
+        """
+        b, a = self.weight @ u, v
+        if len(a) > len(b):
+            b, a = closed_form.compress(b, a)
+        full = a.new_zeros(len(a), self.width)
+        full[:, self.columns] = a
+        return b, full
+
+
+def text_layers(model: Model) -> list[TextLayer]:
+    """The model's text layers, in the order of its entry points.
+
+    Raises:
+        ValueError: when no text enters the model, or it enters through something that is not linear.
+    """
+    layers = []
+    for point in model.text_entry_points():
+        layer = model.component(point.component).get_submodule(point.module_name)
+        if not isinstance(layer, nn.Linear):
+            raise ValueError(f"{point.module_name} is a {type(layer).__name__}: closed forms edit linear layers only.")
+        weight = layer.weight.detach().to("cpu", torch.float64)
+        key = f"{point.component}/{point.module_name}.weight"
+        layers.append(TextLayer(key, point.key, weight[:, point.columns], point.columns, weight.shape[1]))
+    if not layers:
+        raise ValueError(f"No text enters {model.source}, so there is nothing for a closed form to edit.")
+    return layers
