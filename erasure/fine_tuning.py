@@ -7,18 +7,21 @@ import tempfile
 from abc import ABC
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from sublimate.diffusion.conditions import Condition
+from sublimate.diffusion.denoisers import Denoiser
+from sublimate.erasure.eraser import Changes, Eraser
 from sublimate.erasure.request import Request
 from sublimate.erasure.weights import Rule, select
+from sublimate.pipelines.detector import Detector
 from sublimate.pipelines.model import Model
 from sublimate.training.checkpoints import fingerprint
-from sublimate.training.objective import Batch, Objective, ObjectiveConfig
+from sublimate.training.objective import Artefact, Batch, Objective, ObjectiveConfig, SoloObjective
 from sublimate.training.players import Player, PlayerConfig, make_player
 from sublimate.training.randomness import SampleRandom
 from sublimate.training.trainer import Interrupted, Trainer, TrainerConfig
@@ -65,6 +68,56 @@ def make_student(model: Model, config: FineTuningConfig) -> Player:
     return make_player(
         model.denoiser, PlayerConfig(learning_rate=config.learning_rate, adam_weight_decay=0.0), names=names
     )
+
+
+class StudentObjective(SoloObjective):
+    """What fine-tuning erasers train: a student that starts as the model, beside the model itself, which stays frozen.
+
+    Args:
+        model: where training starts; stays as it is.
+        config: options.
+        request: what to erase and to preserve.
+
+    Raises:
+        ValueError: when the model has no text, is not in float32, or has no such weights.
+    """
+
+    def __init__(self, model: Model, config: FineTuningConfig, request: Request) -> None:
+        self.null = model.null_condition()
+        if not self.null.text_keys:
+            raise ValueError(f"{model.source} knows no prompts, so there is nothing to erase by name.")
+        super().__init__(model, config, "student", make_student(model, config))
+        self.request, self.frozen, self.shape = request, model.denoiser, model.latent_shape
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset()
+
+    @property
+    def student(self) -> Denoiser:
+        """The network that trains."""
+        return cast(Denoiser, self.player.module)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the student is."""
+        return next(self.student.parameters()).device
+
+    def exports(self) -> Artefact:
+        return Artefact("weights", self.student)
+
+
+class FineTuningEraser(Eraser):
+    """An eraser whose edit is what training made of the student's weights."""
+
+    objective: ClassVar[type[StudentObjective]]
+
+    def solve(
+        self, model: Model, request: Request, *, seed: int, detector: Detector | None, progress: bool
+    ) -> Changes:
+        objective = self.objective(model, self.config, request)
+        fine_tune(model, objective, request, self.config, seed=seed, progress=progress)
+        return Changes(values=trained_values(model, objective.player))
 
 
 def trained_values(model: Model, student: Player) -> dict[str, Tensor]:

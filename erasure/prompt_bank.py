@@ -40,3 +40,8 @@ class PromptBank:
 def concept_bank(model: Model, concepts: Sequence[Concept], templates: Sequence[str]) -> PromptBank:
     """A bank with one group per concept: its names in templates and its own prompts."""
     return PromptBank(model, [[phrase.text for phrase in concept.phrases(templates)] for concept in concepts])
+
+
+def anchor_bank(model: Model, concepts: Sequence[Concept], templates: Sequence[str]) -> PromptBank:
+    """The same prompts, row by row, with anchors in the concepts' places."""
+    return PromptBank(model, [[phrase.anchored for phrase in concept.phrases(templates)] for concept in concepts])

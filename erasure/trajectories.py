@@ -24,7 +24,7 @@ def rollout(
     steps: int,
     guidance_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """x_t of guided DDIM sampling that stops early, at each sample's own step: ESD's source of x_t.
+    """x_t of guided DDIM sampling, at each sample's own steps: ESD's source of x_t, which stops at one.
 
     The time returned is that of the noise x_t really has. (ESD's first code draws the time it tells the network from
     the interval around it.)
@@ -34,12 +34,12 @@ def rollout(
         z: N(0, I), (batch, ...).
         condition: what is drawn, of batch size 1 or batch.
         null: of batch size 1.
-        stops: finished steps per sample, (batch,) integers in [0, steps); 0 leaves pure noise.
+        stops: finished steps per sample, (batch,) or (stops, batch) integers in [0, steps); 0 is pure noise.
         steps: steps of the whole sampling.
         guidance_scale: 1 is no guidance.
 
     Returns:
-        x_t (batch, ...) and t (batch,) float64.
+        x_t, (batch, ...) or (stops, batch, ...), and t, float64, shaped like `stops`.
 
     Raises:
         ValueError: for a stop outside the sampling.
@@ -49,15 +49,19 @@ def rollout(
     schedule, condition = denoiser.schedule, condition.expand(len(z))
     grid = schedule.grid(steps)
     x, t = at_start(schedule, z, float(grid[0]))
+    own = stops.to(x.device).reshape(-1, len(z))
+    found = x.expand(len(own), *x.shape).clone()
     for i in range(int(stops.max())):
-        active = stops.to(x.device) > i
+        active = (own > i).any(0)
         told = condition.index(active)
 
         def denoise(x_t: Tensor, t: Tensor, told: Condition = told) -> Prediction:
             return guided(denoiser, x_t, t, told, null, guidance_scale)
 
         x[active] = ddim(denoise, x[active], schedule, grid[i : i + 2]).to(x.dtype)
-    return x, grid.to(t.device)[stops.to(t.device)]
+        arrived = own == i + 1
+        found[arrived] = x.expand_as(found)[arrived]
+    return found.reshape(*stops.shape, *x.shape[1:]), grid.to(t.device)[stops.to(t.device)]
 
 
 def noised(schedule: Schedule, x0: Tensor, eps: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,7 @@ def test_a_distillation_has_options_of_its_objective_and_a_cost(name):
 
 @pytest.mark.parametrize("name", packaged_configs("erase"))
 def test_an_erasure_has_options_of_its_eraser(name):
-    eraser = registry.load(ERASERS, name.rsplit("_", 1)[-1], Eraser)
+    eraser = registry.load(ERASERS, name.partition("_")[2], Eraser)  # erase/<model>_<method>
     assert isinstance(load_config(eraser.Config, name, kind="erase"), eraser.Config)
 
 

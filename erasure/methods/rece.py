@@ -71,7 +71,7 @@ def _rounds(erased: Rows, kept: Tensor | None, moment: Tensor, config: RECEConfi
     u, v = uce_factors(erased, kept, config)
     for _ in range(config.rounds):
         recovering = Rows(closed_form.recovering_rows(erased.own, moment, u, v, config.attack_lam), erased.anchors)
-        more_u, more_v = uce_factors(recovering, kept, config)
+        more_u, more_v = uce_factors(recovering, kept, config, erased.own)
         # (I + U V)(I + U' V') = I + U V + (U' + U (V U')) V'
         u, v = closed_form.compress(torch.cat([u, more_u + u @ (v @ more_u)], 1), torch.cat([v, more_v]))
     return u, v

@@ -72,21 +72,25 @@ class UCE(Eraser):
         return Changes(low_rank={layer.key: layer.change(*factors[layer.reads]) for layer in layers})
 
 
-def uce_factors(erased: Rows, kept: Tensor | None, config: UCEConfig) -> tuple[Tensor, Tensor]:
+def uce_factors(
+    erased: Rows, kept: Tensor | None, config: UCEConfig, erased_before: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(U, V) of the change W0 U V that minimises UCE's objective for every layer W0 that reads these rows.
 
     Args:
         erased: rows c_i and their anchors g_i.
         kept: rows c_j, (k, d_in); None preserves nothing.
         config: weights and ridge.
+        erased_before: rows whose erasure W0 holds already, preserved with the weight of erased ones.
     """
     own = erased.own
-    preserved = own[:0] if kept is None else kept
+    held = [(rows, scale) for rows, scale in ((kept, config.preserve_scale), (erased_before, config.erase_scale))]
+    weights = [torch.full((len(rows),), scale) for rows, scale in held if rows is not None]
     right = closed_form.right_factor(
         own,
         torch.full((len(own),), config.erase_scale),
-        preserved,
-        torch.full((len(preserved),), config.preserve_scale),
+        torch.cat([own[:0], *(rows for rows, _ in held if rows is not None)]),
+        torch.cat([torch.zeros(0), *weights]),
         closed_form.ridge(config.lam, own, relative=config.lam_relative),
     )
     return closed_form.anchored_factors(own, erased.anchors, right)

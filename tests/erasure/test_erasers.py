@@ -18,6 +18,16 @@ CASES = {
     "uce-last": ("uce", {"tokens": "last"}),
     "rece": ("rece", {"rounds": 2}),
     "speed": ("speed", {"layers": "all", "tokens": "tail", "threshold": 1.0, "augmentations": 2}),
+    "all_but_one": (
+        "all_but_one",
+        {
+            "sampling_steps": 2,
+            "updates_per_rollout": 2,
+            "max_train_steps": 2,
+            "train_batch_size": 2,
+            "learning_rate": 1e-3,
+        },
+    ),
     "esd": ("esd", {"sampling_steps": 2, "max_train_steps": 2, "train_batch_size": 2, "learning_rate": 1e-3}),
 }
 

@@ -56,6 +56,21 @@ def test_each_sample_stops_at_its_own_step_of_the_full_sampling(denoiser, scale)
     assert torch.equal(z, kept) and not x_t.requires_grad
 
 
+@pytest.mark.parametrize("denoiser", [VP, FLOW, KARRAS])
+def test_one_sampling_serves_several_stops(denoiser):
+    z = torch.randn(4, 3, generator=torch.Generator().manual_seed(2))
+    stops = torch.tensor([[3, 0, 9, 5], [4, 2, 1, 5], [0, 7, 8, 6]])
+    x_t, t = trajectories.rollout(denoiser, z, CONDITION, NULL, stops, steps=10, guidance_scale=3.0)
+    assert x_t.shape == (3, 4, 3) and t.shape == (3, 4)
+    for row, own in enumerate(stops):
+        expected, times = trajectories.rollout(denoiser, z, CONDITION, NULL, own, steps=10, guidance_scale=3.0)
+        torch.testing.assert_close(x_t[row], expected)
+        assert torch.equal(t[row], times)
+    VP.network.calls = 0
+    trajectories.rollout(VP, z, CONDITION, NULL, stops, steps=10, guidance_scale=1.0)
+    assert VP.network.calls == 4 + 7 + 9 + 6
+
+
 def test_only_running_samples_cost_passes():
     VP.network.calls = 0
     z, stops = torch.zeros(4, 3), torch.tensor([3, 0, 9, 5])
