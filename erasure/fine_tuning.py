@@ -77,17 +77,18 @@ class StudentObjective(SoloObjective):
         model: where training starts; stays as it is.
         config: options.
         request: what to erase and to preserve.
+        seed: of what is drawn before training.
 
     Raises:
         ValueError: when the model has no text, is not in float32, or has no such weights.
     """
 
-    def __init__(self, model: Model, config: FineTuningConfig, request: Request) -> None:
+    def __init__(self, model: Model, config: FineTuningConfig, request: Request, *, seed: int = 0) -> None:
         self.null = model.null_condition()
         if not self.null.text_keys:
             raise ValueError(f"{model.source} knows no prompts, so there is nothing to erase by name.")
         super().__init__(model, config, "student", make_student(model, config))
-        self.request, self.frozen, self.shape = request, model.denoiser, model.latent_shape
+        self.frozen, self.shape, self.seed = model.denoiser, model.latent_shape, seed
 
     @property
     def needs(self) -> frozenset[str]:
@@ -115,7 +116,7 @@ class FineTuningEraser(Eraser):
     def solve(
         self, model: Model, request: Request, *, seed: int, detector: Detector | None, progress: bool
     ) -> Changes:
-        objective = self.objective(model, self.config, request)
+        objective = self.objective(model, self.config, request, seed=seed)
         fine_tune(model, objective, request, self.config, seed=seed, progress=progress)
         return Changes(values=trained_values(model, objective.player))
 

@@ -76,8 +76,8 @@ class RolloutObjective(StudentObjective):
 
     config: RolloutConfig
 
-    def __init__(self, model: Model, config: RolloutConfig, request: Request) -> None:
-        super().__init__(model, config, request)
+    def __init__(self, model: Model, config: RolloutConfig, request: Request, *, seed: int = 0) -> None:
+        super().__init__(model, config, request, seed=seed)
         self.erased = concept_bank(model, request.erase, config.templates)
         keeps = bool(request.preserve) and config.retain > 0
         self.kept = concept_bank(model, request.preserve, config.templates) if keeps else None

@@ -114,6 +114,18 @@ def read_prompts(path: Path) -> list[str]:
     return lines
 
 
+def read_image(path: Path) -> Tensor:
+    """A picture file as (3, H, W) in [0, 1].
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        PIL.UnidentifiedImageError: when it is no picture.
+    """
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
 def read_image_folder(folder: Path) -> tuple[list[str], Tensor]:
     """Captions and images of a folder laid out like Hugging Face's `imagefolder`.
 
@@ -134,11 +146,9 @@ def read_image_folder(folder: Path) -> tuple[list[str], Tensor]:
         try:
             row = json.loads(line)
             captions.append(str(row["text"]))
-            with Image.open(folder / row["file_name"]) as picture:
-                pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
+            images.append(read_image(folder / row["file_name"]))
         except (json.JSONDecodeError, KeyError, TypeError, UnidentifiedImageError) as error:
             raise ValueError(f"A line of {metadata} cannot be used ({error!r}): {line[:80]}") from error
-        images.append(torch.from_numpy(pixels).permute(2, 0, 1))
     sizes = {tuple(image.shape[1:]) for image in images}
     if len(sizes) != 1:
         raise ValueError(

@@ -50,8 +50,8 @@ class AllButOneObjective(RolloutObjective):
     paper: ClassVar[str] = "2312.12807"
     config: AllButOneConfig
 
-    def __init__(self, model: Model, config: AllButOneConfig, request: Request) -> None:
-        super().__init__(model, config, request)
+    def __init__(self, model: Model, config: AllButOneConfig, request: Request, *, seed: int = 0) -> None:
+        super().__init__(model, config, request, seed=seed)
         self.anchors = anchor_bank(model, request.erase, config.templates)
 
     def aim(self, batch: Batch) -> Batch:

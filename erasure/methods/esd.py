@@ -50,8 +50,8 @@ class ESDObjective(RolloutObjective):
     paper: ClassVar[str] = "2303.07345"
     config: ESDConfig
 
-    def __init__(self, model: Model, config: ESDConfig, request: Request) -> None:
-        super().__init__(model, config, request)
+    def __init__(self, model: Model, config: ESDConfig, request: Request, *, seed: int = 0) -> None:
+        super().__init__(model, config, request, seed=seed)
         self.originals = {n: p.detach().clone() for n, p in self.player.trainable().items()}
         self.context = None if request.within is None else concept_bank(model, [request.within], config.templates)
 

@@ -12,12 +12,16 @@ from sublimate.training import registry
 ERASERS = "sublimate.erasure.methods"
 FAMILIES = ("tiny_sd", *(pytest.param(family, marks=pytest.mark.slow) for family in ("tiny_sd_v", "tiny_sd3")))
 
+PICTURED = {"images": 2, "sampling_steps": 1, "max_train_steps": 2, "train_batch_size": 2, "learning_rate": 1e-3}
+
 # name: (method, options). A new eraser adds its rows here, one of them named as the method.
 CASES = {
     "uce": ("uce", {}),
     "uce-last": ("uce", {"tokens": "last"}),
     "rece": ("rece", {"rounds": 2}),
     "speed": ("speed", {"layers": "all", "tokens": "tail", "threshold": 1.0, "augmentations": 2}),
+    "concept_ablation": ("concept_ablation", PICTURED),
+    "salun": ("salun", {**PICTURED, "weights": "x"}),
     "all_but_one": (
         "all_but_one",
         {

@@ -1,0 +1,87 @@
+"""Clean latents that erasers noise and train on: drawn by the model as it is, or encoded pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sublimate.erasure.request import Concept
+from sublimate.pipelines.generate import generate_latents
+from sublimate.pipelines.model import Model
+from sublimate.training.data import read_image
+from sublimate.training.randomness import SampleRandom
+
+
+class LatentBank:
+    """Latents in rows that match those of a `PromptBank`; a draw takes one of its row's, each with equal chances.
+
+    Args:
+        rows: (count, *latent_shape) each, on the CPU.
+    """
+
+    def __init__(self, rows: Sequence[Tensor]) -> None:
+        self.rows = list(rows)
+
+    def draw(self, rows: Tensor, random: SampleRandom, device: torch.device | str) -> Tensor:
+        """One latent per sample, (batch, *latent_shape)."""
+        sources, places = [self.rows[row] for row in rows.tolist()], random.uniform().tolist()
+        picked = [source[int(u * len(source))] for source, u in zip(sources, places, strict=True)]
+        return torch.stack(picked).to(device)
+
+
+def drawn_bank(
+    model: Model,
+    concepts: Sequence[Concept],
+    templates: Sequence[str],
+    *,
+    anchored: bool = False,
+    count: int,
+    steps: int,
+    guidance_scale: float,
+    seed: int,
+) -> LatentBank:
+    """A bank with one row per phrase of the concepts, as `concept_bank` has them.
+
+    Args:
+        model: draws, as it is.
+        concepts: a concept's own `images` stand for all its rows, where it has some.
+        templates: prompts with `{}` where names go.
+        anchored: draw the phrases with anchors in the concepts' places instead; pictures are then not read.
+        count: latents per phrase.
+        steps, guidance_scale: of the sampling.
+        seed: keys the noise.
+
+    Raises:
+        ValueError: when a picture has another size than the model's.
+        FileNotFoundError: when a picture is missing.
+    """
+    rows: list[Tensor | None] = []
+    texts: list[str] = []
+    for concept in concepts:
+        pictured = _encoded(model, concept.images) if concept.images and not anchored else None
+        for phrase in concept.phrases(templates):
+            rows.append(pictured)
+            if pictured is None:
+                texts += [phrase.anchored if anchored else phrase.text] * count
+    if texts:
+        drawn = generate_latents(model, texts, steps=steps, guidance_scale=guidance_scale, seed=seed)
+        parts = iter(drawn.float().cpu().split(count))
+        return LatentBank([next(parts) if row is None else row for row in rows])
+    return LatentBank([row for row in rows if row is not None])
+
+
+def _encoded(model: Model, files: Sequence[Path]) -> Tensor:
+    images = [read_image(file) for file in files]
+    if len({image.shape for image in images}) > 1:
+        raise ValueError(f"The pictures of one concept, {files[0]} and others, differ in size: resize them.")
+    with torch.no_grad():
+        latents = torch.cat(
+            [model.encode(part.to(model.device)).float().cpu() for part in torch.stack(images).split(16)]
+        )
+    if latents.shape[1:] != tuple(model.latent_shape):
+        size = " x ".join(map(str, images[0].shape[1:]))
+        raise ValueError(f"{files[0]} is {size} pixels, which {model.source} does not draw: resize the pictures.")
+    return latents

@@ -1,0 +1,188 @@
+"""Erasers that train on noised pictures: banks of latents, the two losses, and the weights that may move."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sublimate.diffusion.conditions import Condition
+from sublimate.diffusion.guidance import guided
+from sublimate.erasure.latent_bank import LatentBank, drawn_bank
+from sublimate.erasure.methods.concept_ablation import ConceptAblationConfig, ConceptAblationObjective
+from sublimate.erasure.methods.salun import SalUn, SalUnConfig, SalUnObjective
+from sublimate.erasure.request import Concept, Request
+from sublimate.erasure.saliency import largest
+from sublimate.pipelines.generate import generate_latents
+from sublimate.pipelines.model import open_model
+from sublimate.training.losses import denoising_loss
+from sublimate.training.objective import Batch
+from sublimate.training.randomness import SampleRandom
+
+CAT = Request(Concept("cat", anchor="dog"), preserve=["seven", "red"])
+SMALL = {"images": 3, "sampling_steps": 1, "templates": ("{}", "a {}"), "train_batch_size": 4, "learning_rate": 1e-3}
+
+
+@pytest.fixture(scope="module", params=["tiny_sd", "tiny_sd_v"])
+def sd(request):
+    return open_model(request.getfixturevalue(request.param))
+
+
+def streams(n=6, step=0):
+    return SampleRandom(0, step, "student", range(n))
+
+
+def start(model, cls, config, request=CAT):
+    objective = cls(model, config(**SMALL, retain=0.7, weights="x"), request)
+    (turn,) = objective.turns(0)
+    return objective, turn, objective.prepare(turn, Batch(Condition(), streams()), 0)
+
+
+def disturb(objective):
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in objective.player.trainable().values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def said(objective, model, batch, words, prefix=""):
+    """The student at x_t for every sample's own phrase with a word of `words` in it, by its row."""
+    texts = [template.format(word) for word in words for template in ("{}", "a {}")]
+    told = model.encode_prompts([texts[row] for row in batch[f"{prefix}rows"].tolist()])
+    return objective.student(batch[f"{prefix}x_t"], batch[f"{prefix}t"], told)
+
+
+@pytest.mark.parametrize(
+    ("cls", "config", "shown"),
+    [(ConceptAblationObjective, ConceptAblationConfig, "dog"), (SalUnObjective, SalUnConfig, "cat")],
+)
+def test_the_loss_is_its_formula_at_noised_pictures(sd, cls, config, shown):
+    objective, turn, batch = start(sd, cls, config)
+    disturb(objective)
+    pictures = generate_latents(sd, [shown] * 3 + [f"a {shown}"] * 3, steps=1, guidance_scale=7.5)
+    for x0, row in zip(batch["x0"], batch["rows"].tolist(), strict=True):
+        assert any(torch.equal(x0, picture) for picture in pictures[3 * row : 3 * row + 3])
+    c = sd.schedule.at(batch["t"])
+    alpha, sigma = (value.view(-1, 1, 1, 1).float() for value in (c.alpha, c.sigma))
+    torch.testing.assert_close(batch["x_t"], alpha * batch["x0"] + sigma * batch["eps"])
+    with torch.no_grad():
+        loss = objective.loss(turn, batch, 0)
+        cat, dog = (said(objective, sd, batch, [word]).output for word in ("cat", "dog"))
+        kept = said(objective, sd, batch, ["seven", "red"], "kept_")
+        retained = denoising_loss(kept, batch["kept_x0"], batch["kept_eps"]).mean()
+    erase = (cat - dog).square().mean()
+    assert min(erase, retained) > 1e-6
+    torch.testing.assert_close(loss.logs["erase"], erase)
+    torch.testing.assert_close(loss.total, erase + 0.7 * retained)
+
+
+def test_the_other_branch_of_the_swap_gets_no_gradient(sd):
+    objective, turn, batch = start(sd, ConceptAblationObjective, ConceptAblationConfig)
+    disturb(objective)
+    objective.player.set_trainable(True)
+    dog = said(objective, sd, batch, ["dog"]).output.detach()
+    objective.config = objective.config.model_copy(update={"retain": 0.0})
+    parameters = list(objective.player.trainable().values())
+    found = torch.autograd.grad(objective.loss(turn, batch, 0).total, parameters)
+    expected = torch.autograd.grad((said(objective, sd, batch, ["cat"]).output - dog).square().mean(), parameters)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_concept_ablation_to_noise_with_a_prior(sd):
+    config = ConceptAblationConfig(**SMALL, target="noise", prior=0.4)
+    objective = ConceptAblationObjective(sd, config, CAT)
+    (turn,) = objective.turns(0)
+    batch = objective.prepare(turn, Batch(Condition(), streams()), 0)
+    with torch.no_grad():
+        loss = objective.loss(turn, batch, 0)
+        cat, dog = (
+            denoising_loss(said(objective, sd, batch, [word]), batch["x0"], batch["eps"]).mean()
+            for word in ("cat", "dog")
+        )
+    torch.testing.assert_close(loss.total, cat + 0.4 * dog)
+    assert config.passes() == 3 + 3 and ConceptAblationConfig(retain=1).passes() == 3 + 1 + 3
+
+
+def test_the_mask_is_that_of_the_largest_gradients_of_the_concepts_loss(sd):
+    objective = SalUnObjective(sd, SalUnConfig(**SMALL, weights="x", saliency=0.3, saliency_guidance=4.0), CAT)
+    parameters = objective.player.trainable()
+    objective.player.set_trainable(True)
+    # Six pictures in all, in batches of four: the same draws, one sample at a time.
+    for index in range(6):
+        batch = objective.noise(SampleRandom(0, 0, "saliency", [index]), objective.erased, objective.pictures)
+        told = objective.erased.condition(batch["rows"], "cpu")
+        prediction = guided(objective.student, batch["x_t"], batch["t"], told, objective.null, 4.0)
+        denoising_loss(prediction, batch["x0"], batch["eps"]).sum().backward()
+    # The hooks mask what arrives, so unmasked gradients are taken from a second student.
+    other = SalUnObjective(sd, SalUnConfig(**SMALL, weights="x", saliency=1.0, saliency_guidance=4.0), CAT)
+    total = {name: g.abs() for name, g in other.saliency().items()}
+    threshold = torch.cat([g.flatten() for g in total.values()]).sort(descending=True).values
+    threshold = threshold[-(-3 * len(threshold) // 10) - 1]
+    for name, mask in objective.masks.items():
+        assert torch.equal(mask, total[name] >= threshold)
+        grad = parameters[name].grad
+        torch.testing.assert_close(grad[mask].abs(), total[name][mask], rtol=1e-3, atol=1e-6)
+        assert not grad[~mask].any()
+
+
+def test_masked_weights_do_not_move_and_the_others_do(sd):
+    options = {**SMALL, "weights": "x", "saliency": 0.25, "max_train_steps": 3}
+    masks = SalUnObjective(sd, SalUnConfig(**options), CAT).masks
+    edit = SalUn(**options).fit(sd, CAT)
+    moved = {name: edit.values[f"unet/{name.removeprefix('network.')}"] for name in masks}
+    before = {name: sd.parameters()[f"unet/{name.removeprefix('network.')}"] for name in masks}
+    for name, mask in masks.items():
+        assert torch.equal(moved[name][~mask], before[name][~mask])
+    changed = sum(int((moved[name] != before[name]).sum()) for name in masks)
+    assert 0.95 < changed / sum(int(mask.sum()) for mask in masks.values()) <= 1
+
+
+@pytest.mark.parametrize("share", [0.001, 0.3, 0.5, 1.0])
+def test_the_largest_are_those_of_a_global_sort(share):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {"a": torch.rand(7, 9, generator=generator) ** 8, "b": 1e-30 * torch.rand(50, generator=generator)}
+    masks = largest(tensors, share)
+    everything = torch.cat([tensor.flatten() for tensor in tensors.values()]).sort(descending=True).values
+    threshold = everything[max(1, -(-int(share * 1000) * len(everything) // 1000)) - 1]
+    for name, mask in masks.items():
+        assert torch.equal(mask, tensors[name] >= threshold)
+
+
+def test_ties_at_the_threshold_are_all_in():
+    masks = largest({"a": torch.tensor([0.0, 1.0, 1.0, 1.0]), "b": torch.tensor([2.0])}, 0.4)
+    assert masks["a"].tolist() == [False, True, True, True] and masks["b"].tolist() == [True]
+
+
+def test_a_bank_draws_each_rows_own_latents_alike():
+    bank = LatentBank([torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([[7.0]])])
+    rows = torch.tensor([0, 1] * 300)
+    found = bank.draw(rows, streams(600), "cpu")[:, 0]
+    assert (found[1::2] == 7).all()
+    assert found[::2].long().bincount(minlength=3).min() > 70
+
+
+def test_a_concepts_own_pictures_stand_for_it(sd, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    for name in ("a", "b"):
+        pixels = (255 * torch.rand(16, 16, 3, generator=generator)).byte().numpy()
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    concept = Concept("cat", anchor="dog", images=(tmp_path / "a.png", tmp_path / "b.png"))
+    options = {"count": 1, "steps": 1, "guidance_scale": 1.0, "seed": 0}
+    bank = drawn_bank(sd, [concept, Concept("red")], ("{}", "a {}"), **options)
+    assert [len(row) for row in bank.rows] == [2, 2, 1, 1]
+    pixels = torch.stack([torch.from_numpy(np.array(Image.open(f))) for f in concept.images])
+    expected = sd.encode(pixels.permute(0, 3, 1, 2).float() / 255)
+    torch.testing.assert_close(bank.rows[0], expected.detach())
+    drawn = drawn_bank(sd, [concept], ("{}",), anchored=True, **options)
+    assert torch.equal(drawn.rows[0], generate_latents(sd, ["dog"], steps=1, guidance_scale=1.0))
+
+
+def test_pictures_of_another_size_are_refused(tiny_sd, tmp_path):
+    model = open_model(tiny_sd)
+    for name, size in (("a", 16), ("b", 24)):
+        Image.new("RGB", (size, size)).save(tmp_path / f"{name}.png")
+    options = {"count": 1, "steps": 1, "guidance_scale": 1.0, "seed": 0}
+    with pytest.raises(ValueError, match="24 x 24 pixels"):
+        drawn_bank(model, [Concept("cat", images=(tmp_path / "b.png",))], ("{}",), **options)
+    with pytest.raises(ValueError, match="differ in size"):
+        drawn_bank(model, [Concept("cat", images=(tmp_path / "a.png", tmp_path / "b.png"))], ("{}",), **options)
