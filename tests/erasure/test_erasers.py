@@ -20,6 +20,16 @@ CASES = {
     "uce-last": ("uce", {"tokens": "last"}),
     "rece": ("rece", {"rounds": 2}),
     "speed": ("speed", {"layers": "all", "tokens": "tail", "threshold": 1.0, "augmentations": 2}),
+    # The matrix's models say no times of their own: they are no students.
+    "one_step": (
+        "one_step",
+        lambda model: {
+            "times": (model.schedule.t_max,),
+            "max_train_steps": 2,
+            "train_batch_size": 2,
+            "learning_rate": 1e-3,
+        },
+    ),
     "concept_ablation": ("concept_ablation", PICTURED),
     "salun": ("salun", {**PICTURED, "weights": "x"}),
     "all_but_one": (
@@ -48,6 +58,7 @@ def model(request):
 
 def fitted(model, case, seed=0):
     method, options = CASES[case]
+    options = options(model) if callable(options) else options
     eraser = registry.load(ERASERS, method, Eraser)(**options)
     cat = Concept("cat", anchor="dog" if eraser.uses_anchor else "")
     return eraser.fit(model, Request(cat, preserve=["seven", "red"]), seed=seed)
