@@ -29,9 +29,11 @@ def student(tiny_sd_v, tmp_path):
     return exported(tiny_sd_v, tmp_path, t=750)
 
 
-def start(model, n=4, **options):
+def start(model, n=4, disturbed=False, **options):
     objective = OneStepObjective(model, OneStepConfig(**options), CAT)
     (turn,) = objective.turns(0)
+    if disturbed:
+        disturb(objective)
     with torch.no_grad():
         batch = objective.prepare(turn, Batch(Condition(), SampleRandom(0, 0, "student", range(n))), 0)
     return objective, turn, batch
@@ -74,14 +76,14 @@ def test_a_few_step_student_is_trained_at_all_its_times_on_its_own_images(tiny_s
     few = FewSteps("consistency", steps=3, grid_steps=50)
     model = exported(tiny_sd_v, tmp_path, few_steps=few)
     times = few.call_times(model.schedule)
-    objective, _, batch = start(model, n=24)
+    objective, _, batch = start(model, n=24, disturbed=True)
     assert objective.times == times and set(batch["t"].tolist()) == set(times)
     random = SampleRandom(0, 0, "student", range(24))
     objective.erased.draw(random)
     z, places, eps = random.normal(objective.shape), random.integers(3), random.normal(objective.shape)
     first = model.schedule.start_scale(times[0]) * z
     with torch.no_grad():
-        x0 = model.denoiser(first, times[0], model.encode_prompts(["cat"])).x0
+        x0 = objective.student(first, times[0], model.encode_prompts(["cat"])).x0
     later = places > 0
     expected = torch.where(later.view(-1, 1, 1, 1), add_noise(model.schedule, x0, eps, batch["t"]), first)
     torch.testing.assert_close(batch["x_t"], expected.float(), atol=1e-5, rtol=1e-5)
