@@ -37,10 +37,17 @@ ERASERS: dict[str, tuple[str, tuple[str, ...], bool]] = {
     "uce": ("uce", (), True),
     "uce-last-token": ("uce", ("tokens=last",), True),
     "uce-no-preserve": ("uce", (), False),
+    "rece": ("rece", (), True),
+    "speed": ("speed", (), True),
     "esd-x": ("esd", ("weights=x",), True),
     "esd-x-strict": ("esd", ("weights=x-strict",), True),
     "esd-u": ("esd", ("weights=u",), True),
     "esd-self": ("esd", ("weights=self",), True),
+    # As many updates, a fifth of the samplings.
+    "esd-x-shared": ("esd", ("weights=x", "updates_per_rollout=5", "max_train_steps=16"), True),
+    "all-but-one": ("all_but_one", (), True),
+    "concept-ablation": ("concept_ablation", (), True),
+    "salun": ("salun", (), True),
 }
 DEFAULT = "uce"
 SEEDS = (0, 1, 2)
