@@ -16,6 +16,7 @@ def command(
     option: Annotated[list[str] | None, typer.Option("--set", help="A method's option, as key=value.")] = None,
     anchor: Annotated[str, typer.Option(help="What takes the concept's place.")] = "",
     synonym: Annotated[list[str] | None, typer.Option(help="Another name of the (single) concept.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of pictures of the (single) concept.")] = None,
     preserve: Annotated[list[str] | None, typer.Option(help="A concept to protect; repeatable.")] = None,
     within: Annotated[str | None, typer.Option(help="Erase only where this is asked for.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for edit.safetensors (and the model).")] = Path("runs/edit"),
@@ -36,17 +37,23 @@ def command(
     from sublimate.pipelines.model import open_model
     from sublimate.training import registry
     from sublimate.training.config import load_config, parse_overrides, validate_section
+    from sublimate.training.data import image_files
 
     if synonym and len(concepts) > 1:
         raise ValueError("--synonym belongs to a single concept: erase the concepts one by one or leave it out.")
+    if images is not None and len(concepts) > 1:
+        raise ValueError("--images belongs to a single concept: erase the concepts one by one or leave it out.")
+    pictures = () if images is None else image_files(images)
     request = Request(
-        erase=tuple(Concept(name, anchor, tuple(synonym or ())) for name in concepts),
+        erase=tuple(Concept(name, anchor, tuple(synonym or ()), images=pictures) for name in concepts),
         preserve=tuple(map(Concept, preserve or ())),
         within=None if within is None else Concept(within),
     )
     eraser = registry.load("sublimate.erasure.methods", method, Eraser)
     if anchor and not eraser.uses_anchor:
         raise ValueError(f"{method} leads away from a concept, not to another: leave out --anchor.")
+    if pictures and not eraser.uses_images:
+        raise ValueError(f"{method} learns from no pictures: leave out --images.")
     changes = option or ()
     if config is None:
         options = validate_section(eraser.Config, parse_overrides(changes), "--set")

@@ -29,7 +29,8 @@ class Eraser(ABC):
     """A method of concept erasure: options in, an edit of a model's weights out.
 
     A method reads of a request what it has a use for; parts that would change *what* is erased and that it cannot
-    honour (`within`, a detector) it refuses. `uses_anchor` says whether it reads what takes a concept's place.
+    honour (`within`, a detector) it refuses. `uses_anchor` and `uses_images` say whether it reads what takes a
+    concept's place and pictures of it.
 
     Args:
         config: the method's options.
@@ -44,6 +45,7 @@ class Eraser(ABC):
     handles_within: ClassVar[bool] = False
     uses_detector: ClassVar[bool] = False
     uses_anchor: ClassVar[bool] = True
+    uses_images: ClassVar[bool] = False
 
     def __init__(self, config: Options | None = None, /, **options: Any) -> None:
         if config is not None and options:
@@ -80,7 +82,7 @@ class Eraser(ABC):
             "method": self.name(),
             "paper": self.paper,
             "config": self.config.model_dump(mode="json"),
-            "request": request.to_dict(),
+            "request": request.to_dict(paths=False),
             "seed": seed,
             "versions": versions(),
         }

@@ -135,12 +135,12 @@ class Request:
             if roles.get(_folded(concept.anchor)) == "erased":
                 raise ValueError(f"The anchor {concept.anchor!r} of {concept.name!r} is to be erased itself.")
 
-    def to_dict(self) -> dict[str, Any]:
-        """The request as JSON values."""
+    def to_dict(self, *, paths: bool = True) -> dict[str, Any]:
+        """The request as JSON values; without `paths` pictures are named and not located, for what others will read."""
         return {
-            "erase": [_to_dict(concept) for concept in self.erase],
-            "preserve": [_to_dict(concept) for concept in self.preserve],
-            "within": None if self.within is None else _to_dict(self.within),
+            "erase": [_to_dict(concept, paths) for concept in self.erase],
+            "preserve": [_to_dict(concept, paths) for concept in self.preserve],
+            "within": None if self.within is None else _to_dict(self.within, paths),
         }
 
     @staticmethod
@@ -190,9 +190,10 @@ def _concept(given: Concept | str) -> Concept:
     return Concept(given) if isinstance(given, str) else given
 
 
-def _to_dict(concept: Concept) -> dict[str, Any]:
+def _to_dict(concept: Concept, paths: bool) -> dict[str, Any]:
     values = {field.name: getattr(concept, field.name) for field in fields(concept)}
-    return values | {k: [str(v) for v in values[k]] for k in ("synonyms", "prompts", "images")}
+    images = [str(image) if paths else image.name for image in concept.images]
+    return values | {"synonyms": list(concept.synonyms), "prompts": list(concept.prompts), "images": images}
 
 
 def _read(given: Mapping[str, Any] | str) -> Concept:

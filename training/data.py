@@ -114,6 +114,19 @@ def read_prompts(path: Path) -> list[str]:
     return lines
 
 
+def image_files(folder: Path) -> tuple[Path, ...]:
+    """The picture files of a folder, by name.
+
+    Raises:
+        FileNotFoundError: when there are none.
+    """
+    kinds = Image.registered_extensions()
+    found = tuple(sorted(path for path in folder.glob("*") if path.suffix.lower() in kinds))
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no pictures: name a folder of image files.")
+    return found
+
+
 def read_image(path: Path) -> Tensor:
     """A picture file as (3, H, W) in [0, 1].
 

@@ -106,3 +106,4 @@ class SalUn(FineTuningEraser):
     Config = SalUnConfig
     paper: ClassVar[str] = SalUnObjective.paper
     objective = SalUnObjective
+    uses_images = True

@@ -6,11 +6,13 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from sublimate.cli.app import run
 from sublimate.pipelines import folders
 from sublimate.pipelines.attention import _OperatorLog
+from sublimate.pipelines.edit import Edit
 
 DISTILL = (
     "data.prompts={prompts}",
@@ -152,6 +154,22 @@ def test_options_that_nothing_would_read(capsys, tmp_path, distilling, changes, 
     own = [option for option in distilling if not option.startswith("objective.")]
     assert said in failed(capsys, *own, "trainer.lr_scheduler=constant", "trainer.lr_warmup_steps=0", *changes)
     assert not (tmp_path / "run").exists()
+
+
+def test_pictures_of_a_concept(capsys, tmp_path, tiny_sd_v):
+    erase = ["erase", tiny_sd_v, "cat", "--anchor", "dog", "--images", tmp_path / "cats", "--out", tmp_path / "edit"]
+    salun = [*erase, "--method", "salun", "--set", "max_train_steps=1", "--set", "weights=x"]
+    (tmp_path / "cats").mkdir()
+    assert "holds no pictures" in failed(capsys, *salun)
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "cats" / "b.png")
+    (tmp_path / "cats" / "notes.txt").write_text("no picture")
+    assert sublimate(capsys, *salun)[0] == 0
+    request = Edit.load(tmp_path / "edit" / "edit.safetensors").provenance["request"]
+    assert request["erase"][0]["images"] == ["b.png"]  # not where it lies
+    assert "uce learns from no pictures" in failed(capsys, *erase)
+    assert "belongs to a single concept" in failed(capsys, *salun[:3], "dog", *salun[5:])
+    (tmp_path / "cats" / "a.png").write_text("no picture either")
+    assert "a.png" in failed(capsys, *salun)
 
 
 def test_an_anchor_that_the_eraser_does_not_read(capsys, tiny_sd_v):
