@@ -136,7 +136,7 @@ class Request:
                 raise ValueError(f"The anchor {concept.anchor!r} of {concept.name!r} is to be erased itself.")
 
     def to_dict(self, *, paths: bool = True) -> dict[str, Any]:
-        """The request as JSON values; without `paths` pictures are named and not located, for what others will read."""
+        """The request as JSON values; without `paths` pictures are named but not located, as others may read it."""
         return {
             "erase": [_to_dict(concept, paths) for concept in self.erase],
             "preserve": [_to_dict(concept, paths) for concept in self.preserve],
