@@ -21,9 +21,6 @@ def command(
     within: Annotated[str | None, typer.Option(help="Erase only where this is asked for.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for edit.safetensors (and the model).")] = Path("runs/edit"),
     fold: Annotated[bool, typer.Option("--fold", help="Also write the edited model as a diffusers folder.")] = False,
-    attention: Annotated[
-        str | None, typer.Option(help="Attention kernel: auto, sdpa, math, flash, efficient, cudnn, eager, xformers.")
-    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="All randomness derives from it.")] = 0,
     device: Annotated[
         str,
@@ -33,7 +30,6 @@ def command(
     """Erase concepts and write the edit, which applies to and comes off the base model bit by bit."""
     from sublimate.erasure.eraser import Eraser
     from sublimate.erasure.request import Concept, Request
-    from sublimate.pipelines.attention import set_attention
     from sublimate.pipelines.model import open_model
     from sublimate.training import registry
     from sublimate.training.config import load_config, parse_overrides, validate_section
@@ -60,8 +56,6 @@ def command(
     else:
         options = load_config(eraser.Config, config, changes, kind="erase")
     opened = open_model(model, device=device)
-    if attention is not None:
-        set_attention(opened, attention)
     edit = eraser(options).fit(opened, request, seed=seed, progress=True)
     out.mkdir(parents=True, exist_ok=True)
     typer.echo(f"Wrote {edit.save(out / 'edit.safetensors')}")

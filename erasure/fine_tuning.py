@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import tempfile
-from abc import ABC
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar, Literal, cast
 
 import torch
+from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.denoisers import Denoiser
 from sublimate.erasure.eraser import Changes, Eraser
-from sublimate.erasure.request import Request
+from sublimate.erasure.prompt_bank import PromptBank, concept_bank
+from sublimate.erasure.request import Request, Templates
 from sublimate.erasure.weights import Rule, select
+from sublimate.pipelines.attention import Kernel, attention_chosen
 from sublimate.pipelines.detector import Detector
 from sublimate.pipelines.model import Model
 from sublimate.training.checkpoints import fingerprint
-from sublimate.training.objective import Artefact, Batch, Objective, ObjectiveConfig, SoloObjective
+from sublimate.training.objective import Artefact, Batch, Loss, Objective, ObjectiveConfig, SoloObjective
 from sublimate.training.players import Player, PlayerConfig, make_player
 from sublimate.training.randomness import SampleRandom
 from sublimate.training.trainer import Interrupted, Trainer, TrainerConfig
@@ -36,6 +40,9 @@ class FineTuningConfig(ObjectiveConfig, ABC):
         max_train_steps: optimiser steps.
         train_batch_size: samples per micro-batch.
         gradient_accumulation_steps: micro-batches per step.
+        templates: prompts with `{}` that concepts, erased and preserved, are put in; `Concept.prompts` are used too.
+        retain: weight of the term that holds preserved concepts; without any there is none.
+        attention: the attention kernel (`sublimate.pipelines.attention`); None leaves the model's own.
         mixed_precision: "bf16" runs networks under autocast; weights and losses stay float32.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         output_dir: where the log and checkpoints go, which makes the run resumable; None keeps neither.
@@ -47,6 +54,9 @@ class FineTuningConfig(ObjectiveConfig, ABC):
     max_train_steps: int = Field(default=1000, ge=1)
     train_batch_size: int = Field(default=1, ge=1)
     gradient_accumulation_steps: int = Field(default=1, ge=1)
+    templates: Templates = ("{}",)
+    retain: float = Field(default=1.0, ge=0)
+    attention: Kernel | None = None
     mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
     output_dir: Path | None = None
@@ -89,6 +99,9 @@ class StudentObjective(SoloObjective):
             raise ValueError(f"{model.source} knows no prompts, so there is nothing to erase by name.")
         super().__init__(model, config, "student", make_student(model, config))
         self.frozen, self.shape, self.seed = model.denoiser, model.latent_shape, seed
+        self.erased = concept_bank(model, request.erase, config.templates)
+        keeps = bool(request.preserve) and config.retain > 0
+        self.kept = concept_bank(model, request.preserve, config.templates) if keeps else None
 
     @property
     def needs(self) -> frozenset[str]:
@@ -104,6 +117,17 @@ class StudentObjective(SoloObjective):
         """Where the student is."""
         return next(self.student.parameters()).device
 
+    @abstractmethod
+    def retain_error(self, batch: Batch, kept: PromptBank) -> Tensor:
+        """What holds preserved concepts, a mean over the batch; only asked for where there are some."""
+
+    def weighed(self, batch: Batch, terms: Mapping[str, tuple[float, Tensor]]) -> Loss:
+        """The weighted sum of terms (weight, value) and of `retain_error`; logs their values."""
+        if self.kept is not None:
+            terms = {**terms, "retain": (self.config.retain, self.retain_error(batch, self.kept))}
+        total = torch.stack([weight * value for weight, value in terms.values()]).sum()
+        return Loss(total, {name: value for name, (_, value) in terms.items()})
+
     def exports(self) -> Artefact:
         return Artefact("weights", self.student)
 
@@ -116,9 +140,16 @@ class FineTuningEraser(Eraser):
     def solve(
         self, model: Model, request: Request, *, seed: int, detector: Detector | None, progress: bool
     ) -> Changes:
-        objective = self.objective(model, self.config, request, seed=seed)
-        fine_tune(model, objective, request, self.config, seed=seed, progress=progress)
-        return Changes(values=trained_values(model, objective.player))
+        config, home = self.config, model.device
+        # What an objective draws before training is drawn where it trains.
+        model.to(Accelerator().device)
+        try:
+            with attention_chosen(model, config.attention, autocast=config.mixed_precision == "bf16"):
+                objective = self.objective(model, config, request, seed=seed)
+                fine_tune(model, objective, request, config, seed=seed, progress=progress)
+            return Changes(values=trained_values(model, objective.player))
+        finally:
+            model.to(home)
 
 
 def trained_values(model: Model, student: Player) -> dict[str, Tensor]:
@@ -130,10 +161,10 @@ def trained_values(model: Model, student: Player) -> dict[str, Tensor]:
 def fine_tune(
     model: Model, objective: Objective, request: Request, config: FineTuningConfig, *, seed: int, progress: bool
 ) -> None:
-    """Runs the trainer on an objective that draws its own prompts; the model's weights and place stay as they are.
+    """Runs the trainer on an objective that draws its own prompts; the model's weights stay as they are.
 
     Args:
-        model: what the objective's players were made from.
+        model: what the objective's players were made from, on the device where they train.
         objective: what to train.
         request: what it was made for.
         config: the run. A run that is resumed may change the number of steps and where they are kept, and no more.
@@ -146,7 +177,6 @@ def fine_tune(
         Diverged: when the loss is no longer finite.
         ValueError: when there is a checkpoint of another model, request or options.
     """
-    device = model.device
     with _run_folder(config.output_dir) as folder, torch.random.fork_rng(devices=[]):
         options = TrainerConfig(
             output_dir=folder,
@@ -159,17 +189,20 @@ def fine_tune(
             checkpointing_steps=config.checkpointing_steps,
         )
         kept = config.model_dump(mode="json", exclude={"output_dir", "checkpointing_steps", "max_train_steps"})
-        identity = fingerprint(model.content_hash(), request.to_dict(), kept)
+        identity = fingerprint(model.content_hash(), request.to_dict(paths=False), _digests(request), kept)
         trainer = Trainer(objective, _NoData(), options, fingerprint=identity, progress=progress)
-        model.to(trainer.accelerator.device)
         try:
             trainer.run()
         except Interrupted as stopped:
             if config.output_dir is None:
                 raise KeyboardInterrupt("Stopped; set output_dir to be able to resume.") from stopped
             raise
-        finally:
-            model.to(device)
+
+
+def _digests(request: Request) -> list[str]:
+    """The contents of all pictures."""
+    files = [file for concept in (*request.erase, *request.preserve) for file in concept.images]
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
 
 
 class _NoData:

@@ -25,6 +25,11 @@ class LatentBank:
     def __init__(self, rows: Sequence[Tensor]) -> None:
         self.rows = list(rows)
 
+    def each(self) -> list[tuple[int, Tensor]]:
+        """Every latent once, with a row that it belongs to."""
+        first = {id(latents): row for row, latents in reversed(list(enumerate(self.rows)))}
+        return [(row, latent) for row in sorted(first.values()) for latent in self.rows[row]]
+
     def draw(self, rows: Tensor, random: SampleRandom, device: torch.device | str) -> Tensor:
         """One latent per sample, (batch, *latent_shape)."""
         sources, places = [self.rows[row] for row in rows.tolist()], random.uniform().tolist()
@@ -42,6 +47,7 @@ def drawn_bank(
     steps: int,
     guidance_scale: float,
     seed: int,
+    batch_size: int,
 ) -> LatentBank:
     """A bank with one row per phrase of the concepts, as `concept_bank` has them.
 
@@ -53,6 +59,7 @@ def drawn_bank(
         count: latents per phrase.
         steps, guidance_scale: of the sampling.
         seed: keys the noise.
+        batch_size: latents drawn at a time.
 
     Raises:
         ValueError: when a picture has another size than the model's.
@@ -67,7 +74,9 @@ def drawn_bank(
             if pictured is None:
                 texts += [phrase.anchored if anchored else phrase.text] * count
     if texts:
-        drawn = generate_latents(model, texts, steps=steps, guidance_scale=guidance_scale, seed=seed)
+        drawn = generate_latents(
+            model, texts, steps=steps, guidance_scale=guidance_scale, seed=seed, batch_size=batch_size
+        )
         parts = iter(drawn.float().cpu().split(count))
         return LatentBank([next(parts) if row is None else row for row in rows])
     return LatentBank([row for row in rows if row is not None])

@@ -14,8 +14,8 @@ from sublimate.diffusion.predictions import Prediction
 from sublimate.erasure import targets
 from sublimate.erasure.fine_tuning import FineTuningConfig, StudentObjective
 from sublimate.erasure.latent_bank import LatentBank, drawn_bank
-from sublimate.erasure.prompt_bank import PromptBank, anchor_bank, concept_bank
-from sublimate.erasure.request import Concept, Request, Templates
+from sublimate.erasure.prompt_bank import PromptBank, anchor_bank
+from sublimate.erasure.request import Concept, Request
 from sublimate.erasure.trajectories import noised
 from sublimate.pipelines.model import Model
 from sublimate.training.losses import denoising_loss
@@ -30,17 +30,13 @@ class PicturedConfig(FineTuningConfig):
         images: pictures per prompt.
         sampling_steps: DDIM steps of each.
         start_guidance: guidance of that sampling; 1 is none.
-        templates: prompts with `{}` that concepts, erased and preserved, are put in; `Concept.prompts` are used too.
         space: the quantity in which the student is compared with itself; see `erasure/targets.py`.
-        retain: weight of the denoising loss on pictures of the preserved concepts.
     """
 
     images: int = Field(default=20, ge=1)
     sampling_steps: int = Field(default=50, ge=1)
     start_guidance: float = Field(default=7.5, ge=0)
-    templates: Templates = ("{}",)
     space: targets.Space = "output"
-    retain: float = Field(default=0.0, ge=0)
 
 
 class PicturedObjective(StudentObjective):
@@ -55,10 +51,7 @@ class PicturedObjective(StudentObjective):
 
     def __init__(self, model: Model, config: PicturedConfig, request: Request, *, seed: int = 0) -> None:
         super().__init__(model, config, request, seed=seed)
-        self.erased = concept_bank(model, request.erase, config.templates)
         self.anchors = anchor_bank(model, request.erase, config.templates)
-        keeps = bool(request.preserve) and config.retain > 0
-        self.kept = concept_bank(model, request.preserve, config.templates) if keeps else None
 
         def pictures(concepts: Sequence[Concept], anchored: bool) -> LatentBank:
             return drawn_bank(
@@ -70,10 +63,11 @@ class PicturedObjective(StudentObjective):
                 steps=config.sampling_steps,
                 guidance_scale=config.start_guidance,
                 seed=seed,
+                batch_size=config.train_batch_size,
             )
 
         self.pictures = pictures(request.erase, self.shows == "anchor")
-        self.kept_pictures = pictures(request.preserve, False) if keeps else None
+        self.kept_pictures = pictures(request.preserve, False) if self.kept else None
 
     def noise(self, random: SampleRandom, bank: PromptBank, pictures: LatentBank) -> dict[str, Tensor]:
         """Prompts, pictures of them, and their x_t: `rows`, `x0`, `eps`, `x_t` and `t`, each (batch, ...)."""
@@ -84,7 +78,7 @@ class PicturedObjective(StudentObjective):
         return {"rows": rows, "x0": x0, "eps": eps, "x_t": x_t, "t": t}
 
     def drawn(self, batch: Batch) -> Batch:
-        """The batch with noised pictures for the erasing terms, and as `kept_...` for `retained`."""
+        """The batch with noised pictures for the erasing terms, and as `kept_...` for `retain_error`."""
         batch = batch.adding(**self.noise(batch.random, self.erased, self.pictures))
         if self.kept is not None and self.kept_pictures is not None:
             kept = self.noise(batch.random, self.kept, self.kept_pictures)
@@ -103,10 +97,8 @@ class PicturedObjective(StudentObjective):
             swapped = self.predict(batch, self.anchors)
         return targets.squared_error(prediction, replace(prediction, output=swapped.output), self.config.space).mean()
 
-    def retained(self, batch: Batch) -> dict[str, Tensor]:
-        """The denoising loss on preserved concepts, as a term of that name; nothing where nothing is preserved."""
-        if self.kept is None:
-            return {}
+    def retain_error(self, batch: Batch, kept: PromptBank) -> Tensor:
+        """The denoising loss on noised pictures of preserved concepts."""
         x_t = batch["kept_x_t"]
-        prediction = self.student(x_t, batch["kept_t"], self.kept.condition(batch["kept_rows"], x_t.device))
-        return {"retain": denoising_loss(prediction, batch["kept_x0"], batch["kept_eps"]).mean()}
+        prediction = self.student(x_t, batch["kept_t"], kept.condition(batch["kept_rows"], x_t.device))
+        return denoising_loss(prediction, batch["kept_x0"], batch["kept_eps"]).mean()

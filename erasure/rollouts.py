@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from typing import Literal, Self
 
 import torch
@@ -13,11 +12,11 @@ from torch import Tensor
 from sublimate.diffusion.conditions import Condition
 from sublimate.erasure import keep, targets
 from sublimate.erasure.fine_tuning import FineTuningConfig, StudentObjective
-from sublimate.erasure.prompt_bank import PromptBank, concept_bank
-from sublimate.erasure.request import Request, Templates
+from sublimate.erasure.prompt_bank import PromptBank
+from sublimate.erasure.request import Request
 from sublimate.erasure.trajectories import rollout
 from sublimate.pipelines.model import Model
-from sublimate.training.objective import Batch, Loss, Turn
+from sublimate.training.objective import Batch, Turn
 
 
 class RolloutConfig(FineTuningConfig):
@@ -29,18 +28,14 @@ class RolloutConfig(FineTuningConfig):
         updates_per_rollout: optimiser steps per training step: as many x_t are taken from one sampling, each from its
             own part of the way, instead of sampling afresh for each. Divides `sampling_steps`.
         trajectory: who samples x_t: the "student" as it is, or the "frozen" network.
-        templates: prompts with `{}` that concepts, erased and preserved, are put in; `Concept.prompts` are used too.
         space: the quantity whose squared error is minimised; see `erasure/targets.py` for what it weights.
-        retain: weight of |student - frozen|^2 on the preserved concepts' prompts, at x_t sampled for them.
     """
 
     start_guidance: float = Field(default=3.0, ge=0)
     sampling_steps: int = Field(default=50, ge=1)
     updates_per_rollout: int = Field(default=1, ge=1)
     trajectory: Literal["student", "frozen"] = "student"
-    templates: Templates = ("{}",)
     space: targets.Space = "output"
-    retain: float = Field(default=1.0, ge=0)
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
@@ -78,9 +73,6 @@ class RolloutObjective(StudentObjective):
 
     def __init__(self, model: Model, config: RolloutConfig, request: Request, *, seed: int = 0) -> None:
         super().__init__(model, config, request, seed=seed)
-        self.erased = concept_bank(model, request.erase, config.templates)
-        keeps = bool(request.preserve) and config.retain > 0
-        self.kept = concept_bank(model, request.preserve, config.templates) if keeps else None
         self._sampled: dict[str, Tensor] = {}
 
     def turns(self, step: int) -> tuple[Turn, ...]:
@@ -130,12 +122,8 @@ class RolloutObjective(StudentObjective):
         """The prompts of the batch's rows in a bank, the erased concepts' unless another is given."""
         return (bank or self.erased).condition(batch["rows"], batch["x_t"].device)
 
-    def weighed(self, batch: Batch, terms: Mapping[str, tuple[float, Tensor]]) -> Loss:
-        """The weighted sum of terms (weight, value) and of the error on preserved concepts; logs their values."""
-        if self.kept is not None:
-            kept = self.kept.condition(batch["kept_rows"], batch["kept_x_t"].device)
-            x_t, t = batch["kept_x_t"], batch["kept_t"]
-            error = keep.frozen_error(self.student, self.frozen, x_t, t, kept, self.config.space).mean()
-            terms = {**terms, "retain": (self.config.retain, error)}
-        total = torch.stack([weight * value for weight, value in terms.values()]).sum()
-        return Loss(total, {name: value for name, (_, value) in terms.items()})
+    def retain_error(self, batch: Batch, kept: PromptBank) -> Tensor:
+        """|student - frozen|^2 on the preserved concepts' prompts, at x_t sampled for them."""
+        x_t, t = batch["kept_x_t"], batch["kept_t"]
+        told = kept.condition(batch["kept_rows"], x_t.device)
+        return keep.frozen_error(self.student, self.frozen, x_t, t, told, self.config.space).mean()

@@ -18,16 +18,19 @@ class TextLayer:
     Attributes:
         key: full key of its weight.
         reads: the condition's entry that it reads.
-        weight: W0, (d_out, d_in) float64 on the CPU.
-        columns: where these d_in columns lie in the whole weight.
-        width: how many columns the whole weight has.
+        whole: the whole weight, as the model has it.
+        columns: the d_in columns that multiply that entry.
     """
 
     key: str
     reads: str
-    weight: Tensor
+    whole: Tensor
     columns: slice
-    width: int
+
+    @property
+    def weight(self) -> Tensor:
+        """W0, (d_out, d_in) float64 on the CPU; converted when asked for, since all layers' would fill the memory."""
+        return self.whole[:, self.columns].detach().to("cpu", torch.float64)
 
     def change(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Factors (B, A) of the change W0 U V of the whole weight.
@@ -39,7 +42,7 @@ class TextLayer:
         b, a = self.weight @ u, v
         if len(a) > len(b):
             b, a = closed_form.compress(b, a)
-        full = a.new_zeros(len(a), self.width)
+        full = a.new_zeros(len(a), self.whole.shape[1])
         full[:, self.columns] = a
         return b, full
 
@@ -55,9 +58,8 @@ def text_layers(model: Model) -> list[TextLayer]:
         layer = model.component(point.component).get_submodule(point.module_name)
         if not isinstance(layer, nn.Linear):
             raise ValueError(f"{point.module_name} is a {type(layer).__name__}: closed forms edit linear layers only.")
-        weight = layer.weight.detach().to("cpu", torch.float64)
         key = f"{point.component}/{point.module_name}.weight"
-        layers.append(TextLayer(key, point.key, weight[:, point.columns], point.columns, weight.shape[1]))
+        layers.append(TextLayer(key, point.key, layer.weight, point.columns))
     if not layers:
         raise ValueError(f"No text enters {model.source}, so there is nothing for a closed form to edit.")
     return layers

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sublimate.erasure.request import Concept
+from sublimate.erasure.request import Concept, Request
 from sublimate.pipelines.model import Model
 from sublimate.pipelines.tokens import TokenSpan
 
@@ -68,6 +68,15 @@ def concept_rows(
     return {
         key: Rows(torch.cat([o for o, _ in pairs]), torch.cat([a for _, a in pairs])) for key, pairs in rows.items()
     }
+
+
+def request_rows(
+    model: Model, request: Request, templates: Sequence[str], tokens: Tokens
+) -> dict[str, tuple[Rows, Tensor]]:
+    """Erased rows with their anchors, and preserved rows (k, width), k >= 0, by the condition's key."""
+    erased = concept_rows(model, request.erase, templates, tokens, anchored=True)
+    kept = concept_rows(model, request.preserve, templates, tokens, anchored=False)
+    return {key: (rows, kept[key].own if key in kept else rows.own[:0]) for key, rows in erased.items()}
 
 
 def aligned(concept: TokenSpan, anchor: TokenSpan, tokens: Tokens, first: int = 0) -> tuple[Tensor, Tensor]:

@@ -164,6 +164,31 @@ def set_attention(model: Model, kernel: str = "auto") -> AttentionReport:
     return report
 
 
+@contextmanager
+def attention_chosen(model: Model, kernel: Kernel | None, *, autocast: bool = False) -> Iterator[None]:
+    """`set_attention` for a while: afterwards every layer has the processor that it had.
+
+    Args:
+        model: where it will run: kernels are proven on its device.
+        kernel: None leaves everything as it is.
+        autocast: prove it under bf16 autocast, for what will run so; GPUs' flash kernels know half precision alone.
+
+    Raises:
+        ValueError: as `set_attention`.
+    """
+    if kernel is None:
+        yield
+        return
+    layers = attention_layers(model.denoiser.network)
+    before = [layer.processor for layer in layers.values()]
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
+        set_attention(model, kernel)
+    try:
+        yield
+    finally:
+        _install(layers, before)
+
+
 def attention_report(model: Model) -> AttentionReport:
     """Which attention kernels the denoiser uses as it is, from one forward pass."""
     return AttentionReport("as it is", _watch(model, attention_layers(model.denoiser.network)))

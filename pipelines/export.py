@@ -361,4 +361,6 @@ def _cast(file: Path, dtype: torch.dtype) -> None:
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     weights = load_file(file)
-    save_file({k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}, file, metadata)
+    # Copies: what `load_file` gives may be views of the file that is written.
+    cast = {k: v.to(dtype, copy=True) if v.is_floating_point() else v.clone() for k, v in weights.items()}
+    save_file(cast, file, metadata)

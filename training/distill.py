@@ -14,7 +14,7 @@ from torch import Tensor
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.denoisers import Denoiser
 from sublimate.pipelines.attachments import export_attachment
-from sublimate.pipelines.attention import Kernel, set_attention
+from sublimate.pipelines.attention import Kernel, attention_chosen
 from sublimate.pipelines.edit import Edit
 from sublimate.pipelines.export import export_lora, export_student
 from sublimate.pipelines.few_steps import sample_few_steps
@@ -120,10 +120,9 @@ def distill(
         Edit.load(path).apply(model)
     home = model.device
     model.to(Accelerator().device)
-    if config.attention is not None:
-        set_attention(model, config.attention)
     try:
-        return _run(config, model, method, options, progress=bool(progress))
+        with attention_chosen(model, config.attention, autocast=config.trainer.mixed_precision == "bf16"):
+            return _run(config, model, method, options, progress=bool(progress))
     finally:
         model.to(home)
 

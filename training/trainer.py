@@ -157,9 +157,10 @@ class Trainer:
         )
         with bar, _stop_requests() as stop:
             while self.step < config.max_train_steps:
-                logs: dict[str, Tensor] = {}
-                for turn in self.objective.turns(self.step):
-                    logs |= self._take(turn)
+                taken = [self._take(turn) for turn in self.objective.turns(self.step)]
+                # What several turns log under one name is averaged.
+                named = {name: [logs[name] for logs in taken if name in logs] for logs in taken for name in logs}
+                logs = {name: torch.stack(values).mean() for name, values in named.items()}
                 self.objective.after_step(self.step)
                 for average in self.averages.values():
                     average.update()

@@ -52,6 +52,10 @@ class AllButOneObjective(RolloutObjective):
 
     def __init__(self, model: Model, config: AllButOneConfig, request: Request, *, seed: int = 0) -> None:
         super().__init__(model, config, request, seed=seed)
+        if config.repulsion and (anchored := [concept for concept in request.erase if concept.anchor]):
+            raise ValueError(
+                f"repulsion leads away from {anchored[0].name!r}, not to {anchored[0].anchor!r}: leave out the anchor."
+            )
         self.anchors = anchor_bank(model, request.erase, config.templates)
 
     def aim(self, batch: Batch) -> Batch:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sublimate.erasure.fine_tuning import FineTuningEraser
 from sublimate.erasure.pictured import PicturedConfig, PicturedObjective
@@ -23,7 +23,8 @@ class ConceptAblationConfig(PicturedConfig):
         prior: weight of the denoising loss on anchor pictures with the anchor's prompt, for anchors whose name is
             part of the concept's ("cat" for "grumpy cat").
 
-    The others are `PicturedConfig`'s and `FineTuningConfig`'s; `retain` is an addition.
+    The others are `PicturedConfig`'s and `FineTuningConfig`'s; `retain`, which weighs the denoising loss on pictures
+    of preserved concepts, is an addition.
     """
 
     weights: Rule = "x-strict"
@@ -32,6 +33,12 @@ class ConceptAblationConfig(PicturedConfig):
     train_batch_size: int = Field(default=4, ge=1)
     target: Literal["model", "noise"] = "model"
     prior: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _compares(self) -> Self:
+        if self.target == "noise" and self.space != "output":
+            raise ValueError("target = noise is the network's own loss and has no space: leave it out.")
+        return self
 
     def passes(self, step: int = 0) -> float:
         """Without the pictures; for a request with preserved concepts, if `retain` is set."""
@@ -58,12 +65,11 @@ class ConceptAblationObjective(PicturedObjective):
             error = self.swap_error(batch)
         else:
             error = denoising_loss(self.predict(batch, self.erased), batch["x0"], batch["eps"]).mean()
-        terms = {"erase": error, **self.retained(batch)}
-        total = terms["erase"] + config.retain * terms.get("retain", 0.0)
+        terms = {"erase": (1.0, error)}
         if config.prior > 0:
-            terms["prior"] = denoising_loss(self.predict(batch, self.anchors), batch["x0"], batch["eps"]).mean()
-            total = total + config.prior * terms["prior"]
-        return Loss(total, terms)
+            prior = denoising_loss(self.predict(batch, self.anchors), batch["x0"], batch["eps"]).mean()
+            terms["prior"] = config.prior, prior
+        return self.weighed(batch, terms)
 
 
 class ConceptAblation(FineTuningEraser):

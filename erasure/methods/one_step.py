@@ -12,8 +12,8 @@ from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.denoisers import Denoiser
 from sublimate.diffusion.predictions import Prediction, add_noise
 from sublimate.erasure.fine_tuning import FineTuningConfig, FineTuningEraser, StudentObjective
-from sublimate.erasure.prompt_bank import anchor_bank, concept_bank
-from sublimate.erasure.request import Request, Templates
+from sublimate.erasure.prompt_bank import PromptBank, anchor_bank
+from sublimate.erasure.request import Request
 from sublimate.erasure.trajectories import at_start
 from sublimate.pipelines.few_steps import FewSteps
 from sublimate.pipelines.generate import telling
@@ -26,20 +26,19 @@ class OneStepConfig(FineTuningConfig):
     """Options of erasing from a student of one or few steps; the paper trains masks, so its rates say nothing here.
 
     Attributes:
-        templates: prompts with `{}` that concepts, erased and preserved, are put in; `Concept.prompts` are used too.
         times: the descending schedule times at which the student is called; None reads them from the checkpoint, as
             this library's exports have them. One-step Turbo checkpoints take (999,).
-        guidance_scale: of those calls, told or applied as the network wants it; None reads it from the checkpoint.
-        retain: weight of the same error on preserved concepts, whose target is the unedited student's own image.
+        guidance_scale: of those calls, told or applied as the network wants it; None reads it from the checkpoint, and
+            is none where that says nothing.
+
+    `retain` weighs the same error on preserved concepts, whose target is the unedited student's own image.
     """
 
     learning_rate: float = Field(default=3e-5, gt=0)
     max_train_steps: int = Field(default=200, ge=1)
     train_batch_size: int = Field(default=8, ge=1)
-    templates: Templates = ("{}",)
     times: tuple[float, ...] | None = Field(default=None, min_length=1)
     guidance_scale: float | None = Field(default=None, ge=0)
-    retain: float = Field(default=1.0, ge=0)
 
     def passes(self, step: int = 0) -> float:
         """For an unguided student of one step, and a request with preserved concepts if `retain` is set."""
@@ -62,10 +61,7 @@ class OneStepObjective(StudentObjective):
         super().__init__(model, config, request, seed=seed)
         self.times, self.scale = _calls(model, config)
         self.reads_guidance = model.backbone.reads_guidance(model.denoiser.network)
-        self.erased = concept_bank(model, request.erase, config.templates)
         self.anchors = anchor_bank(model, request.erase, config.templates)
-        keeps = bool(request.preserve) and config.retain > 0
-        self.kept = concept_bank(model, request.preserve, config.templates) if keeps else None
 
     def predict(self, network: Denoiser, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
         """A network's prediction with the guidance that belongs to it."""
@@ -101,15 +97,12 @@ class OneStepObjective(StudentObjective):
         return x_t, times
 
     def loss(self, turn: Turn, batch: Batch, step: int) -> Loss:
-        terms = {"erase": self._error(batch, "")}
-        total = terms["erase"]
-        if self.kept is not None:
-            terms["retain"] = self._error(batch, "kept_")
-            total = total + self.config.retain * terms["retain"]
-        return Loss(total, terms)
+        return self.weighed(batch, {"erase": (1.0, self._error(batch, self.erased))})
 
-    def _error(self, batch: Batch, prefix: str) -> Tensor:
-        bank = self.kept if prefix and self.kept is not None else self.erased
+    def retain_error(self, batch: Batch, kept: PromptBank) -> Tensor:
+        return self._error(batch, kept, "kept_")
+
+    def _error(self, batch: Batch, bank: PromptBank, prefix: str = "") -> Tensor:
         x_t, t = batch[f"{prefix}x_t"], batch[f"{prefix}t"]
         prediction = self.predict(self.student, x_t, t, bank.condition(batch[f"{prefix}rows"], x_t.device))
         return squared_loss(prediction.x0, batch[f"{prefix}target"]).mean()
@@ -124,9 +117,11 @@ def _calls(model: Model, config: OneStepConfig) -> tuple[tuple[float, ...], floa
     few = model.defaults.get("few_steps")
     if few is not None and FewSteps.from_dict(few).sampler == "trajectory":
         raise ValueError(f"{model.source} is told where its jumps end, which one_step does not train: use esd or uce.")
-    scale = model.guidance_scale if config.guidance_scale is None else config.guidance_scale
+    recorded = float(model.defaults.get("guidance_scale", 1.0))
+    scale = recorded if config.guidance_scale is None else config.guidance_scale
     if config.times is not None:
-        return config.times, scale
+        given = FewSteps("consistency", steps=len(config.times), times=config.times)
+        return given.call_times(model.schedule), scale
     if few is not None:
         return FewSteps.from_dict(few).call_times(model.schedule), scale
     if model.defaults.get("steps") == 1:

@@ -13,7 +13,7 @@ from sublimate.erasure.eraser import Changes, Eraser
 from sublimate.erasure.methods.uce import UCEConfig, uce_factors
 from sublimate.erasure.request import Request
 from sublimate.erasure.text_layers import text_layers
-from sublimate.erasure.token_rows import Rows, concept_rows
+from sublimate.erasure.token_rows import Rows, request_rows
 from sublimate.pipelines.detector import Detector
 from sublimate.pipelines.model import Model
 
@@ -42,8 +42,9 @@ class RECE(Eraser):
 
     After UCE's edit, a round finds for every erased row c the embedding that makes all edited layers together do for
     it what the unedited ones did for c (`closed_form.recovering_rows`), and sends it to c's anchor by another edit
-    like UCE's, which pulls towards the weights of the round before. Every layer that reads the same embedding is
-    multiplied by one matrix from the right, W0 (I + U V), so a round costs one solve however many layers there are.
+    like UCE's, which starts from the weights of the round before. It also holds the rows that are erased already: the
+    authors leave that to the ridge, and on Ink the concept then comes back. Every layer that reads the same embedding
+    is multiplied by one matrix from the right, W0 (I + U V), so a round costs one solve however many layers there are.
     """
 
     Config = RECEConfig
@@ -54,24 +55,27 @@ class RECE(Eraser):
     ) -> Changes:
         config: RECEConfig = self.config
         layers = text_layers(model)
-        erased = concept_rows(model, request.erase, config.templates, config.tokens, anchored=True)
-        kept = concept_rows(model, request.preserve, config.templates, config.tokens, anchored=False)
+        rows = request_rows(model, request, config.templates, config.tokens)
         factors = {}
         for key in {layer.reads for layer in layers}:
-            moment = sum(
-                (layer.weight.mT @ layer.weight for layer in layers if layer.reads == key),
-                torch.zeros((), dtype=torch.float64),
-            )
-            factors[key] = _rounds(erased[key], kept[key].own if key in kept else None, moment, config)
+            size = rows[key][0].own.shape[1]
+            moment = torch.zeros(size, size, dtype=torch.float64)
+            for layer in layers:
+                if layer.reads == key:
+                    weight = layer.weight
+                    moment += weight.mT @ weight
+            factors[key] = _rounds(*rows[key], moment, config)
         return Changes(low_rank={layer.key: layer.change(*factors[layer.reads]) for layer in layers})
 
 
-def _rounds(erased: Rows, kept: Tensor | None, moment: Tensor, config: RECEConfig) -> tuple[Tensor, Tensor]:
+def _rounds(erased: Rows, kept: Tensor, moment: Tensor, config: RECEConfig) -> tuple[Tensor, Tensor]:
     """(U, V) of UCE's edit and all rounds after it."""
     u, v = uce_factors(erased, kept, config)
+    before = erased.own
     for _ in range(config.rounds):
-        recovering = Rows(closed_form.recovering_rows(erased.own, moment, u, v, config.attack_lam), erased.anchors)
-        more_u, more_v = uce_factors(recovering, kept, config, erased.own)
+        recovering = closed_form.recovering_rows(erased.own, moment, u, v, config.attack_lam)
+        more_u, more_v = uce_factors(Rows(recovering, erased.anchors), kept, config, before)
         # (I + U V)(I + U' V') = I + U V + (U' + U (V U')) V'
         u, v = closed_form.compress(torch.cat([u, more_u + u @ (v @ more_u)], 1), torch.cat([v, more_v]))
+        before = torch.cat([before, recovering])
     return u, v

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -14,7 +14,9 @@ from sublimate.erasure.fine_tuning import FineTuningEraser
 from sublimate.erasure.pictured import PicturedConfig, PicturedObjective
 from sublimate.erasure.request import Request
 from sublimate.erasure.saliency import largest
+from sublimate.erasure.trajectories import noised
 from sublimate.erasure.weights import Rule
+from sublimate.pipelines.gradient_checkpointing import enable_gradient_checkpointing
 from sublimate.pipelines.model import Model
 from sublimate.training.losses import denoising_loss
 from sublimate.training.objective import Batch, Loss, Turn
@@ -65,22 +67,27 @@ class SalUnObjective(PicturedObjective):
         self.masks = largest({name: g.abs() for name, g in self.saliency().items()}, config.saliency)
         self.player.set_trainable(True)  # tensors without gradient take no hooks
         for name, parameter in self.player.trainable().items():
-            parameter.register_hook(_masking(self.masks[name]))
+            parameter.register_hook(lambda gradient, name=name: gradient * self.masks[name].to(gradient.device))
         self.player.set_trainable(False)
 
     def saliency(self) -> dict[str, Tensor]:
         """The gradient of the concept's denoising loss in every trained weight, summed over its pictures."""
-        parameters = self.player.trainable()
+        config, parameters, schedule = self.config, self.player.trainable(), self.frozen.schedule
         total = {name: torch.zeros_like(p) for name, p in parameters.items()}
-        count, size = sum(len(row) for row in self.pictures.rows), self.config.train_batch_size
+        pictures, size = self.pictures.each(), config.train_batch_size
+        if config.gradient_checkpointing:
+            enable_gradient_checkpointing(self.student)
         self.player.set_trainable(True)
-        for start in range(0, count, size):
-            random = SampleRandom(self.seed, 0, "saliency", range(start, min(start + size, count)))
-            batch = self.noise(random, self.erased, self.pictures)
-            told = self.erased.condition(batch["rows"], self.device)
-            null, scale = self.null.to(self.device), self.config.saliency_guidance
-            prediction = guided(self.student, batch["x_t"], batch["t"], told, null, scale)
-            loss = denoising_loss(prediction, batch["x0"], batch["eps"]).sum()
+        for start in range(0, len(pictures), size):
+            rows, latents = zip(*pictures[start : start + size], strict=True)
+            random = SampleRandom(self.seed, 0, "saliency", range(start, start + len(rows)))
+            eps, u = random.normal(self.shape, self.device), random.uniform(self.device)
+            x0 = torch.stack(latents).to(self.device)
+            x_t, t = noised(schedule, x0, eps, u)
+            told, null = self.erased.condition(torch.tensor(rows), self.device), self.null.to(self.device)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+                prediction = guided(self.student, x_t, t, told, null, config.saliency_guidance)
+            loss = denoising_loss(prediction, x0, eps).sum()
             found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             for name, gradient in zip(total, found, strict=True):
                 if gradient is not None:  # of SD3's last block text is not read
@@ -88,16 +95,18 @@ class SalUnObjective(PicturedObjective):
         self.player.set_trainable(False)
         return total
 
+    def state(self) -> dict[str, Tensor]:
+        return self.masks
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        # Gradients need not repeat bit by bit on another machine, and a weight that has moved must stay in the mask.
+        self.masks = {name: mask.to(self.device) for name, mask in state.items()}
+
     def prepare(self, turn: Turn, batch: Batch, step: int) -> Batch:
         return self.drawn(batch)
 
     def loss(self, turn: Turn, batch: Batch, step: int) -> Loss:
-        terms = {"erase": self.swap_error(batch), **self.retained(batch)}
-        return Loss(terms["erase"] + self.config.retain * terms.get("retain", 0.0), terms)
-
-
-def _masking(mask: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda gradient: gradient * mask.to(gradient.device)
+        return self.weighed(batch, {"erase": (1.0, self.swap_error(batch))})
 
 
 class SalUn(FineTuningEraser):

@@ -13,7 +13,7 @@ from sublimate.erasure import closed_form
 from sublimate.erasure.eraser import Changes, Eraser
 from sublimate.erasure.request import Request, Templates
 from sublimate.erasure.text_layers import TextLayer, text_layers
-from sublimate.erasure.token_rows import Rows, Tokens, concept_rows
+from sublimate.erasure.token_rows import Rows, Tokens, request_rows
 from sublimate.pipelines.detector import Detector
 from sublimate.pipelines.model import Model
 from sublimate.training.config import Config
@@ -32,8 +32,9 @@ class SPEEDConfig(Config):
         lam: pull towards the old weights, per erased row.
         influence_filter: preserve only rows that an unconfined edit would move more than the average one (influence-
             based prior filtering).
-        augmentations: noisy copies of each preserved row, along the direction that its layer reads least; the more
-            moved half of them is preserved too (directed prior augmentation).
+        augmentations: noisy copies of each preserved row, along the direction that its layer reads least (where it is
+            wider than tall, one of those it does not read); those moved more than average are preserved too (directed
+            prior augmentation).
     """
 
     tokens: Tokens = "last"
@@ -72,15 +73,14 @@ class SPEED(Eraser):
                 raise ValueError(
                     f"Text enters {model.source} through no values of cross-attention: set layers to all."
                 )
-        erased = concept_rows(model, request.erase, config.templates, config.tokens, anchored=True)
-        kept = concept_rows(model, request.preserve, config.templates, config.tokens, anchored=False)
+        by_key = request_rows(model, request, config.templates, config.tokens)
         null = model.null_condition().to("cpu", torch.float64)
         fixed = {name: _fixed_rows(null[name][0]) for name in {layer.reads for layer in layers}}
         changes = {}
         for layer in layers:
-            rows, name = erased[layer.reads], layer.reads
-            preserved = self._preserved(layer, rows, kept[name].own if name in kept else rows.own[:0], seed)
-            basis = closed_form.quiet_directions(preserved, config.threshold, fixed[name])
+            rows, kept = by_key[layer.reads]
+            preserved = self._preserved(layer, rows, kept, seed)
+            basis = closed_form.quiet_directions(preserved, config.threshold, fixed[layer.reads])
             if basis.shape[1] == 0:
                 raise ValueError(
                     "What is preserved uses every direction of the embedding: preserve less, or raise threshold."

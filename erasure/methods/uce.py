@@ -12,7 +12,7 @@ from sublimate.erasure import closed_form
 from sublimate.erasure.eraser import Changes, Eraser
 from sublimate.erasure.request import Request, Templates
 from sublimate.erasure.text_layers import text_layers
-from sublimate.erasure.token_rows import Rows, Tokens, concept_rows
+from sublimate.erasure.token_rows import Rows, Tokens, request_rows
 from sublimate.pipelines.detector import Detector
 from sublimate.pipelines.model import Model
 from sublimate.training.config import Config
@@ -63,34 +63,29 @@ class UCE(Eraser):
     ) -> Changes:
         config: UCEConfig = self.config
         layers = text_layers(model)
-        erased = concept_rows(model, request.erase, config.templates, config.tokens, anchored=True)
-        kept = concept_rows(model, request.preserve, config.templates, config.tokens, anchored=False)
-        factors = {
-            key: uce_factors(erased[key], kept[key].own if key in kept else None, config)
-            for key in {layer.reads for layer in layers}
-        }
+        rows = request_rows(model, request, config.templates, config.tokens)
+        factors = {key: uce_factors(*rows[key], config) for key in {layer.reads for layer in layers}}
         return Changes(low_rank={layer.key: layer.change(*factors[layer.reads]) for layer in layers})
 
 
 def uce_factors(
-    erased: Rows, kept: Tensor | None, config: UCEConfig, erased_before: Tensor | None = None
+    erased: Rows, kept: Tensor, config: UCEConfig, erased_before: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(U, V) of the change W0 U V that minimises UCE's objective for every layer W0 that reads these rows.
 
     Args:
         erased: rows c_i and their anchors g_i.
-        kept: rows c_j, (k, d_in); None preserves nothing.
+        kept: rows c_j, (k, d_in); k may be 0.
         config: weights and ridge.
         erased_before: rows whose erasure W0 holds already, preserved with the weight of erased ones.
     """
     own = erased.own
-    held = [(rows, scale) for rows, scale in ((kept, config.preserve_scale), (erased_before, config.erase_scale))]
-    weights = [torch.full((len(rows),), scale) for rows, scale in held if rows is not None]
+    before = own[:0] if erased_before is None else erased_before
     right = closed_form.right_factor(
         own,
         torch.full((len(own),), config.erase_scale),
-        torch.cat([own[:0], *(rows for rows, _ in held if rows is not None)]),
-        torch.cat([torch.zeros(0), *weights]),
+        torch.cat([kept, before]),
+        torch.cat([torch.full((len(kept),), config.preserve_scale), torch.full((len(before),), config.erase_scale)]),
         closed_form.ridge(config.lam, own, relative=config.lam_relative),
     )
     return closed_form.anchored_factors(own, erased.anchors, right)

@@ -111,7 +111,8 @@ def test_players_are_trained_with_the_attention_that_was_asked_for(distilling, t
 def test_attention_that_does_not_run_here(capsys, tiny_sd_v, distilling):
     said = "'cudnn' does not run here on cpu"
     assert said in failed(capsys, *distilling, "attention=cudnn")
-    assert said in failed(capsys, "erase", tiny_sd_v, "cat", "--attention", "cudnn")
+    esd = ["erase", tiny_sd_v, "cat", "--method", "esd", "--set"]
+    assert said in failed(capsys, *esd, "attention=cudnn")
     assert said in failed(capsys, "generate", tiny_sd_v, "cat", "--attention", "cudnn")
     assert "use one of auto, sdpa" in failed(capsys, "generate", tiny_sd_v, "cat", "--attention", "fast")
 

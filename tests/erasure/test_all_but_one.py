@@ -61,9 +61,11 @@ def test_without_anchor_the_concept_has_no_say(sd):
 
 
 def test_repulsion_is_against_the_concepts_own_guidance(sd):
-    _, _, batch = start(sd, CAT, repulsion=1.5)
+    _, _, batch = start(sd, NOTHING, repulsion=1.5)
     cat, null = said(sd, batch, "cat", "")
     torch.testing.assert_close(batch["aimed"] - batch["null"], -1.5 * (cat - null))
+    with pytest.raises(ValueError, match="leave out the anchor"):
+        start(sd, CAT, repulsion=1.5)
 
 
 @pytest.mark.parametrize("detach", [False, True])

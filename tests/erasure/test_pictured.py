@@ -1,5 +1,7 @@
 """Erasers that train on noised pictures: banks of latents, the two losses, and the weights that may move."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from PIL import Image
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.guidance import guided
+from sublimate.diffusion.predictions import add_noise
 from sublimate.erasure.latent_bank import LatentBank, drawn_bank
 from sublimate.erasure.methods.concept_ablation import ConceptAblationConfig, ConceptAblationObjective
 from sublimate.erasure.methods.salun import SalUn, SalUnConfig, SalUnObjective
@@ -89,7 +92,7 @@ def test_the_other_branch_of_the_swap_gets_no_gradient(sd):
 
 
 def test_concept_ablation_to_noise_with_a_prior(sd):
-    config = ConceptAblationConfig(**SMALL, target="noise", prior=0.4)
+    config = ConceptAblationConfig(**SMALL, target="noise", prior=0.4, retain=0.0)
     objective = ConceptAblationObjective(sd, config, CAT)
     (turn,) = objective.turns(0)
     batch = objective.prepare(turn, Batch(Condition(), streams()), 0)
@@ -100,29 +103,43 @@ def test_concept_ablation_to_noise_with_a_prior(sd):
             for word in ("cat", "dog")
         )
     torch.testing.assert_close(loss.total, cat + 0.4 * dog)
-    assert config.passes() == 3 + 3 and ConceptAblationConfig(retain=1).passes() == 3 + 1 + 3
+    assert config.passes() == 3 + 3 and ConceptAblationConfig().passes() == 3 + 1 + 3
 
 
 def test_the_mask_is_that_of_the_largest_gradients_of_the_concepts_loss(sd):
-    objective = SalUnObjective(sd, SalUnConfig(**SMALL, weights="x", saliency=0.3, saliency_guidance=4.0), CAT)
-    parameters = objective.player.trainable()
-    objective.player.set_trainable(True)
-    # Six pictures in all, in batches of four: the same draws, one sample at a time.
-    for index in range(6):
-        batch = objective.noise(SampleRandom(0, 0, "saliency", [index]), objective.erased, objective.pictures)
-        told = objective.erased.condition(batch["rows"], "cpu")
-        prediction = guided(objective.student, batch["x_t"], batch["t"], told, objective.null, 4.0)
-        denoising_loss(prediction, batch["x0"], batch["eps"]).sum().backward()
-    # The hooks mask what arrives, so unmasked gradients are taken from a second student.
-    other = SalUnObjective(sd, SalUnConfig(**SMALL, weights="x", saliency=1.0, saliency_guidance=4.0), CAT)
-    total = {name: g.abs() for name, g in other.saliency().items()}
-    threshold = torch.cat([g.flatten() for g in total.values()]).sort(descending=True).values
-    threshold = threshold[-(-3 * len(threshold) // 10) - 1]
-    for name, mask in objective.masks.items():
-        assert torch.equal(mask, total[name] >= threshold)
-        grad = parameters[name].grad
-        torch.testing.assert_close(grad[mask].abs(), total[name][mask], rtol=1e-3, atol=1e-6)
-        assert not grad[~mask].any()
+    options = {**SMALL, "weights": "x", "saliency_guidance": 4.0}
+    objective = SalUnObjective(sd, SalUnConfig(**options, saliency=0.3), CAT)
+    student, null = copy.deepcopy(sd.denoiser).requires_grad_(True), sd.null_condition()
+    # Every picture once, one at a time.
+    pictures = [(row, latent) for row, latents in enumerate(objective.pictures.rows) for latent in latents]
+    assert len(pictures) == 6
+    for index, (row, x0) in enumerate(pictures):
+        random = SampleRandom(0, 0, "saliency", [index])
+        eps, t = random.normal(sd.latent_shape), sd.schedule.uniform_time(random.uniform())
+        x_t = add_noise(sd.schedule, x0[None], eps, t)
+        prediction = guided(student, x_t, t, sd.encode_prompts([("cat", "a cat")[row]]), null, 4.0)
+        denoising_loss(prediction, x0[None], eps).sum().backward()
+    total = {name: dict(student.named_parameters())[name].grad.abs() for name in objective.masks}
+    everything = torch.cat([g.flatten() for g in total.values()]).sort(descending=True).values
+    threshold = everything[-(-3 * len(everything) // 10) - 1]
+    wrong = sum(int((mask != (total[name] >= threshold)).sum()) for name, mask in objective.masks.items())
+    assert wrong <= 1e-3 * len(everything)  # rounding, at the threshold
+
+
+def test_the_mask_belongs_to_the_run(sd):
+    # Another mask, as rounding on another machine makes one, is replaced by the checkpoint's.
+    first, second = (SalUnObjective(sd, SalUnConfig(**SMALL, weights="x", saliency=s), CAT) for s in (0.3, 0.6))
+    second.load_state({name: mask.clone() for name, mask in first.state().items()})
+    second.player.set_trainable(True)
+    (turn,) = second.turns(0)
+    second.loss(turn, second.prepare(turn, Batch(Condition(), streams()), 0), 0).total.backward()
+    for name, parameter in second.player.trainable().items():
+        assert not parameter.grad[~first.masks[name]].any()
+
+
+def test_the_gradients_are_summed_over_every_picture_once():
+    own, shared = torch.zeros(2, 1), torch.ones(3, 1)
+    assert [row for row, _ in LatentBank([own, shared, shared]).each()] == [0, 0, 1, 1, 1]
 
 
 def test_masked_weights_do_not_move_and_the_others_do(sd):
@@ -167,7 +184,7 @@ def test_a_concepts_own_pictures_stand_for_it(sd, tmp_path):
         pixels = (255 * torch.rand(16, 16, 3, generator=generator)).byte().numpy()
         Image.fromarray(pixels).save(tmp_path / f"{name}.png")
     concept = Concept("cat", anchor="dog", images=(tmp_path / "a.png", tmp_path / "b.png"))
-    options = {"count": 1, "steps": 1, "guidance_scale": 1.0, "seed": 0}
+    options = {"count": 1, "steps": 1, "guidance_scale": 1.0, "seed": 0, "batch_size": 4}
     bank = drawn_bank(sd, [concept, Concept("red")], ("{}", "a {}"), **options)
     assert [len(row) for row in bank.rows] == [2, 2, 1, 1]
     pixels = torch.stack([torch.from_numpy(np.array(Image.open(f))) for f in concept.images])
@@ -181,7 +198,7 @@ def test_pictures_of_another_size_are_refused(tiny_sd, tmp_path):
     model = open_model(tiny_sd)
     for name, size in (("a", 16), ("b", 24)):
         Image.new("RGB", (size, size)).save(tmp_path / f"{name}.png")
-    options = {"count": 1, "steps": 1, "guidance_scale": 1.0, "seed": 0}
+    options = {"count": 1, "steps": 1, "guidance_scale": 1.0, "seed": 0, "batch_size": 4}
     with pytest.raises(ValueError, match="24 x 24 pixels"):
         drawn_bank(model, [Concept("cat", images=(tmp_path / "b.png",))], ("{}",), **options)
     with pytest.raises(ValueError, match="differ in size"):

@@ -26,12 +26,11 @@ def rows_of(model, key):
     return erased[key].own, erased[key].anchors, kept[key].own
 
 
-def dense_edit(weight, own, anchors, kept):
-    """UCE's minimiser by its normal equations."""
+def dense_edit(weight, own, anchors, kept, held):
+    """UCE's minimiser by its normal equations, with further rows held where they are."""
     p, lam = OPTIONS["preserve_scale"], OPTIONS["lam"]
-    left = weight @ anchors.mT @ own + p * weight @ kept.mT @ kept + lam * weight
-    right = own.mT @ own + p * kept.mT @ kept + lam * torch.eye(own.shape[1], dtype=torch.float64)
-    return left @ torch.linalg.inv(right)
+    pinned = p * kept.mT @ kept + held.mT @ held + lam * torch.eye(own.shape[1], dtype=torch.float64)
+    return (weight @ anchors.mT @ own + weight @ pinned) @ torch.linalg.inv(own.mT @ own + pinned)
 
 
 def dense_attack(edited, original, own, lam):
@@ -55,10 +54,11 @@ def test_it_is_the_alternation_written_out(model, rounds):
         readers = [layer for layer in layers if layer.reads == key]
         own, anchors, kept = rows_of(model, key)
         original = [layer.weight for layer in readers]
-        edited = [dense_edit(w, own, anchors, kept) for w in original]
+        edited, held = [dense_edit(w, own, anchors, kept, own[:0]) for w in original], own
         for _ in range(rounds):
             recovering = dense_attack(edited, original, own, 0.01)
-            edited = [dense_edit(w, recovering, anchors, kept) for w in edited]
+            edited = [dense_edit(w, recovering, anchors, kept, held) for w in edited]
+            held = torch.cat([held, recovering])
         for layer, w, o in zip(readers, edited, original, strict=True):
             torch.testing.assert_close(found[layer.key], w - o, rtol=1e-4, atol=1e-5 * float(o.abs().max()))
 

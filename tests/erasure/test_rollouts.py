@@ -7,6 +7,7 @@ from sublimate.diffusion.conditions import Condition
 from sublimate.erasure.methods.all_but_one import AllButOneConfig, AllButOneObjective
 from sublimate.erasure.methods.esd import ESDConfig, ESDObjective
 from sublimate.erasure.request import Concept, Request
+from sublimate.erasure.trajectories import rollout
 from sublimate.pipelines.model import open_model
 from sublimate.training.objective import Batch
 from sublimate.training.randomness import SampleRandom
@@ -17,6 +18,13 @@ CAT = Request(Concept("cat", anchor="dog"), preserve=["seven", "red"])
 @pytest.fixture(scope="module")
 def sd(tiny_sd):
     return open_model(tiny_sd)
+
+
+def disturb(objective):
+    """Makes student and frozen network differ."""
+    with torch.no_grad():
+        for parameter in objective.player.trainable().values():
+            parameter.add_(0.1)
 
 
 def prepared(objective, step=0):
@@ -33,6 +41,7 @@ def prepared(objective, step=0):
 def test_updates_of_a_step_share_one_sampling_each_from_its_own_part(sd, trajectory):
     options = {"sampling_steps": 6, "updates_per_rollout": 3, "trajectory": trajectory}
     objective = ESDObjective(sd, ESDConfig(**options), CAT)
+    disturb(objective)
     grid = sd.schedule.grid(6).tolist()
     batches = [batch for _, batch in prepared(objective)]
     for name in ("rows", "kept_rows"):
@@ -40,6 +49,14 @@ def test_updates_of_a_step_share_one_sampling_each_from_its_own_part(sd, traject
     for prefix in ("", "kept_"):
         for i, batch in enumerate(batches):
             assert all(time in grid[2 * i : 2 * i + 2] for time in batch[f"{prefix}t"].tolist())
+    # All x_t of a sample lie on one path, that of its own noise.
+    random = SampleRandom(0, 0, "student0", range(4))
+    rows, z = objective.erased.draw(random), random.normal(sd.latent_shape)
+    network = objective.student if trajectory == "student" else objective.frozen
+    told, t = objective.erased.condition(rows, "cpu"), torch.stack([batch["t"] for batch in batches])
+    stops = torch.tensor([[grid.index(time) for time in times] for times in t.tolist()])
+    expected, _ = rollout(network, z, told, objective.null, stops, steps=6, guidance_scale=3.0)
+    torch.testing.assert_close(torch.stack([batch["x_t"] for batch in batches]), expected)
     again, other = prepared(objective), prepared(objective, step=1)
     assert all(torch.equal(a["x_t"], b["x_t"]) for (_, a), b in zip(again, batches, strict=True))
     assert not torch.equal(other[0][1]["x_t"], batches[0]["x_t"])

