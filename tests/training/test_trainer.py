@@ -220,6 +220,19 @@ def test_the_log_is_json_lines(tmp_path):
     assert {"critic/loss", "student/loss"} <= lines[0].keys()
 
 
+def test_what_several_turns_log_under_one_name_is_averaged(tmp_path):
+    class Twice(Duel):
+        def turns(self, step):
+            return (Turn("student0", ("student",)), Turn("student1", ("student",)))
+
+        def loss(self, turn, batch, step):
+            return Loss(super().loss(turn, batch, step).total, {"size": torch.tensor(float(turn.name[-1]))})
+
+    train(tmp_path, Twice(), max_train_steps=1, logging_steps=1)
+    (line,) = (json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
+    assert line["size"] == 0.5 and line["student0/loss"] != line["student1/loss"]
+
+
 def test_random_numbers_belong_to_samples():
     whole = SampleRandom(1, 2, "turn", range(4))
     parts = [SampleRandom(1, 2, "turn", [i]) for i in range(4)]
