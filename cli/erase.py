@@ -9,7 +9,7 @@ import typer
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="A packaged name (ink), a diffusers folder, a file or a hub id.")],
+    model: Annotated[str, typer.Argument(help="A packaged name (ink, ink_one_step), a folder, a file or a hub id.")],
     concepts: Annotated[list[str], typer.Argument(help="What to erase: one name per concept.")],
     method: Annotated[str, typer.Option(help="A method of `sublimate methods`.")] = "uce",
     config: Annotated[str | None, typer.Option(help="The method's options: a YAML file or packaged name.")] = None,

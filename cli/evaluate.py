@@ -9,7 +9,7 @@ import typer
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="A packaged name (ink), a diffusers folder, a file or a hub id.")],
+    model: Annotated[str, typer.Argument(help="A packaged name (ink, ink_one_step), a folder, a file or a hub id.")],
     edit: Annotated[list[Path] | None, typer.Option(help="An edit to apply first; repeatable.")] = None,
     n: Annotated[int | None, typer.Option(min=2, help="Images for the distances (on Ink); 5000 by default.")] = None,
     judged: Annotated[

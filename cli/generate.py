@@ -9,7 +9,7 @@ import typer
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="A packaged name (ink), a diffusers folder, a file or a hub id.")],
+    model: Annotated[str, typer.Argument(help="A packaged name (ink, ink_one_step), a folder, a file or a hub id.")],
     prompts: Annotated[list[str] | None, typer.Argument(help="One image per prompt; none if unconditional.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("runs/images"),
     edit: Annotated[list[Path] | None, typer.Option(help="An edit to apply first; repeatable.")] = None,

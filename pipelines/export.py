@@ -24,7 +24,7 @@ from sublimate.pipelines.backbones.base import StockSampling
 from sublimate.pipelines.cards import inherited_license, model_card, public_name
 from sublimate.pipelines.few_steps import FewSteps
 from sublimate.pipelines.folders import written_aside
-from sublimate.pipelines.model import DEFAULTS_FILE, Model
+from sublimate.pipelines.model import DEFAULTS_FILE, Model, packaged_folder
 from sublimate.pipelines.progress import without_bars
 from sublimate.pipelines.versions import versions
 
@@ -317,7 +317,7 @@ def _card(model: Model, record: Mapping[str, Any], usage: list[str], title: str,
         base=model.source,
         provenance=record["provenance"],
         tags=(_pace(record).lower(), "distillation") if student else (),
-        license=license or inherited_license(Path(model.source)),
+        license=license or inherited_license(packaged_folder(model.source) or Path(model.source)),
     )
 
 

@@ -245,7 +245,7 @@ def open_model(
 
 def _folder(path: Path, name: str, revision: str | None, variant: str | None, token: str | bool | None) -> Path:
     """The folder on disk that a source stands for, downloaded if need be."""
-    packaged = _packaged(name)
+    packaged = packaged_folder(name)
     local = path if path.is_dir() and ((path / "model_index.json").exists() or packaged is None) else packaged
     if local is not None:
         if revision:
@@ -275,7 +275,8 @@ def packaged_names() -> list[str]:
     return sorted(path.parent.name for path in assets.glob("*/model_index.json"))
 
 
-def _packaged(name: str) -> Path | None:
+def packaged_folder(name: str) -> Path | None:
+    """Where a model of that name lies in this package; None when there is none."""
     return Path(str(importlib.resources.files("sublimate.assets"))) / name if name in packaged_names() else None
 
 
