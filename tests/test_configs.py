@@ -39,6 +39,10 @@ def test_an_erasure_has_options_of_its_eraser(name):
     assert isinstance(load_config(eraser.Config, name, kind="erase"), eraser.Config)
 
 
+def test_every_eraser_has_options_on_ink():
+    assert {f"erase/ink_{name}" for name in registry.available(ERASERS)} <= packaged_configs("erase").keys()
+
+
 def test_the_teachers_recipe_is_one():
     assert [load_config(InkConfig, name, kind="teacher") for name in packaged_configs("teacher")] != []
 
