@@ -28,7 +28,7 @@ from sublimate.pipelines.model import open_model
 from sublimate.training.config import load_config
 from sublimate.training.distill import DistillConfig, distill
 
-CONCEPT = "seven"
+CONCEPT, STUDENT = "seven", "ink_one_step"
 RESULTS = Path(__file__).parent / "results" / "demo"
 RUNS = Path("runs/benchmark-demo")
 
@@ -49,6 +49,8 @@ ERASERS: dict[str, tuple[str, tuple[str, ...], bool]] = {
     "concept-ablation": ("concept_ablation", (), True),
     "salun": ("salun", (), True),
 }
+# Erased from the packaged one-step student itself.
+FROM_STUDENT = ("uce", "speed", "one_step")
 DEFAULT = "uce"
 SEEDS = (0, 1, 2)
 
@@ -93,7 +95,10 @@ def main() -> None:
     draw_base = remembering(drawing(base))
     for name in ERASERS:
         for seed in SEEDS if name == DEFAULT else SEEDS[:1]:
-            _cell(f"erase-{name}-{seed}", options, lambda e=name, s=seed: _erase(e, s, draw_base, options.n))
+            _cell(f"erase-{name}-{seed}", options, lambda e=name, s=seed: _erase(ERASERS[e], s, draw_base, options.n))
+    draw_student = remembering(drawing(open_model(STUDENT)))
+    for name in FROM_STUDENT:
+        _cell(f"one-step-{name}-0", options, lambda e=name: _erase((e, (), True), 0, draw_student, options.n, STUDENT))
     for seed in SEEDS:
         _cell(f"student-{DEFAULT}-{seed}", options, lambda s=seed: _student(s, draw_base, options.n))
     print(table())
@@ -108,9 +113,11 @@ def _cell(name: str, options: argparse.Namespace, work: Callable[[], dict[str, A
     path.write_text(json.dumps({"cell": name, "n": options.n, **found}, indent=1) + "\n")
 
 
-def _fitted(method: str, changes: tuple[str, ...], preserve: bool, seed: int) -> tuple[Any, Any, float]:
-    """An edited teacher, its edit and the seconds the eraser took."""
-    edited = open_model("ink")
+def _fitted(
+    method: str, changes: tuple[str, ...], preserve: bool, seed: int, source: str = "ink"
+) -> tuple[Any, Any, float]:
+    """An edited model, its edit and the seconds the eraser took."""
+    edited = open_model(source)
     request = ink_request(CONCEPT)
     if not preserve:
         request = type(request)(erase=request.erase)
@@ -122,8 +129,10 @@ def _fitted(method: str, changes: tuple[str, ...], preserve: bool, seed: int) ->
     return edited, edit, seconds
 
 
-def _erase(name: str, seed: int, before: Any, n: int) -> dict[str, Any]:
-    edited, edit, seconds = _fitted(*ERASERS[name], seed)
+def _erase(
+    how: tuple[str, tuple[str, ...], bool], seed: int, before: Any, n: int, source: str = "ink"
+) -> dict[str, Any]:
+    edited, edit, seconds = _fitted(*how, seed, source)
     result = measure(drawing(edited), before, n, seed)
     return record(result, seconds, parameters=len(edit.shapes()))
 
@@ -139,12 +148,15 @@ def _student(seed: int, before: Any, n: int) -> dict[str, Any]:
 
 
 def table() -> str:
-    """The cells that are there, as Markdown; the teacher before, then every eraser's edited teacher and student."""
+    """The cells that are there, as Markdown; before each group the model that it started from."""
     lines = ["| | " + " | ".join(COLUMNS.values()) + " | seconds |", "|---" * (len(COLUMNS) + 2) + "|"]
+    before = None
     for path in sorted(RESULTS.glob("*.json")):
         cell = json.loads(path.read_text())
-        if len(lines) == 2:
-            lines.append(_row("teacher", cell["rates"], "before", ""))
+        source = STUDENT if cell["cell"].startswith("one-step") else "ink"
+        if source != before:
+            lines.append(_row(f"{source}, unedited", cell["rates"], "before", ""))
+            before = source
         lines.append(_row(cell["cell"], cell["rates"], "after", f"{cell['seconds']:.0f}"))
     return "\n".join(lines)
 
