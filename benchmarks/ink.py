@@ -188,7 +188,7 @@ def table() -> str:
             f"{percent[0]} % [{percent[1]}, {percent[2]}]",
             f"{100 * rejected['value']:.1f} %",
             cell.get("updates", ""),
-            cell.get("seconds_per_update", ""),
+            cell.get("seconds_per_update") or "",
             cell["peak_memory_gib"],
         )
         lines.append("| " + " | ".join(map(str, row)) + " |")
