@@ -130,7 +130,7 @@ def _calls(model: Model, config: OneStepConfig) -> tuple[tuple[float, ...], floa
 
 
 class OneStep(FineTuningEraser):
-    """Erasing from students of one or few steps, by matching x0 at fixed noise (after Zhang et al. 2025)."""
+    """Erasing from students of one or few steps, by matching x0 at fixed noise, as Minimalist Concept Erasure does."""
 
     Config = OneStepConfig
     paper: ClassVar[str] = OneStepObjective.paper

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from erasing import disturb
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.erasure.methods.all_but_one import AllButOne, AllButOneConfig, AllButOneObjective
@@ -31,13 +32,6 @@ def start(model, request, **options):
 def said(model, batch, *prompts):
     with torch.no_grad():
         return [model.denoiser(batch["x_t"], batch["t"], model.encode_prompts([p])).output for p in prompts]
-
-
-def disturb(objective):
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in objective.player.trainable().values():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def test_the_loss_is_its_formula(sd):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from erasing import disturb
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.erasure import fine_tuning
@@ -37,13 +38,6 @@ def start(model, request=CAT, **options):
     turn = objective.turns(0)[0]
     with torch.no_grad():
         return objective, turn, objective.prepare(turn, Batch(Condition(), streams()), 0)
-
-
-def disturb(objective, size=0.1):
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in objective.player.trainable().values():
-            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
 
 
 def mean_square(x):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from erasing import disturb
 from students import few_step_student_of, student_of
 
 from sublimate.diffusion.conditions import Condition
@@ -37,13 +38,6 @@ def start(model, n=4, disturbed=False, **options):
     with torch.no_grad():
         batch = objective.prepare(turn, Batch(Condition(), SampleRandom(0, 0, "student", range(n))), 0)
     return objective, turn, batch
-
-
-def disturb(objective):
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in objective.player.trainable().values():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def test_the_loss_matches_x0_at_the_students_own_start(student):

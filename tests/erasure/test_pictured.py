@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from erasing import disturb
 from PIL import Image
 
 from sublimate.diffusion.conditions import Condition
@@ -38,13 +39,6 @@ def start(model, cls, config, request=CAT):
     objective = cls(model, config(**SMALL, retain=0.7, weights="x"), request)
     (turn,) = objective.turns(0)
     return objective, turn, objective.prepare(turn, Batch(Condition(), streams()), 0)
-
-
-def disturb(objective):
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in objective.player.trainable().values():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def said(objective, model, batch, words, prefix=""):

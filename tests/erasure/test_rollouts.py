@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from erasing import disturb
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.erasure.methods.all_but_one import AllButOneConfig, AllButOneObjective
@@ -18,13 +19,6 @@ CAT = Request(Concept("cat", anchor="dog"), preserve=["seven", "red"])
 @pytest.fixture(scope="module")
 def sd(tiny_sd):
     return open_model(tiny_sd)
-
-
-def disturb(objective):
-    """Makes student and frozen network differ."""
-    with torch.no_grad():
-        for parameter in objective.player.trainable().values():
-            parameter.add_(0.1)
 
 
 def prepared(objective, step=0):
