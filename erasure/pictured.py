@@ -19,7 +19,7 @@ from sublimate.erasure.request import Concept, Request
 from sublimate.erasure.trajectories import noised
 from sublimate.pipelines.model import Model
 from sublimate.training.losses import denoising_loss
-from sublimate.training.objective import Batch
+from sublimate.training.objective import Batch, Turn
 from sublimate.training.randomness import SampleRandom
 
 
@@ -69,21 +69,23 @@ class PicturedObjective(StudentObjective):
         self.pictures = pictures(request.erase, self.shows == "anchor")
         self.kept_pictures = pictures(request.preserve, False) if self.kept else None
 
-    def noise(self, random: SampleRandom, bank: PromptBank, pictures: LatentBank) -> dict[str, Tensor]:
-        """Prompts, pictures of them, and their x_t: `rows`, `x0`, `eps`, `x_t` and `t`, each (batch, ...)."""
+    def prepare(self, turn: Turn, batch: Batch, step: int) -> Batch:
+        """Adds noised pictures for the erasing terms, and as `kept_...` for `retain_error`."""
+        batch = batch.adding(**self._drawn(batch.random, self.erased, self.pictures))
+        if self.kept is not None and self.kept_pictures is not None:
+            kept = self._drawn(batch.random, self.kept, self.kept_pictures)
+            batch = batch.adding(**{f"kept_{name}": value for name, value in kept.items()})
+        return batch
+
+    def _drawn(self, random: SampleRandom, bank: PromptBank, pictures: LatentBank) -> dict[str, Tensor]:
         rows = bank.draw(random)
-        x0 = pictures.draw(rows, random, self.device)
+        return self.noise(random, rows, pictures.draw(rows, random, self.device))
+
+    def noise(self, random: SampleRandom, rows: Tensor, x0: Tensor) -> dict[str, Tensor]:
+        """Rows of prompts and their pictures with noise: `rows`, `x0`, `eps`, `x_t` and `t`, each (batch, ...)."""
         eps, u = random.normal(self.shape, self.device), random.uniform(self.device)
         x_t, t = noised(self.frozen.schedule, x0, eps, u)
         return {"rows": rows, "x0": x0, "eps": eps, "x_t": x_t, "t": t}
-
-    def drawn(self, batch: Batch) -> Batch:
-        """The batch with noised pictures for the erasing terms, and as `kept_...` for `retain_error`."""
-        batch = batch.adding(**self.noise(batch.random, self.erased, self.pictures))
-        if self.kept is not None and self.kept_pictures is not None:
-            kept = self.noise(batch.random, self.kept, self.kept_pictures)
-            batch = batch.adding(**{f"kept_{name}": value for name, value in kept.items()})
-        return batch
 
     def predict(self, batch: Batch, bank: PromptBank) -> Prediction:
         """The student at the batch's x_t, told the batch's rows of a bank."""

@@ -56,9 +56,6 @@ class ConceptAblationObjective(PicturedObjective):
     config: ConceptAblationConfig
     shows = "anchor"
 
-    def prepare(self, turn: Turn, batch: Batch, step: int) -> Batch:
-        return self.drawn(batch)
-
     def loss(self, turn: Turn, batch: Batch, step: int) -> Loss:
         config = self.config
         if config.target == "model":

@@ -60,10 +60,8 @@ class RECE(Eraser):
         for key in {layer.reads for layer in layers}:
             size = rows[key][0].own.shape[1]
             moment = torch.zeros(size, size, dtype=torch.float64)
-            for layer in layers:
-                if layer.reads == key:
-                    weight = layer.weight
-                    moment += weight.mT @ weight
+            for weight in (layer.weight for layer in layers if layer.reads == key):
+                moment += weight.mT @ weight
             factors[key] = _rounds(*rows[key], moment, config)
         return Changes(low_rank={layer.key: layer.change(*factors[layer.reads]) for layer in layers})
 

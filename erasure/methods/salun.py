@@ -14,7 +14,6 @@ from sublimate.erasure.fine_tuning import FineTuningEraser
 from sublimate.erasure.pictured import PicturedConfig, PicturedObjective
 from sublimate.erasure.request import Request
 from sublimate.erasure.saliency import largest
-from sublimate.erasure.trajectories import noised
 from sublimate.erasure.weights import Rule
 from sublimate.pipelines.gradient_checkpointing import enable_gradient_checkpointing
 from sublimate.pipelines.model import Model
@@ -72,7 +71,7 @@ class SalUnObjective(PicturedObjective):
 
     def saliency(self) -> dict[str, Tensor]:
         """The gradient of the concept's denoising loss in every trained weight, summed over its pictures."""
-        config, parameters, schedule = self.config, self.player.trainable(), self.frozen.schedule
+        config, parameters = self.config, self.player.trainable()
         total = {name: torch.zeros_like(p) for name, p in parameters.items()}
         pictures, size = self.pictures.each(), config.train_batch_size
         if config.gradient_checkpointing:
@@ -81,13 +80,11 @@ class SalUnObjective(PicturedObjective):
         for start in range(0, len(pictures), size):
             rows, latents = zip(*pictures[start : start + size], strict=True)
             random = SampleRandom(self.seed, 0, "saliency", range(start, start + len(rows)))
-            eps, u = random.normal(self.shape, self.device), random.uniform(self.device)
-            x0 = torch.stack(latents).to(self.device)
-            x_t, t = noised(schedule, x0, eps, u)
-            told, null = self.erased.condition(torch.tensor(rows), self.device), self.null.to(self.device)
+            noisy = self.noise(random, torch.tensor(rows), torch.stack(latents).to(self.device))
+            told, null = self.erased.condition(noisy["rows"], self.device), self.null.to(self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
-                prediction = guided(self.student, x_t, t, told, null, config.saliency_guidance)
-            loss = denoising_loss(prediction, x0, eps).sum()
+                prediction = guided(self.student, noisy["x_t"], noisy["t"], told, null, config.saliency_guidance)
+            loss = denoising_loss(prediction, noisy["x0"], noisy["eps"]).sum()
             found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             for name, gradient in zip(total, found, strict=True):
                 if gradient is not None:  # of SD3's last block text is not read
@@ -101,9 +98,6 @@ class SalUnObjective(PicturedObjective):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         # Gradients need not repeat bit by bit on another machine, and a weight that has moved must stay in the mask.
         self.masks = {name: mask.to(self.device) for name, mask in state.items()}
-
-    def prepare(self, turn: Turn, batch: Batch, step: int) -> Batch:
-        return self.drawn(batch)
 
     def loss(self, turn: Turn, batch: Batch, step: int) -> Loss:
         return self.weighed(batch, {"erase": (1.0, self.swap_error(batch))})
