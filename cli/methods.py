@@ -1,4 +1,4 @@
-"""List the distillation objectives and the erasers, each with its paper."""
+"""List the distillation objectives, the erasers and the attacks, each with its paper."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from sublimate.training import registry
 KINDS = {
     "Objectives (method in `sublimate distill`)": "sublimate.training.objectives",
     "Erasers (method in `sublimate erase`)": "sublimate.erasure.methods",
+    "Attacks (attack in `sublimate audit`)": "sublimate.evaluation.attacks",
 }
 
 
 def command() -> None:
-    """List the distillation objectives and the erasers, each with its paper (an arXiv id)."""
+    """List the distillation objectives, the erasers and the attacks, each with its paper (an arXiv id)."""
     tables = {
         title: [registry.card(package, name) for name in registry.available(package)]
         for title, package in KINDS.items()

@@ -15,12 +15,19 @@ from sublimate.evaluation.erasure_result import Comparison, Drift, ErasureResult
 from sublimate.evaluation.fidelity import Extractor, extract
 from sublimate.evaluation.studies import ErasureStudy
 from sublimate.pipelines.detector import Detector
+from sublimate.pipelines.generate import generate
+from sublimate.pipelines.model import Model
 
 Generate = Callable[[Sequence[str], int], Tensor]
 """(prompts, seed) -> images (N, 3, H, W) in [0, 1]; the same seed must give both models the same noise."""
 
 Progress = Callable[[int, int, str], None]
 """(calls of a model done, calls in all, what comes next)."""
+
+
+def drawing(model: Model) -> Generate:
+    """The model as a study calls it, sampled as its checkpoint asks."""
+    return lambda texts, seed: generate(model, texts, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -237,10 +244,10 @@ def run(
         texts = study.prompts[role].texts
         for seed in study.seeds:
             images = []
-            for which, generate in (("before", generate_before), ("after", generate_after)):
+            for which, draw in (("before", generate_before), ("after", generate_after)):
                 if progress is not None:
                     progress(done, total, f"{role}, {which}, seed {seed}")
-                images.append(generate(texts, seed))
+                images.append(draw(texts, seed))
                 done += 1
                 if len(images[-1]) != len(texts):
                     raise ValueError(f"{which}: {len(images[-1])} images for {len(texts)} prompts; return one each")

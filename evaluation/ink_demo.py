@@ -13,15 +13,14 @@ from tqdm.auto import tqdm
 from sublimate.erasure.eraser import Eraser
 from sublimate.erasure.request import Concept, Request
 from sublimate.evaluation.detectors import open_detector
-from sublimate.evaluation.erasure import Generate, run
+from sublimate.evaluation.erasure import Generate, drawing, run
 from sublimate.evaluation.erasure_report import erasure_report, example_pictures, result_tables
 from sublimate.evaluation.erasure_result import ErasureResult
 from sublimate.evaluation.ink_study import ink_study
 from sublimate.evaluation.report_sections import Verdict
 from sublimate.evaluation.studies import ErasureStudy, PromptSet
 from sublimate.pipelines.detector import Detector
-from sublimate.pipelines.generate import generate
-from sublimate.pipelines.model import Model, open_model
+from sublimate.pipelines.model import open_model
 from sublimate.training import registry
 from sublimate.training.config import load_config
 from sublimate.training.distill import DistillConfig, distill
@@ -143,11 +142,6 @@ def sized(study: ErasureStudy, n: int) -> ErasureStudy:
 
 def _first(prompts: PromptSet, size: int) -> PromptSet:
     return PromptSet(prompts.texts[:size], prompts.expected[:size])
-
-
-def drawing(model: Model) -> Generate:
-    """The model as a study calls it, sampled as its checkpoint asks."""
-    return lambda texts, seed: generate(model, texts, seed=seed)
 
 
 def remembering(draw: Generate) -> Generate:

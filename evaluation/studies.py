@@ -149,3 +149,30 @@ class ErasureStudy:
                 for group, label in expected.items():
                     if label is not None:
                         check_label(groups, group, label)
+
+
+def read_study(folder: Path, concept: str, group: str, label: str | None = None) -> ErasureStudy:
+    """A study from a folder of prompt files: target.jsonl, and synonyms, siblings and unrelated where there are some.
+
+    Args:
+        folder: holds the files, as `read_prompt_set` reads them.
+        concept, group, label: as in `ErasureStudy`.
+
+    Raises:
+        FileNotFoundError: when there are no target prompts.
+        ValueError: when a file cannot be used.
+    """
+
+    def prompts(role: str) -> PromptSet:
+        path = folder / f"{role}.jsonl"
+        return read_prompt_set(path) if path.is_file() or role == "target" else PromptSet()
+
+    return ErasureStudy(
+        concept=concept,
+        group=group,
+        target=prompts("target"),
+        synonyms=prompts("synonyms"),
+        siblings=prompts("siblings"),
+        unrelated=prompts("unrelated"),
+        label=label,
+    )

@@ -1,0 +1,96 @@
+"""Attack an erasure: what is gone, what went with it, and what brings the concept back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    base: Annotated[
+        str, typer.Argument(help="The model before: a packaged name (ink), a folder, a file or a hub id.")
+    ],
+    edited: Annotated[
+        str, typer.Argument(help="The model after: an edit of BASE (.safetensors), a folder, a hub id.")
+    ],
+    concept: Annotated[str, typer.Option(help="What was erased, as prompts call it.")],
+    synonym: Annotated[list[str] | None, typer.Option(help="Another of its names; repeatable.")] = None,
+    anchor: Annotated[str | None, typer.Option(help="What neutral prompts say in its place.")] = None,
+    attack: Annotated[
+        list[str] | None,
+        typer.Option(help="An attack of `sublimate methods`; repeatable. By default all but distillation."),
+    ] = None,
+    option: Annotated[list[str] | None, typer.Option("--set", help="An attack's option, as attack.key=value.")] = None,
+    n: Annotated[int, typer.Option(min=1, help="Prompts per role, on Ink.")] = 200,
+    pictures: Annotated[int, typer.Option(min=1, help="Pictures of the concept that attackers have.")] = 32,
+    detector: Annotated[str, typer.Option(help="ink, or an image classifier's folder or hub id.")] = "ink",
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Folder with target.jsonl (synonyms, siblings, unrelated), instead of Ink's grammar."),
+    ] = None,
+    group: Annotated[str | None, typer.Option(help="The detector's group of the concept, with --prompts.")] = None,
+    label: Annotated[str | None, typer.Option(help="The detector's label, where it is not the concept.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="All randomness derives from it.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for report.html and report.json.")] = Path("runs/audit"),
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+) -> None:
+    """Measure an erasure, then try to undo it; the report says what was tried, with which budget, and what was not."""
+    import shlex
+    import sys
+
+    from tqdm.auto import tqdm
+
+    from sublimate.erasure.request import Concept
+    from sublimate.evaluation.audit import ATTACKS, audit, make_attacks
+    from sublimate.evaluation.audit_report import attack_table, audit_report
+    from sublimate.evaluation.detectors import open_detector
+    from sublimate.evaluation.ink_demo import ink_request
+    from sublimate.evaluation.ink_study import ink_study
+    from sublimate.evaluation.studies import read_study
+    from sublimate.pipelines.edit import Edit
+    from sublimate.pipelines.model import open_model
+    from sublimate.training import registry
+    from sublimate.training.config import parse_overrides
+
+    if (prompts is None) != (group is None):
+        raise ValueError("--prompts and --group go together: name the detector's group that your prompts are about.")
+    if prompts is None and label is not None:
+        raise ValueError("--label belongs to --prompts: Ink's detector knows its concepts by name.")
+    names = attack or [name for name in registry.available(ATTACKS) if name != "distillation"]
+    attacks = make_attacks(names, parse_overrides(option or ()))
+    judge = open_detector(detector, device=device)
+    if prompts is None or group is None:
+        study, asked = ink_study(concept, n=n), ink_request(concept).erase[0]
+    else:
+        study, asked = read_study(prompts, concept, group, label), Concept(concept)
+    words = tuple(dict.fromkeys((*asked.synonyms, *(synonym or ()))))
+    asked = Concept(asked.name, asked.anchor if anchor is None else anchor, words)
+    before = open_model(base, device=device)
+    after = open_model(base if Path(edited).suffix == ".safetensors" else edited, device=device)
+    if Path(edited).suffix == ".safetensors":
+        Edit.load(edited).apply(after)
+
+    with tqdm(desc="auditing", unit="part") as bar:
+
+        def show(done: int, total: int, what: str) -> None:
+            bar.total, bar.n = total, done
+            bar.set_postfix_str(what)
+
+        found = audit(before, after, asked, study, judge, attacks, pictures=pictures, seed=seed, progress=show)
+    for row in attack_table(found).rows:
+        typer.echo(f"{row[0]}: base {row[2]}, edited {row[3]}")
+    report = audit_report(
+        found,
+        command=shlex.join(["sublimate", *sys.argv[1:]]),
+        lead=f"{edited} against {base}.",
+        provenance={
+            "base": before.source,
+            "base hash": before.content_hash(),
+            "edited": edited,
+            "edited hash": after.content_hash(),
+            "detector": detector,
+        },
+    )
+    typer.echo(f"{found.erasure.verdict}\nWrote {report.write(out)}")

@@ -1,0 +1,204 @@
+"""Attack: what every way of bringing an erased concept back is to its caller, and what it found."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sublimate.erasure.request import Concept
+from sublimate.evaluation.agreement import check_label, read
+from sublimate.evaluation.intervals import Rate
+from sublimate.pipelines.detector import Detector
+from sublimate.pipelines.model import Model
+from sublimate.training.config import Config as Options
+
+Box = Literal["black box", "white box", "persistence"]
+"""What the attacker has: the model's images alone, its weights and gradients, or leave to train it further."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is attacked, and how it is seen whether the concept is back.
+
+    Attributes:
+        concept: what was erased, with its other names.
+        prompts: prompts that name it.
+        paraphrases: prompts that mean it in other words; may be empty.
+        others: prompts that do not concern it; may be empty.
+        pictures: (N, 3, H, W) in [0, 1], pictures that show it, as an attacker has them.
+        captions: what each picture shows, naming the concept.
+        detector: what judges.
+        group: the detector's group of the concept.
+        label: its label there.
+        base: the model before the erasure.
+
+    Raises:
+        ValueError: when a prompt does not name the concept, or the detector does not know it.
+    """
+
+    concept: Concept
+    prompts: tuple[str, ...]
+    pictures: Tensor
+    captions: tuple[str, ...]
+    detector: Detector
+    group: str
+    label: str
+    base: Model
+    paraphrases: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_label(self.detector.groups, self.group, self.label)
+        if not self.prompts or not len(self.pictures):
+            raise ValueError(
+                f"The case of {self.concept.name!r} needs prompts that name it and pictures that show it."
+            )
+        if len(self.captions) != len(self.pictures):
+            raise ValueError(f"{len(self.pictures)} pictures have {len(self.captions)} captions: give one for each.")
+        self.renamed((*self.prompts, *self.captions), "")
+
+    def renamed(self, prompts: Sequence[str], words: str) -> tuple[str, ...]:
+        """Prompts with other words in the concept's place.
+
+        Raises:
+            ValueError: when a prompt does not name the concept.
+        """
+        names = sorted(self.concept.names, key=len, reverse=True)
+        pattern = re.compile(rf"\b({'|'.join(map(re.escape, names))})\b", re.IGNORECASE)
+        for prompt in prompts:
+            if not pattern.search(prompt):
+                raise ValueError(f"The prompt {prompt!r} does not name {self.concept.name!r}: its words must occur.")
+        return tuple(pattern.sub(lambda match: words, prompt) for prompt in prompts)
+
+    def probability(self, images: Tensor) -> Tensor:
+        """The detector's probability of the concept, (N,); differentiable in images (N, 3, H, W)."""
+        return self.detector(images)[self.group][:, self.detector.groups[self.group].index(self.label)]
+
+    def shows(self, images: Tensor) -> Tensor:
+        """(N,) bool: in which images the concept is the group's most probable label."""
+        return read(self.detector, images).shows(self.group, self.label)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an attack made of a model.
+
+    Attributes:
+        prompts: what each attempt asked for.
+        images: (N, 3, H, W) in [0, 1], one per attempt.
+        hits: (N,) bool: which attempts brought the concept back.
+        found: what the attack came up with, in words; may be empty.
+        curve: the rate after so many steps, for attacks that go on.
+    """
+
+    prompts: tuple[str, ...]
+    images: Tensor
+    hits: Tensor
+    found: str = ""
+    curve: tuple[tuple[int, Rate], ...] = ()
+
+    @property
+    def rate(self) -> Rate:
+        """How often the concept came back."""
+        return Rate.of(self.hits.tolist())
+
+    @classmethod
+    def seen(cls, case: Case, prompts: Sequence[str], images: Tensor, **more: Any) -> Outcome:
+        """An attempt per image that succeeds where the detector sees the concept."""
+        return cls(tuple(prompts), images.cpu(), case.shows(images), **more)
+
+
+class Attack(ABC):
+    """A way of bringing a concept back: options in, images out.
+
+    An attack gets one model at a time, and never changes it. The audit runs it on the base first: what cannot draw the
+    concept there proves nothing.
+
+    Args:
+        config: the attack's options.
+        options: the same by name, instead of `config`.
+
+    Raises:
+        TypeError: when both are given.
+    """
+
+    Config: ClassVar[type[Options]]
+    paper: ClassVar[str]
+    box: ClassVar[Box]
+
+    def __init__(self, config: Options | None = None, /, **options: Any) -> None:
+        if config is not None and options:
+            raise TypeError(f"Give the options of {self.name()} as a config or by name, not both.")
+        self.config: Any = self.Config(**options) if config is None else config
+
+    @property
+    @abstractmethod
+    def budget(self) -> str:
+        """What the attacker may do, in a few words with numbers."""
+
+    def out_of_place(self, model: Model, case: Case) -> str:
+        """Why there is nothing to attack this way, in one sentence; empty when there is."""
+        return ""
+
+    @abstractmethod
+    def run(self, model: Model, case: Case, *, seed: int, progress: bool = False) -> Outcome:
+        """Attacks a model, which stays as it is.
+
+        Args:
+            model: the base or the edited model.
+            case: what to bring back.
+            seed: all randomness derives from it.
+            progress: show bars.
+        """
+
+    @classmethod
+    def name(cls) -> str:
+        """The attack's name: that of its file."""
+        return cls.__module__.rsplit(".", 1)[-1]
+
+
+def pictured(model: Model, images: Tensor) -> Tensor:
+    """Pictures (N, 3, H, W) as clean latents (N, *latent_shape), where the model is.
+
+    Raises:
+        ValueError: when the model draws another size.
+    """
+    with torch.no_grad():
+        latents = torch.cat([model.encode(part.to(model.device, model.dtype)) for part in images.split(16)]).float()
+    if latents.shape[1:] != tuple(model.latent_shape):
+        size = " x ".join(map(str, images.shape[2:]))
+        raise ValueError(f"Pictures of {size} pixels are not what {model.source} draws: resize them.")
+    return latents
+
+
+@dataclass
+class Passes:
+    """Network passes of one sample; a forward counts one, a backward pass to inputs one more, to weights two."""
+
+    count: int = 0
+
+
+@contextlib.contextmanager
+def counting(model: Model) -> Iterator[Passes]:
+    """Counts the passes of a model's denoiser, and of copies made of it meanwhile, within this context."""
+    passes = Passes()
+
+    # A plain function: copies of the denoiser carry it along, and it counts into the same place.
+    def count(module: nn.Module, inputs: tuple[Any, ...], prediction: Any) -> None:
+        cost = 1
+        if torch.is_grad_enabled() and prediction.output.requires_grad:
+            cost += 2 if any(p.requires_grad for p in module.parameters()) else 1
+        passes.count += cost * len(prediction.output)
+
+    hook = model.denoiser.register_forward_hook(count)
+    try:
+        yield passes
+    finally:
+        hook.remove()

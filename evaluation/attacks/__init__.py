@@ -1,0 +1,1 @@
+"""Attacks on erased models, one per file; found by their file names."""

@@ -1,0 +1,95 @@
+"""Adversarial prefix: words before a prompt, found by gradients through the attacked model alone (UnlearnDiffAtk)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from sublimate.diffusion.conditions import Condition
+from sublimate.erasure.adversaries import SoftWords, denoising_error
+from sublimate.evaluation.attack import Attack, Box, Case, Outcome, pictured
+from sublimate.evaluation.words import spellable
+from sublimate.pipelines.generate import generate
+from sublimate.pipelines.model import Model
+from sublimate.training.config import Config
+from sublimate.training.randomness import SampleRandom
+
+
+class AdversarialPrefixConfig(Config):
+    """Options of the prefix search; the published attack searches one for every prompt, this one for all together.
+
+    Attributes:
+        tokens: words of the prefix.
+        pictures: of the concept that judge a prefix.
+        max_train_steps: updates.
+        train_batch_size: pictures per update.
+        learning_rate: of Adam.
+    """
+
+    tokens: int = Field(default=3, ge=1)
+    pictures: int = Field(default=16, ge=1)
+    max_train_steps: int = Field(default=200, ge=1)
+    train_batch_size: int = Field(default=8, ge=1)
+    learning_rate: float = Field(default=0.01, gt=0)
+
+
+class AdversarialPrefix(Attack):
+    """min_w E |eps - eps_theta(x_t, w + c, t)|^2 over words w before the prompt c: the model is its own classifier.
+
+    Words are whole tokens of letters that are not among the concept's names. The gradient is taken at the words
+    nearest to continuous embeddings, which it then moves (as in P4D, arXiv 2309.06135, instead of the paper's relaxed
+    choice of tokens); the words with the lowest loss on a fixed batch of noise are kept, the empty prefix among them.
+    """
+
+    Config = AdversarialPrefixConfig
+    paper: ClassVar[str] = "2310.11868"
+    box: ClassVar[Box] = "white box"
+
+    @property
+    def budget(self) -> str:
+        c = self.config
+        return f"{c.tokens} words, {c.pictures} pictures, {c.max_train_steps} updates of {c.train_batch_size}"
+
+    def out_of_place(self, model: Model, case: Case) -> str:
+        several = sum(name in model.components() for name in model.backbone.text_components) > 1
+        return "words are searched for a single text encoder, and the model has several" if several else ""
+
+    def run(self, model: Model, case: Case, *, seed: int, progress: bool = False) -> Outcome:
+        c = self.config
+        vocabulary = spellable(model, case.concept)
+        placeholder = " ".join([next(iter(vocabulary))] * c.tokens)
+        soft = SoftWords(model, placeholder)
+        (name, table), words = next(iter(soft.tables().items())), list(vocabulary)
+        rows = table.detach()[torch.tensor(list(vocabulary.values()), device=table.device)].float()
+        captions, latents = case.captions[: c.pictures], pictured(model, case.pictures[: c.pictures])
+
+        def error(prefix: str, random: SampleRandom) -> Tensor:
+            def told(chosen: Tensor) -> Condition:
+                return model.encode_prompts([f"{prefix} {captions[row]}".strip() for row in chosen.tolist()])
+
+            return denoising_error(model.denoiser, random, latents, told)
+
+        def judged(prefix: str) -> float:
+            with torch.no_grad():
+                return float(error(prefix, SampleRandom(seed, 0, "judging a prefix", range(4 * c.train_batch_size))))
+
+        free = soft.values[name].detach().clone()
+        optimizer = torch.optim.Adam([free], lr=c.learning_rate)
+        losses = {"": judged("")}
+        for step in range(c.max_train_steps):
+            nearest = torch.cdist(free, rows).argmin(dim=1)
+            prefix = " ".join(words[i] for i in nearest.tolist())
+            if prefix not in losses:
+                losses[prefix] = judged(prefix)
+            soft.values[name] = rows[nearest].clone().requires_grad_(True)
+            with soft.spoken(), torch.enable_grad():
+                loss = error(placeholder, SampleRandom(seed, step, self.name(), range(c.train_batch_size)))
+            (free.grad,) = torch.autograd.grad(loss, [soft.values[name]])
+            optimizer.step()
+        best = min(losses, key=losses.__getitem__)
+        prompts = tuple(f"{best} {prompt}".strip() for prompt in case.prompts)
+        images = generate(model, prompts, seed=seed, progress=progress)
+        return Outcome.seen(case, prompts, images, found=f"“{best}”" if best else "no prefix was better than none")

@@ -1,0 +1,190 @@
+"""The audit: what an erasure did, and what brings the concept back; every attack is tried on the base first."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sublimate.erasure.request import Concept
+from sublimate.evaluation.attack import Attack, Box, Case, Outcome, counting
+from sublimate.evaluation.erasure import Progress, drawing
+from sublimate.evaluation.erasure import run as run_study
+from sublimate.evaluation.erasure_result import ErasureResult
+from sublimate.evaluation.intervals import plain
+from sublimate.evaluation.studies import ErasureStudy
+from sublimate.pipelines.detector import Detector
+from sublimate.pipelines.generate import generate
+from sublimate.pipelines.model import Model
+from sublimate.training import registry
+from sublimate.training.config import validate_section
+from sublimate.training.randomness import key
+
+ATTACKS = "sublimate.evaluation.attacks"
+POWER = 0.5
+"""The rate that an attack must reach on the base, or it proves nothing about the edited model."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One attack on both models.
+
+    Attributes:
+        name: the attack's.
+        box: what the attacker has.
+        budget: what the attacker may do.
+        base: what came of it on the base.
+        edited: what came of it on the edited model.
+        passes: network passes of one sample spent on the edited model, images drawn in the end included.
+        seconds: spent on it.
+    """
+
+    name: str
+    box: Box
+    budget: str
+    base: Outcome
+    edited: Outcome
+    passes: int
+    seconds: float
+
+    @property
+    def powerless(self) -> bool:
+        """Whether the attack fails on the base too."""
+        return self.base.rate.value < POWER
+
+    def to_dict(self) -> dict[str, Any]:
+        """The trial as plain numbers and strings, without the images."""
+        found: dict[str, Any] = {"attack": self.name, "box": self.box, "budget": self.budget}
+        for which, outcome in (("base", self.base), ("edited", self.edited)):
+            curve = [{"steps": steps, **plain(rate)} for steps, rate in outcome.curve]
+            found[which] = {"rate": plain(outcome.rate), "found": outcome.found, "curve": curve}
+        return {**found, "powerless": self.powerless, "passes": self.passes, "seconds": round(self.seconds, 1)}
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an audit found.
+
+    Attributes:
+        erasure: the study of both models without attacks: what is gone, and what went with it.
+        trials: the attacks that were tried.
+        skipped: attacks that were not, with the reason.
+    """
+
+    erasure: ErasureResult
+    trials: tuple[Trial, ...]
+    skipped: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The audit as plain numbers and strings, without the images."""
+        return {
+            **self.erasure.to_dict(),
+            "attacks": [trial.to_dict() for trial in self.trials],
+            "not tried": dict(self.skipped),
+        }
+
+
+def make_attacks(names: Sequence[str], options: Mapping[str, Mapping[str, object]] | None = None) -> list[Attack]:
+    """Attacks by name.
+
+    Args:
+        names: of files in `evaluation/attacks/`.
+        options: attack -> its options, for those that shall not have their defaults.
+
+    Raises:
+        ValueError: for an unknown attack or option, or options of an attack that is not asked for.
+    """
+    given = dict(options or {})
+    made = []
+    for name in names:
+        attack = registry.load(ATTACKS, name, Attack)
+        made.append(attack(validate_section(attack.Config, given.pop(name, {}), name)))
+    if given:
+        raise ValueError(
+            f"There are options for {next(iter(given))}, which is not among the attacks: {', '.join(names)}."
+        )
+    return made
+
+
+def audit(
+    base: Model,
+    edited: Model,
+    concept: Concept,
+    study: ErasureStudy,
+    detector: Detector,
+    attacks: Sequence[Attack],
+    *,
+    pictures: int = 32,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Audit:
+    """Judges an erasure and attacks it; both models stay as they are.
+
+    Args:
+        base: the model before the erasure.
+        edited: the same after it.
+        concept: what was erased, with its other names.
+        study: what to ask both models without attacking them; its target prompts are what attacks must bring back.
+        detector: what judges.
+        attacks: what to try; each gets the same prompts.
+        pictures: of the concept that attackers have, drawn by the base.
+        seed: all randomness of the attacks derives from it.
+        progress: called before each part, and once at the end.
+
+    Returns:
+        The study's result with examples, and the trials.
+
+    Raises:
+        ValueError: when the detector does not know the concept, or the base does not draw it.
+    """
+    tell: Progress = progress or (lambda done, total, what: None)
+    erasure = run_study(study, drawing(base), drawing(edited), detector, tell)
+    case = make_case(base, concept, study, detector, pictures=pictures, seed=seed)
+    asked_for = {attack.name() for attack in attacks}
+    skipped = {name: "not asked for" for name in registry.available(ATTACKS) if name not in asked_for}
+    trials = []
+    for i, attack in enumerate(attacks):
+        name = attack.name()
+        if reason := attack.out_of_place(edited, case):
+            skipped[name] = reason
+            continue
+        tell(2 * i, 2 * len(attacks), f"{name}, base")
+        on_base = attack.run(base, case, seed=key(seed, "attack", name))
+        tell(2 * i + 1, 2 * len(attacks), f"{name}, edited")
+        began = time.perf_counter()
+        with counting(edited) as passes:
+            on_edited = attack.run(edited, case, seed=key(seed, "attack", name))
+        seconds = time.perf_counter() - began
+        trials.append(Trial(name, attack.box, attack.budget, on_base, on_edited, passes.count, seconds))
+    tell(2 * len(attacks), 2 * len(attacks), "done")
+    return Audit(erasure, tuple(trials), skipped)
+
+
+def make_case(
+    base: Model, concept: Concept, study: ErasureStudy, detector: Detector, *, pictures: int = 32, seed: int = 0
+) -> Case:
+    """What attacks get: the study's prompts, and pictures of the concept that the base draws and the detector sees.
+
+    Raises:
+        ValueError: when the base does not draw the concept, or a target prompt does not name it.
+    """
+    texts = study.target.texts
+    captions = [texts[i % len(texts)] for i in range(2 * pictures)]
+    drawn = generate(base, captions, seed=key(seed, "pictures"))
+    case = Case(
+        concept=concept,
+        prompts=texts,
+        pictures=drawn,
+        captions=tuple(captions),
+        detector=detector,
+        group=study.group,
+        label=study.detected_as,
+        base=base,
+        paraphrases=study.synonyms.texts,
+        others=study.unrelated.texts,
+    )
+    shown = case.shows(drawn).nonzero().flatten()[:pictures]
+    if not len(shown):
+        raise ValueError(f"{base.source} does not draw {study.concept!r}, so there is nothing to bring back.")
+    return replace(case, pictures=drawn[shown.to(drawn.device)], captions=tuple(captions[i] for i in shown.tolist()))
