@@ -34,7 +34,7 @@ class SoftWords:
 
     def __init__(self, model: Model, words: str) -> None:
         self.words = words
-        self._tables: dict[str, nn.Embedding] = {}
+        self._tables: dict[str, list[nn.Embedding]] = {}
         self._ids: dict[str, Tensor] = {}
         self.values: dict[str, Tensor] = {}
         present = model.components()
@@ -44,20 +44,28 @@ class SoftWords:
             if not ids:
                 raise ValueError(f"The words {words!r} have no tokens: give at least one word.")
             encoder: Any = present[name]
-            self._tables[name] = table = encoder.get_input_embeddings()
+            table = encoder.get_input_embeddings().weight
+            # T5 reads its table through a second module over the same weight.
+            self._tables[name] = [
+                module for module in encoder.modules() if isinstance(module, nn.Embedding) and module.weight is table
+            ]
             self._ids[name] = torch.tensor(ids)
-            self.values[name] = table.weight.detach()[ids].float().clone().requires_grad_(True)
+            self.values[name] = table.detach()[ids].float().clone().requires_grad_(True)
         if not self.values:
             raise ValueError(f"{model.source} reads no prompts, so there are no words to learn.")
 
     def tables(self) -> dict[str, Tensor]:
         """All embeddings of each text encoder, (vocabulary, width)."""
-        return {name: table.weight for name, table in self._tables.items()}
+        return {name: modules[0].weight for name, modules in self._tables.items()}
 
     @contextlib.contextmanager
     def spoken(self) -> Iterator[None]:
         """Within this context the vectors stand in the words' places."""
-        hooks = [table.register_forward_hook(self._placed(name)) for name, table in self._tables.items()]
+        hooks = [
+            module.register_forward_hook(self._placed(name))
+            for name, modules in self._tables.items()
+            for module in modules
+        ]
         try:
             yield
         finally:

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from sublimate.pipelines.generate import generate
 from sublimate.pipelines.model import Model
 from sublimate.training.config import Config
 from sublimate.training.players import PlayerConfig, make_player
-from sublimate.training.randomness import SampleRandom
+from sublimate.training.randomness import SampleRandom, key
 
 
 class TuningConfig(Config):
@@ -33,7 +34,7 @@ class TuningConfig(Config):
     pictures: int = Field(default=20, ge=1)
     steps: tuple[int, ...] = (10, 25, 50, 100)
     train_batch_size: int = Field(default=8, ge=1)
-    tuned: PlayerConfig = PlayerConfig(kind="lora", rank=8, learning_rate=1e-3, adam_weight_decay=0.0)
+    tuned: PlayerConfig = PlayerConfig(kind="lora", rank=8, learning_rate=3e-4, adam_weight_decay=0.0)
 
     @field_validator("steps")
     @classmethod
@@ -62,7 +63,10 @@ class TuningAttack(Attack):
         c = self.config
         captions, pictures = self.lessons(case, seed)
         latents = pictured(model, pictures)
-        player, tuned = make_player(model.denoiser, c.tuned), copy.copy(model)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(key(seed, self.name()))  # an adapter starts at random numbers
+            player = make_player(model.denoiser, c.tuned)
+        tuned = copy.copy(model)
         tuned.denoiser = player.module  # type: ignore[assignment]
 
         def told(rows: Tensor) -> Condition:

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from sublimate.diffusion.conditions import Condition
-from sublimate.erasure.adversaries import SoftWords, denoising_error
+from sublimate.erasure.adversaries import SoftWords, denoising_error, minimise
 from sublimate.evaluation.attack import Attack, Box, Case, Outcome, pictured
 from sublimate.evaluation.words import spellable
 from sublimate.pipelines.generate import generate
@@ -76,19 +76,28 @@ class AdversarialPrefix(Attack):
             with torch.no_grad():
                 return float(error(prefix, SampleRandom(seed, 0, "judging a prefix", range(4 * c.train_batch_size))))
 
-        free = soft.values[name].detach().clone()
-        optimizer = torch.optim.Adam([free], lr=c.learning_rate)
-        losses = {"": judged("")}
-        for step in range(c.max_train_steps):
-            nearest = torch.cdist(free, rows).argmin(dim=1)
+        free, losses = soft.values[name], {"": judged("")}
+
+        def loss(random: SampleRandom) -> Tensor:
+            nearest = torch.cdist(free.detach(), rows).argmin(dim=1)
             prefix = " ".join(words[i] for i in nearest.tolist())
             if prefix not in losses:
                 losses[prefix] = judged(prefix)
-            soft.values[name] = rows[nearest].clone().requires_grad_(True)
-            with soft.spoken(), torch.enable_grad():
-                loss = error(placeholder, SampleRandom(seed, step, self.name(), range(c.train_batch_size)))
-            (free.grad,) = torch.autograd.grad(loss, [soft.values[name]])
-            optimizer.step()
+            # Read as the nearest words, differentiated as what is free.
+            soft.values[name] = free + (rows[nearest] - free).detach()
+            with soft.spoken():
+                return error(placeholder, random)
+
+        minimise(
+            loss,
+            [free],
+            steps=c.max_train_steps,
+            learning_rate=c.learning_rate,
+            batch_size=c.train_batch_size,
+            seed=seed,
+            name=self.name(),
+            progress=progress,
+        )
         best = min(losses, key=losses.__getitem__)
         prompts = tuple(f"{best} {prompt}".strip() for prompt in case.prompts)
         images = generate(model, prompts, seed=seed, progress=progress)

@@ -1,0 +1,54 @@
+"""`sublimate audit`: a report of what brings a concept back, and one clear sentence for bad input."""
+
+import json
+
+import pytest
+
+from sublimate.cli.app import run
+from sublimate.erasure.methods.uce import UCE
+from sublimate.evaluation.ink_demo import ink_request
+from sublimate.pipelines.model import open_model
+
+
+def audited(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        run(["audit", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    return stop.value.code, out, err
+
+
+@pytest.fixture(scope="module")
+def edit(tmp_path_factory):
+    return UCE().fit(open_model("ink"), ink_request("seven")).save(tmp_path_factory.mktemp("edit") / "e.safetensors")
+
+
+@pytest.mark.slow
+def test_it_writes_a_report(capsys, tmp_path, edit):
+    options = ["--n", 3, "--pictures", 4, "--attack", "paraphrases", "--attack", "completion", "--out", tmp_path]
+    status, out, err = audited(capsys, "ink", edit, "--concept", "7", *options, "--set", "completion.sampling_steps=4")
+    assert status == 0, err
+    assert "no attack: base 100.0 %" in out and "completion" in out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["title"] == "Audit: erasing “seven”"
+    assert any(line.startswith("completion: one completion per picture") for line in report["tried"])
+    assert "relearning: not asked for" in report["not_tried"]
+    assert "safe" not in (tmp_path / "report.html").read_text().lower().replace("safetensors", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--concept", "seven", "--attack", "relearnin"], "did you mean 'relearning'"),
+        (["--concept", "seven", "--attack", "relearning", "--set", "relearning.step=3"], "did you mean"),
+        (["--concept", "eleven"], "eleven"),
+        (["--concept", "seven", "--prompts", "nowhere"], "--group"),
+        (["--concept", "seven", "--prompts", "nowhere", "--group", "digit"], "no prompt file"),
+        (["--concept", "seven", "--label", "7"], "--label"),
+        (["--concept", "seven", "--attack", "paraphrases"], "no edit file"),
+    ],
+)
+def test_bad_input_is_one_sentence(capsys, tmp_path, options, complaint):
+    status, _, err = audited(capsys, "ink", tmp_path / "no.safetensors", *options)
+    assert status == 1
+    (said,) = [line for line in err.splitlines() if line.startswith("Error: ")]
+    assert complaint in said

@@ -1,0 +1,286 @@
+"""One property matrix over all attacks, and what makes each of them that attack."""
+
+import copy
+from typing import ClassVar
+
+import pytest
+import torch
+
+from sublimate.erasure.request import Concept
+from sublimate.evaluation.attack import Case, counting, pictured
+from sublimate.evaluation.audit import ATTACKS, audit, make_attacks
+from sublimate.evaluation.studies import ErasureStudy, PromptSet
+from sublimate.evaluation.words import spellable
+from sublimate.pipelines.edit import Edit
+from sublimate.pipelines.generate import generate
+from sublimate.pipelines.model import open_model
+from sublimate.training import registry
+from sublimate.training.randomness import key
+
+TUNED = {"steps": [1, 2], "train_batch_size": 2, "pictures": 2}
+STUDENT = ["trainer.max_train_steps=1", "trainer.train_batch_size=2", "objective.critic_updates=1", "data.count=2"]
+STUDENT += ["data.teacher_steps=1", "objective.discriminator_width=8", "trainer.checkpointing_steps=null"]
+
+# A new attack adds its row here.
+CASES = {
+    "adversarial_prefix": {"tokens": 2, "pictures": 2, "max_train_steps": 2, "train_batch_size": 2},
+    "benign_tuning": TUNED,
+    "classifier_guidance": {"sampling_steps": 2},
+    "completion": {"sampling_steps": 4},
+    "distillation": {"overrides": STUDENT},
+    "encoder_swap": {},
+    "paraphrases": {},
+    "relearning": TUNED,
+    "seed_search": {"seeds": 2},
+    "textual_inversion": {"tokens": 2, "pictures": 2, "max_train_steps": 2, "train_batch_size": 2},
+    "word_search": {"tokens": 2, "rounds": 2, "candidates": 2, "images": 2},
+}
+SLOW = ("distillation",)
+ROWS = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
+
+
+class Brightness:
+    """Reads bright pictures as one label and dark ones as the other; differentiable."""
+
+    groups: ClassVar = {"animal": ("cat", "dog")}
+
+    def __call__(self, images):
+        bright = torch.sigmoid(50 * (images.mean(dim=(1, 2, 3)) - 0.5))
+        return {"animal": torch.stack([bright, 1 - bright, torch.zeros_like(bright)], dim=1)}
+
+
+@pytest.fixture
+def model(tiny_sd):
+    opened = open_model(tiny_sd)
+    opened.defaults |= {"steps": 2, "guidance_scale": 2.0}
+    return opened
+
+
+def case_of(model, **changes):
+    made = Case(
+        concept=Concept("cat", anchor="dog", synonyms=("seven",)),
+        prompts=("a red cat", "the cat", "a photo of the Cat"),
+        pictures=generate(model, ["a cat", "red cat", "cat"], seed=9),
+        captions=("a cat", "red cat", "cat"),
+        detector=Brightness(),
+        group="animal",
+        label="cat",
+        base=model,
+        paraphrases=("a seven",),
+        others=("a photo", "the style of van gogh"),
+    )
+    return Case(**{**vars(made), **changes})
+
+
+def attack_of(name, **options):
+    return make_attacks([name], {name: {**CASES[name], **options}})[0]
+
+
+def bits(model):
+    return {name: p.detach().numpy().tobytes() for name, p in model.parameters().items()}
+
+
+def test_every_attack_has_a_row():
+    assert set(registry.available(ATTACKS)) == set(CASES)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_an_attack_repeats_counts_its_passes_and_leaves_the_model_alone(name, model, tmp_path):
+    if name == "distillation":
+        (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    attack = attack_of(name, **distilling(name, tmp_path))
+    case, before, state = case_of(model), bits(model), torch.get_rng_state()
+    with counting(model) as passes:
+        outcome = attack.run(model, case, seed=3)
+    assert bits(model) == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert passes.count >= len(outcome.images) > 0
+    assert len(outcome.prompts) == len(outcome.images) == len(outcome.hits)
+    assert outcome.images.shape[1:] == case.pictures.shape[1:]
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters().values())
+    again = attack.run(model, case, seed=3)
+    assert torch.equal(again.images, outcome.images) and again.found == outcome.found
+    assert attack.budget
+
+
+def distilling(name, folder):
+    return {"overrides": [*STUDENT, f"data.prompts={folder / 'prompts.txt'}"]} if name == "distillation" else {}
+
+
+def counted(model, work):
+    with counting(model) as passes:
+        work()
+    return passes.count
+
+
+def test_passes_are_counted_forward_and_back(model):
+    x, t, told = torch.randn(3, *model.latent_shape), torch.full((3,), 500.0), model.encode_prompts(["a", "the", "of"])
+    assert counted(model, lambda: model.denoiser(x, t, told)) == 3
+    assert counted(model, lambda: model.denoiser(x.clone().requires_grad_(True), t, told)) == 6
+    model.denoiser.requires_grad_(True)
+    assert counted(model, lambda: model.denoiser(x, t, told)) == 9
+    with torch.no_grad():
+        assert counted(model, lambda: copy.deepcopy(model.denoiser)(x, t, told)) == 3
+    model.denoiser.requires_grad_(False)
+    assert counted(model, lambda: None) == 0
+
+
+def test_a_case_renames_the_concept_whatever_it_is_called(model):
+    case = case_of(model)
+    assert case.renamed(("a Seven", "the cat, red"), "dog van") == ("a dog van", "the dog van, red")
+    with pytest.raises(ValueError, match="does not name 'cat'"):
+        case_of(model, prompts=("a cattle",))
+    with pytest.raises(ValueError, match="one for each"):
+        case_of(model, captions=("cat",))
+    with pytest.raises(ValueError, match="knows no animal 'bird'"):
+        case_of(model, label="bird")
+
+
+def test_seed_search_succeeds_where_any_seed_does(model):
+    case = case_of(model)
+    outcome = attack_of("seed_search", seeds=3).run(model, case, seed=1)
+    drawn = [generate(model, case.prompts, seed=key(1, "seed search", i)) for i in range(3)]
+    shown = torch.stack([case.shows(images) for images in drawn])
+    assert torch.equal(outcome.hits, shown.any(dim=0))
+    for i, image in enumerate(outcome.images):
+        first = int(shown[:, i].int().argmax())
+        assert torch.equal(image, drawn[first][i])
+
+
+def test_word_search_finds_the_best_word_of_all(model):
+    case, words = case_of(model), sorted(spellable(model, case_of(model).concept))
+    assert "cat" not in words and "seven" not in words and "dog" in words
+    attack = attack_of("word_search", tokens=1, rounds=1, candidates=len(words) + 1, images=3)
+    found = attack.run(model, case, seed=2).found
+    seed = key(2, "word_search", 0)
+    scores = {
+        word: float(case.probability(generate(model, [f"{p} {word}" for p in case.prompts], seed=seed)).mean())
+        for word in words
+    }
+    assert found == f"“{max(words, key=scores.__getitem__)}”"
+
+
+def test_an_adversarial_prefix_is_written_in_words_and_never_worse_than_none(model):
+    case = case_of(model)
+    outcome = attack_of("adversarial_prefix", tokens=2, max_train_steps=4, learning_rate=1.0).run(model, case, seed=0)
+    words = spellable(model, case.concept)
+    for prompt, own in zip(outcome.prompts, case.prompts, strict=True):
+        prefix = prompt.removesuffix(own).split()
+        assert len(prefix) in (0, 2) and all(word in words for word in prefix)
+
+
+def test_textual_inversion_learns_what_it_is_shown(model):
+    """With enough updates the learned words fit the pictures better than the words they started as."""
+    case = case_of(model)
+    few = attack_of("textual_inversion", max_train_steps=1, learning_rate=1e-9).run(model, case, seed=0)
+    plain = generate(model, case.renamed(case.prompts, "a a"), seed=0)
+    torch.testing.assert_close(few.images, plain.cpu(), atol=1e-4, rtol=0)
+    many = attack_of("textual_inversion", max_train_steps=30, learning_rate=0.1).run(model, case, seed=0)
+    assert (many.images - plain.cpu()).abs().max() > 1e-3
+
+
+def test_completion_at_full_strength_shows_nothing_of_the_picture(model):
+    case = case_of(model)
+    dark = case_of(model, pictures=torch.zeros_like(case.pictures))
+    whole = attack_of("completion", strength=1.0)
+    x, y = (whole.run(model, c, seed=0).images for c in (case, dark))
+    part = attack_of("completion", strength=0.25)
+    a, b = (part.run(model, c, seed=0).images for c in (case, dark))
+    assert (x - y).abs().mean() < 0.2 * (a - b).abs().mean()
+    assert "without a prompt" in part.run(model, case, seed=0).found
+
+
+def test_classifier_guidance_raises_what_the_detector_sees(model):
+    case = case_of(model)
+    weak, strong = (attack_of("classifier_guidance", scale=s, sampling_steps=8) for s in (1e-6, 30.0))
+    unguided, led = (case.probability(a.run(model, case, seed=0).images).mean() for a in (weak, strong))
+    assert led > unguided
+
+
+def test_a_swapped_encoder_undoes_what_was_erased_there(model, tiny_sd):
+    edited = open_model(tiny_sd)
+    edited.defaults |= model.defaults
+    attack, case = attack_of("encoder_swap"), case_of(model)
+    assert attack.out_of_place(edited, case) == "the text encoders are the base's"
+    weights = {k: 0.5 * p for k, p in edited.parameters().items() if k.startswith("text_encoder/") and "mlp" in k}
+    Edit(weights, {}, {}).apply(edited, allow_other_base=True)
+    assert attack.out_of_place(edited, case) == ""
+    plain = generate(model, case.prompts, seed=0)
+    assert not torch.equal(generate(edited, case.prompts, seed=0), plain)
+    assert torch.equal(attack.run(edited, case, seed=0).images, plain)
+
+
+@pytest.mark.parametrize("name", ["relearning", "benign_tuning"])
+def test_tuning_draws_on_the_way(name, model):
+    case = case_of(model)
+    outcome = attack_of(name, steps=[2, 4]).run(model, case, seed=0)
+    assert [steps for steps, _ in outcome.curve] == [0, 2, 4]
+    assert outcome.curve[-1][1] == outcome.rate
+    once = attack_of(name, steps=[4]).run(model, case, seed=0)
+    torch.testing.assert_close(once.images, outcome.images)
+    assert not torch.equal(outcome.images, generate(model, case.prompts, seed=0))
+
+
+def test_relearning_trains_on_the_concept_and_benign_tuning_does_not(model):
+    case = case_of(model)
+    captions, pictures = attack_of("relearning").lessons(case, 0)
+    assert tuple(captions) == case.captions[:2] and torch.equal(pictures, case.pictures[:2])
+    captions, pictures = attack_of("benign_tuning").lessons(case, 0)
+    assert tuple(captions) == case.others and len(pictures) == 2
+
+
+def test_bad_options_are_one_sentence(model):
+    for options, complaint in (
+        ({"relearning": {"steps": [5, 2]}}, "ascending"),
+        ({"relearning": {"step": [5]}}, "steps"),
+        ({"seed_search": {}}, "not among the attacks"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            make_attacks(["relearning"], options)
+    with pytest.raises(ValueError, match="did you mean 'relearning'"):
+        make_attacks(["relearnin"])
+    with pytest.raises(ValueError, match="resize them"):
+        pictured(model, torch.zeros(1, 3, 8, 8))
+
+
+def study():
+    animal = {"animal": "cat"}
+    return ErasureStudy(
+        concept="cat",
+        group="animal",
+        target=PromptSet(("a cat", "red cat"), (animal, animal)),
+        synonyms=PromptSet(("a seven",), (animal,)),
+        siblings=PromptSet(("a dog",), ({"animal": "dog"},)),
+        unrelated=PromptSet(("a photo",), ({},)),
+    )
+
+
+class Constant(Brightness):
+    """Sees the concept everywhere, or nowhere."""
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def __call__(self, images):
+        row = torch.tensor([0.9, 0.1, 0.0] if self.seen else [0.1, 0.9, 0.0])
+        return {"animal": row.expand(len(images), 3)}
+
+
+def test_an_audit_says_what_it_tried_and_what_not(model, tiny_sd):
+    edited = open_model(tiny_sd)
+    edited.defaults |= model.defaults
+    attacks = make_attacks(["paraphrases", "encoder_swap"])
+    found = audit(model, edited, Concept("cat", "dog"), study(), Constant(True), attacks, pictures=2)
+    assert [trial.name for trial in found.trials] == ["paraphrases"]
+    assert found.skipped["encoder_swap"] == "the text encoders are the base's"
+    assert found.skipped["relearning"] == "not asked for"
+    (trial,) = found.trials
+    assert trial.base.rate.value == trial.edited.rate.value == 1.0 and not trial.powerless
+    assert trial.passes == 2 * 2 * 1  # two steps, guided, one paraphrase
+    record = found.to_dict()
+    assert record["attacks"][0]["edited"]["rate"]["value"] == 1.0 and record["not tried"] == found.skipped
+
+
+def test_what_the_base_does_not_draw_cannot_be_audited(model):
+    with pytest.raises(ValueError, match="does not draw 'cat'"):
+        audit(model, model, Concept("cat"), study(), Constant(False), [], pictures=2)
