@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test quick check lint format demo benchmark-demo benchmark-ink benchmark-teacher wheel clean
+.PHONY: help venv test quick check lint format demo benchmark-demo benchmark-erasure benchmark-ink benchmark-teacher wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -50,6 +50,9 @@ demo: $(INSTALLED)  ## erase a concept, distil, and judge both, on the embedded 
 
 benchmark-demo: $(INSTALLED)  ## measure the erasers and the demo's student on Ink, n = 2000, 3 seeds; resumable
 	@$(BIN)/python benchmarks/demo.py
+
+benchmark-erasure: $(INSTALLED)  ## measure and attack every eraser on three kinds of concept; resumable
+	@$(BIN)/python benchmarks/erasure.py
 
 benchmark-ink: $(INSTALLED)  ## train every objective from Ink's teacher with one budget, and measure all; resumable
 	@$(BIN)/python benchmarks/ink.py

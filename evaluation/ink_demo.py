@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -24,36 +26,69 @@ from sublimate.pipelines.model import open_model
 from sublimate.training import registry
 from sublimate.training.config import load_config
 from sublimate.training.distill import DistillConfig, distill
+from sublimate.training.ink.captions import prompts
 from sublimate.training.ink.vocabulary import GROUPS, SYNONYMS, locate
 
 ERASERS = "sublimate.erasure.methods"
+_FORMS = 32
 
 
-def ink_request(concept: str) -> Request:
-    """The request that erases one of Ink's concepts: the next label as anchor, all its siblings preserved.
+def ink_request(*concepts: str) -> Request:
+    """The request that erases some of Ink's concepts: anchors are the next labels that stay, siblings are preserved.
+
+    Raises:
+        ValueError: if Ink does not know a concept, or of a group none is left.
+    """
+    places = [locate(concept) for concept in concepts]
+    erased = {GROUPS[group][index] for group, index in places}
+    erase: list[Concept] = []
+    preserve: dict[str, Concept] = {}
+    for group, index in places:
+        labels = GROUPS[group]
+        kept = [label for label in (*labels[index:], *labels[:index]) if label not in erased]
+        if not kept:
+            raise ValueError(f"Nothing would be left of the {group}s: keep one as the anchor of the others.")
+        name = labels[index]
+        erase.append(Concept(name, kept[0], _others(name)))
+        preserve |= {label: Concept(label, synonyms=_others(label)) for label in labels if label in kept}
+    return Request(erase=tuple(erase), preserve=tuple(preserve.values()))
+
+
+def ink_forms(concept: str, count: int = 32) -> tuple[str, ...]:
+    """Templates with `{}` for one of Ink's concepts: captions that name it, with the name left open.
 
     Raises:
         ValueError: if Ink does not know the concept.
     """
     group, index = locate(concept)
-    labels = GROUPS[group]
-    name, anchor = labels[index], labels[(index + 1) % len(labels)]
-    siblings = tuple(Concept(label, synonyms=_others(label)) for label in labels if label != name)
-    return Request(erase=(Concept(name, anchor, _others(name)),), preserve=siblings)
+    name = GROUPS[group][index]
+    words = re.compile(rf"\b({'|'.join(sorted(SYNONYMS[name], key=len, reverse=True))})\b")
+    forms = {"{}": None}
+    for caption in prompts(40 * count, 1, **{group: name}):  # type: ignore[arg-type]
+        form, times = words.subn("{}", caption.text)
+        if times == 1:
+            forms[form] = None
+    return tuple(forms)[:count]
 
 
-def ink_eraser(method: str, overrides: Sequence[str] = ()) -> Eraser:
+def ink_eraser(method: str, overrides: Sequence[str] = (), concepts: Sequence[str] = ()) -> Eraser:
     """An eraser with the options packaged for Ink (`configs/erase/ink_<method>.yaml`).
 
     Args:
         method: an eraser's name.
         overrides: `key=value` changes to those options.
+        concepts: what it will erase. The packaged templates are for digits; where others are among the concepts,
+            templates become captions that name each of them.
 
     Raises:
         ValueError: if there is no such eraser, or no options for Ink.
     """
     found = registry.load(ERASERS, method, Eraser)
-    return found(load_config(found.Config, f"ink_{method}", overrides, kind="erase"))
+    config: Any = load_config(found.Config, f"ink_{method}", overrides, kind="erase")
+    if any(locate(concept)[0] != "digit" for concept in concepts) and "templates" in found.Config.model_fields:
+        forms = dict.fromkeys(form for concept in concepts for form in ink_forms(concept, _FORMS // len(concepts)))
+        config = config.model_copy(update={"templates": tuple(forms)})
+    return found(config)
 
 
 def _others(label: str) -> tuple[str, ...]:
@@ -86,7 +121,7 @@ def run_demo(
         ValueError: if Ink does not know the concept, or there is no such eraser.
     """
     request = ink_request(concept)
-    eraser = ink_eraser(method)
+    eraser = ink_eraser(method, concepts=[concept])
     name = request.erase[0].name
     config = load_config(DistillConfig, "demo", [f"trainer.output_dir={folder / 'distill'}", *overrides])
     base, edited, detector = open_model("ink"), open_model("ink"), open_detector("ink")

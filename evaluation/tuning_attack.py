@@ -32,7 +32,7 @@ class TuningConfig(Config):
     """
 
     pictures: int = Field(default=20, ge=1)
-    steps: tuple[int, ...] = (10, 25, 50, 100)
+    steps: tuple[int, ...] = (25, 50, 100, 200)
     train_batch_size: int = Field(default=8, ge=1)
     tuned: PlayerConfig = PlayerConfig(kind="lora", rank=8, learning_rate=3e-4, adam_weight_decay=0.0)
 

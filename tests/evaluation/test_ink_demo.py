@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from sublimate.evaluation.ink_demo import ink_eraser, ink_request, remembering, sized
+from sublimate.evaluation.ink_demo import ink_eraser, ink_forms, ink_request, remembering, sized
 from sublimate.evaluation.ink_study import ink_study
+from sublimate.training.ink.vocabulary import SYNONYMS
 
 
 def test_a_concept_is_erased_among_its_preserved_siblings():
@@ -14,6 +15,22 @@ def test_a_concept_is_erased_among_its_preserved_siblings():
     preserved = {concept.name for concept in request.preserve}
     assert len(preserved) == 9 and "seven" not in preserved and erased.anchor in preserved
     assert {concept.name for concept in ink_request("neon").preserve} == {"solid", "outline", "striped"}
+
+
+def test_several_concepts_are_erased_at_once_and_none_is_another_ones_anchor():
+    request = ink_request("seven", "eight", "striped")
+    assert [(c.name, c.anchor) for c in request.erase] == [("seven", "nine"), ("eight", "nine"), ("striped", "neon")]
+    assert [c.name for c in request.preserve][:3] == ["zero", "one", "two"] and len(request.preserve) == 8 + 3
+    with pytest.raises(ValueError, match="Nothing would be left of the styles"):
+        ink_request("solid", "outline", "striped", "neon")
+
+
+def test_what_is_no_digit_is_put_in_forms_of_its_own():
+    forms = ink_forms("striped", 12)
+    assert len(forms) == 12 and forms[0] == "{}" and all(form.count("{}") == 1 for form in forms)
+    assert not any(word in form for form in forms for word in SYNONYMS["striped"])
+    assert ink_eraser("uce", concepts=["seven"]).config == ink_eraser("uce").config
+    assert set(ink_forms("red", 16)) < set(ink_eraser("uce", concepts=["seven", "red"]).config.templates)
 
 
 def test_unknown_concepts_and_erasers_are_named():

@@ -1,0 +1,194 @@
+"""Measures every eraser on three kinds of concept, attacks what they made, and distils it.
+
+A resumable queue: every cell writes one JSON file under `results/erasure/` and is skipped when that exists.
+
+    python benchmarks/erasure.py                  # all cells
+    python benchmarks/erasure.py --only uce       # cells whose name contains "uce"
+    python benchmarks/erasure.py --table          # the tables of what is there
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sublimate.evaluation.attack import counting
+from sublimate.evaluation.audit import ATTACKS, Audit, audit, make_attacks
+from sublimate.evaluation.detectors import open_detector
+from sublimate.evaluation.erasure import drawing, run
+from sublimate.evaluation.erasure_result import ErasureResult
+from sublimate.evaluation.hardware import hardware_line
+from sublimate.evaluation.ink_demo import ink_eraser, ink_request, remembering
+from sublimate.evaluation.ink_study import ink_study
+from sublimate.evaluation.studies import ErasureStudy, PromptSet
+from sublimate.pipelines.edit import Edit
+from sublimate.pipelines.model import Model, open_model
+from sublimate.training import registry
+from sublimate.training.ink.vocabulary import GROUPS, locate
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "erasure"
+
+ERASERS = (
+    "uce", "rece", "speed", "esd", "all_but_one", "concept_ablation", "salun",
+)  # fmt: skip
+CONCEPTS: Mapping[str, tuple[str, ...]] = {
+    "digit": ("seven",),
+    "ink": ("red",),
+    "style": ("striped",),
+    "five": ("seven", "three", "red", "purple", "striped"),
+}
+ATTACKED = ("uce", "rece", "speed", "esd", "concept_ablation")
+TARGETS, SIBLINGS, ATTEMPTS = 500, 2000, 100
+"""Prompts for an erased concept (half as many in other words) and for its siblings; prompts that attacks start from."""
+
+
+def study_of(concept: str, erased: Sequence[str]) -> ErasureStudy:
+    """What to ask about one of the erased concepts, which share the prompts; none but its own are named elsewhere."""
+    whole, share = ink_study(concept, n=2 * SIBLINGS), len(erased)
+    gone = {(group, GROUPS[group][index]) for group, index in map(locate, erased)}
+
+    def without(prompts: PromptSet, size: int) -> PromptSet:
+        kept = [i for i, asked in enumerate(prompts.expected) if not gone & set(asked.items())][:size]
+        return PromptSet(tuple(prompts.texts[i] for i in kept), tuple(prompts.expected[i] for i in kept))
+
+    def first(prompts: PromptSet, size: int) -> PromptSet:
+        return PromptSet(prompts.texts[:size], prompts.expected[:size])
+
+    return replace(
+        whole,
+        target=first(whole.target, TARGETS // share),
+        synonyms=first(whole.synonyms, TARGETS // 2 // share),
+        siblings=without(whole.siblings, SIBLINGS // share),
+        unrelated=without(whole.unrelated, TARGETS // share),
+    )
+
+
+def erased(method: str, concepts: Sequence[str]) -> tuple[Model, Edit, dict[str, Any]]:
+    """Ink's teacher after an eraser, its edit, and what that cost."""
+    model, eraser = open_model("ink"), ink_eraser(method, concepts=concepts)
+    began = time.perf_counter()
+    with counting(model) as passes:
+        edit = eraser.fit(model, ink_request(*concepts))
+    cost = {"seconds": round(time.perf_counter() - began, 1), "passes": passes.count}
+    with tempfile.TemporaryDirectory() as folder:
+        size = edit.save(Path(folder) / "edit.safetensors").stat().st_size
+    touched = sum(shape.numel() for shape in edit.shapes().values())
+    edit.apply(model)
+    return model, edit, {**cost, "megabytes": round(size / 1e6, 2), "weights": touched}
+
+
+def rates_of(result: ErasureResult) -> dict[str, Any]:
+    """A study's rates as JSON values."""
+    drift = result.drift
+    return {
+        **{name: pair.to_dict() for name, pair in result.rates.items()},
+        "drift": None if drift is None else {"pixels": drift.pixels, "apart": drift.pixels_apart, "n": drift.n},
+    }
+
+
+def erase_cell(method: str, concepts: Sequence[str], before: Any) -> dict[str, Any]:
+    """One eraser on one row's concepts."""
+    model, _, cost = erased(method, concepts)
+    detector = open_detector("ink")
+    found = {
+        concept: rates_of(run(study_of(concept, concepts), before, drawing(model), detector, examples=0))
+        for concept in concepts
+    }
+    return {"concepts": found, **cost}
+
+
+def attack_cell(method: str, concepts: Sequence[str]) -> dict[str, Any]:
+    """All attacks on one eraser's model."""
+    model, _, cost = erased(method, concepts)
+    request, study = ink_request(*concepts), ink_study(concepts[0], n=ATTEMPTS)
+    attacks = make_attacks([name for name in registry.available(ATTACKS) if name != "distillation"])
+    found: Audit = audit(open_model("ink"), model, request.erase[0], study, open_detector("ink"), attacks)
+    record = found.to_dict()
+    return {"rates": rates_of(found.erasure), "attacks": record["attacks"], "not tried": record["not tried"], **cost}
+
+
+def cells(before: Any) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Every cell by its name."""
+    found: dict[str, Callable[[], dict[str, Any]]] = {}
+    for method in ERASERS:
+        for row, concepts in CONCEPTS.items():
+            found[f"{method}-{row}"] = partial(erase_cell, method, concepts, before)
+    for method in ATTACKED:
+        found[f"attack-{method}"] = partial(attack_cell, method, CONCEPTS["digit"])
+    return found
+
+
+def table() -> str:
+    """The tables of the cells that are there, as Markdown."""
+    columns = ("target", "synonyms", "siblings", "untouched", "unrelated", "rejected")
+    head = ("eraser", "concept", *columns, "s", "passes", "MB", "weights")
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for method in ERASERS:
+        for row in CONCEPTS:
+            path = RESULTS / f"{method}-{row}.json"
+            if not path.is_file():
+                continue
+            cell = json.loads(path.read_text())
+            for concept, rates in cell["concepts"].items():
+                numbers = [_moved(rates[name]) if name in rates else "" for name in columns]
+                cost = (cell["seconds"], cell["passes"], cell["megabytes"], cell["weights"])
+                what = concept if len(cell["concepts"]) == 1 else f"{concept} (of five)"
+                lines.append("| " + " | ".join(map(str, (method, what, *numbers, *cost))) + " |")
+    lines.append("")
+    lines += _attack_table()
+    return "\n".join(lines)
+
+
+def _attack_table() -> list[str]:
+    found = {m: json.loads(p.read_text()) for m in ATTACKED if (p := RESULTS / f"attack-{m}.json").is_file()}
+    if not found:
+        return []
+    lines = ["| attack | budget | base | " + " | ".join(found) + " |", "|---" * (3 + len(found)) + "|"]
+    trials = {m: {trial["attack"]: trial for trial in cell["attacks"]} for m, cell in found.items()}
+    for name in sorted({name for these in trials.values() for name in these}):
+        some = next(these[name] for these in trials.values() if name in these)
+        rates = [_interval(these[name]["edited"]["rate"]) if name in these else "" for these in trials.values()]
+        power = f"{_interval(some['base']['rate'])}{' (powerless)' if some['powerless'] else ''}"
+        lines.append("| " + " | ".join((name, some["budget"], power, *rates)) + " |")
+    return lines
+
+
+def _moved(pair: Mapping[str, Any]) -> str:
+    return f"{100 * pair['before']['value']:.1f} -> {100 * pair['after']['value']:.1f} %"
+
+
+def _interval(rate: Mapping[str, float]) -> str:
+    return f"{100 * rate['value']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
+
+
+def main() -> None:
+    """Runs the cells that are missing, one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="run cells whose name contains this")
+    parser.add_argument("--table", action="store_true", help="print the tables and stop")
+    options = parser.parse_args()
+    if not options.table:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        for name, work in cells(remembering(drawing(open_model("ink")))).items():
+            path = RESULTS / f"{name}.json"
+            if path.exists() or options.only not in name:
+                continue
+            print(f"{name} ...", flush=True)
+            found = work()
+            memory = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+            record = {"cell": name, **found, "peak_memory_gib": memory, "hardware": hardware_line()}
+            path.write_text(json.dumps(record, indent=1) + "\n")
+    print(table())
+
+
+if __name__ == "__main__":
+    main()
