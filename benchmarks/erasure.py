@@ -48,7 +48,7 @@ CONCEPTS: Mapping[str, tuple[str, ...]] = {
 }
 ATTACKED = ("uce", "rece", "speed", "esd", "concept_ablation")
 TARGETS, SIBLINGS, ATTEMPTS = 500, 2000, 100
-"""Prompts for an erased concept (half as many in other words) and for its siblings; prompts that attacks start from."""
+"""Prompts for an erased concept (half as many in other words), for its siblings, and for attacks to start from."""
 
 
 def study_of(concept: str, erased: Sequence[str]) -> ErasureStudy:
