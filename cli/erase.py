@@ -50,6 +50,8 @@ def command(
         raise ValueError(f"{method} leads away from a concept, not to another: leave out --anchor.")
     if pictures and not eraser.uses_images:
         raise ValueError(f"{method} learns from no pictures: leave out --images.")
+    if fold and eraser.attaches:
+        raise ValueError(f"{method} makes an attachment, which no diffusers folder holds: leave out --fold.")
     changes = option or ()
     if config is None:
         options = validate_section(eraser.Config, parse_overrides(changes), "--set")

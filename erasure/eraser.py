@@ -12,6 +12,7 @@ from torch import Tensor
 from sublimate.erasure.request import Request
 from sublimate.pipelines.detector import Detector
 from sublimate.pipelines.edit import Edit
+from sublimate.pipelines.edit_attachment import EditAttachment
 from sublimate.pipelines.model import Model
 from sublimate.pipelines.versions import versions
 from sublimate.training.config import Config as Options
@@ -19,18 +20,20 @@ from sublimate.training.config import Config as Options
 
 @dataclass(frozen=True)
 class Changes:
-    """What a method computed: new values and exact low-rank changes by full parameter key, as in `Edit`."""
+    """What a method computed: new values and low-rank changes by full parameter key, an attachment, as in `Edit`."""
 
     values: Mapping[str, Tensor] = field(default_factory=dict)
     low_rank: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    attachment: EditAttachment | None = None
 
 
 class Eraser(ABC):
-    """A method of concept erasure: options in, an edit of a model's weights out.
+    """A method of concept erasure: options in, an edit of a model out.
 
     A method reads of a request what it has a use for; parts that would change *what* is erased and that it cannot
     honour (`within`, a detector) it refuses. `uses_anchor` and `uses_images` say whether it reads what takes a
-    concept's place and pictures of it.
+    concept's place and pictures of it, `attaches` that its edits carry an attachment, which stock diffusers cannot
+    hold.
 
     Args:
         config: the method's options.
@@ -46,6 +49,7 @@ class Eraser(ABC):
     uses_detector: ClassVar[bool] = False
     uses_anchor: ClassVar[bool] = True
     uses_images: ClassVar[bool] = False
+    attaches: ClassVar[bool] = False
 
     def __init__(self, config: Options | None = None, /, **options: Any) -> None:
         if config is not None and options:
@@ -87,7 +91,8 @@ class Eraser(ABC):
             "versions": versions(),
         }
         changes = self.solve(model, request, seed=seed, detector=detector, progress=progress)
-        return Edit(changes.values, changes.low_rank, provenance)
+        provenance["artefact"] = "weights" if changes.attachment is None else "attachment"
+        return Edit(changes.values, changes.low_rank, provenance, changes.attachment)
 
     @abstractmethod
     def solve(

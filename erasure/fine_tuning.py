@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal, cast
 
@@ -25,42 +25,54 @@ from sublimate.pipelines.attention import Kernel, attention_chosen
 from sublimate.pipelines.detector import Detector
 from sublimate.pipelines.model import Model
 from sublimate.training.checkpoints import fingerprint
+from sublimate.training.config import Config
+from sublimate.training.data import Source
 from sublimate.training.objective import Artefact, Batch, Loss, Objective, ObjectiveConfig, SoloObjective
 from sublimate.training.players import Player, PlayerConfig, make_player
 from sublimate.training.randomness import SampleRandom
 from sublimate.training.trainer import Interrupted, Trainer, TrainerConfig
 
 
-class FineTuningConfig(ObjectiveConfig, ABC):
-    """Options of a fine-tuning eraser's run, named as the trainer's.
+class RunConfig(Config):
+    """Options of an eraser's run, named as the trainer's.
+
+    Attributes:
+        max_train_steps: optimiser steps.
+        train_batch_size: samples per micro-batch.
+        gradient_accumulation_steps: micro-batches per step.
+        output_dir: where the log and checkpoints go, which makes the run resumable; None keeps neither.
+        checkpointing_steps: steps between checkpoints; None saves only when stopped early.
+    """
+
+    max_train_steps: int = Field(default=1000, ge=1)
+    train_batch_size: int = Field(default=1, ge=1)
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    output_dir: Path | None = None
+    checkpointing_steps: int | None = Field(default=None, ge=1)
+
+
+class FineTuningConfig(RunConfig, ObjectiveConfig, ABC):
+    """Options of a fine-tuning eraser.
 
     Attributes:
         weights: which weights train; see `erasure/weights.py`.
         learning_rate: of Adam, without weight decay, which would move weights that nothing asks to move.
-        max_train_steps: optimiser steps.
-        train_batch_size: samples per micro-batch.
-        gradient_accumulation_steps: micro-batches per step.
         templates: prompts with `{}` that concepts, erased and preserved, are put in; `Concept.prompts` are used too.
         retain: weight of the term that holds preserved concepts; without any there is none.
         attention: the attention kernel (`sublimate.pipelines.attention`); None leaves the model's own.
         mixed_precision: "bf16" runs networks under autocast; weights and losses stay float32.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
-        output_dir: where the log and checkpoints go, which makes the run resumable; None keeps neither.
-        checkpointing_steps: steps between checkpoints; None saves only when stopped early.
+
+    The others are `RunConfig`'s.
     """
 
     weights: Rule = "x"
     learning_rate: float = Field(default=1e-5, gt=0)
-    max_train_steps: int = Field(default=1000, ge=1)
-    train_batch_size: int = Field(default=1, ge=1)
-    gradient_accumulation_steps: int = Field(default=1, ge=1)
     templates: Templates = ("{}",)
     retain: float = Field(default=1.0, ge=0)
     attention: Kernel | None = None
     mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
-    output_dir: Path | None = None
-    checkpointing_steps: int | None = Field(default=None, ge=1)
 
 
 def make_student(model: Model, config: FineTuningConfig) -> Player:
@@ -159,9 +171,17 @@ def trained_values(model: Model, student: Player) -> dict[str, Tensor]:
 
 
 def fine_tune(
-    model: Model, objective: Objective, request: Request, config: FineTuningConfig, *, seed: int, progress: bool
+    model: Model,
+    objective: Objective,
+    request: Request,
+    config: RunConfig,
+    *,
+    seed: int,
+    progress: bool,
+    source: Source | None = None,
+    prompts: Sequence[str] = (),
 ) -> None:
-    """Runs the trainer on an objective that draws its own prompts; the model's weights stay as they are.
+    """Runs the trainer; the model's weights stay as they are.
 
     Args:
         model: what the objective's players were made from, on the device where they train.
@@ -170,6 +190,8 @@ def fine_tune(
         config: the run. A run that is resumed may change the number of steps and where they are kept, and no more.
         seed: all randomness derives from it.
         progress: show a progress bar.
+        source: of what the objective needs; None for one that draws its own prompts.
+        prompts: texts that it trains on beside the request's.
 
     Raises:
         Interrupted: when stopped by a signal and there is an `output_dir` to resume from.
@@ -178,19 +200,13 @@ def fine_tune(
         ValueError: when there is a checkpoint of another model, request or options.
     """
     with _run_folder(config.output_dir) as folder, torch.random.fork_rng(devices=[]):
+        shared = TrainerConfig.model_fields.keys() & type(config).model_fields.keys()
         options = TrainerConfig(
-            output_dir=folder,
-            seed=seed,
-            max_train_steps=config.max_train_steps,
-            train_batch_size=config.train_batch_size,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            mixed_precision=config.mixed_precision,
-            gradient_checkpointing=config.gradient_checkpointing,
-            checkpointing_steps=config.checkpointing_steps,
+            **{name: getattr(config, name) for name in shared} | {"output_dir": folder, "seed": seed}
         )
         kept = config.model_dump(mode="json", exclude={"output_dir", "checkpointing_steps", "max_train_steps"})
-        identity = fingerprint(model.content_hash(), request.to_dict(paths=False), _digests(request), kept)
-        trainer = Trainer(objective, _NoData(), options, fingerprint=identity, progress=progress)
+        identity = fingerprint(model.content_hash(), request.to_dict(paths=False), _digests(request), kept, *prompts)
+        trainer = Trainer(objective, source or _NoData(), options, fingerprint=identity, progress=progress)
         try:
             trainer.run()
         except Interrupted as stopped:

@@ -53,6 +53,10 @@ class Concept:
         """The name and its synonyms."""
         return (self.name, *self.synonyms)
 
+    def named_in(self, prompt: str) -> bool:
+        """Whether a prompt has one of the names as words of their own."""
+        return any(_found(name, prompt) for name in self.names)
+
     def phrases(self, templates: Iterable[str] = ("{}",)) -> list[Phrase]:
         """Every prompt that names the concept: names in templates, then `prompts`.
 
@@ -70,10 +74,7 @@ class Concept:
         return filled + [self._phrase(prompt) for prompt in self.prompts]
 
     def _phrase(self, prompt: str) -> Phrase:
-        found = {
-            name: re.search(rf"(?<!\w){re.escape(name.strip())}(?!\w)", prompt, re.IGNORECASE) for name in self.names
-        }
-        matches = [match for match in found.values() if match]
+        matches = [match for name in self.names if (match := _found(name, prompt))]
         if not matches:
             raise ValueError(f"The prompt {prompt!r} contains none of the names {self.names}.")
         match = max(matches, key=lambda m: len(m.group()))
@@ -178,6 +179,10 @@ def _checked(templates: tuple[str, ...]) -> tuple[str, ...]:
 
 Templates = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_checked)]
 """Prompts with one `{}` each for a concept's name."""
+
+
+def _found(name: str, prompt: str) -> re.Match[str] | None:
+    return re.search(rf"(?<!\w){re.escape(name.strip())}(?!\w)", prompt, re.IGNORECASE)
 
 
 def _folded(text: str) -> str:

@@ -122,6 +122,10 @@ def run_demo(
     """
     request = ink_request(concept)
     eraser = ink_eraser(method, concepts=[concept])
+    if eraser.attaches:
+        raise ValueError(
+            f"{method} makes an attachment, and the demo's student is a folder of stock classes: choose another."
+        )
     name = request.erase[0].name
     config = load_config(DistillConfig, "demo", [f"trainer.output_dir={folder / 'distill'}", *overrides])
     base, edited, detector = open_model("ink"), open_model("ink"), open_detector("ink")

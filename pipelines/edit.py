@@ -15,18 +15,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sublimate.pipelines.checkpoints import refuse_pickle
+from sublimate.pipelines.edit_attachment import EditAttachment
 from sublimate.pipelines.edit_stack import EditStack, close_stack, merged, open_stack, parameter_of, stack_of
 from sublimate.pipelines.export import save_model
 from sublimate.pipelines.folders import file_written_aside
 from sublimate.pipelines.model import Model
 
 FORMAT = "sublimate.edit"
+_ATTACHED = "attachment/"
 _LORA_COMPONENTS = frozenset({"unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3"})
 
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """New values for some of a model's parameters, and where they come from.
+    """New values for some of a model's parameters, what weights cannot hold, and where both come from.
 
     Keys are full names, component first: "unet/down_blocks.0.….to_k.weight".
 
@@ -35,6 +37,8 @@ class Edit:
         low_rank: for parameters whose change is exactly B A: (B, A), shapes (d_out, rank) and (rank, d_in), float32.
         provenance: JSON values; erasers fill in base (source and content hash), method, paper, config, request, seed
             and versions.
+        attachment: what runs beside the weights; stock diffusers cannot hold it, so such an edit is neither folded nor
+            made a LoRA.
 
     Raises:
         ValueError: when the edit is empty, names a key twice, or holds numbers that are not finite.
@@ -44,12 +48,13 @@ class Edit:
     values: Mapping[str, Tensor] = field(default_factory=dict)
     low_rank: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    attachment: EditAttachment | None = None
 
     def __post_init__(self) -> None:
         values = {key: _float32(key, value) for key, value in self.values.items()}
         low_rank = {key: (_float32(key, b), _float32(key, a)) for key, (b, a) in self.low_rank.items()}
-        if not values and not low_rank:
-            raise ValueError("An edit must touch at least one parameter.")
+        if not values and not low_rank and self.attachment is None:
+            raise ValueError("An edit must touch at least one parameter or carry an attachment.")
         if twice := sorted(values.keys() & low_rank.keys()):
             raise ValueError(f"{twice[0]} has both a new value and a low-rank change: give one of them.")
         for key, (b, a) in low_rank.items():
@@ -71,12 +76,12 @@ class Edit:
         """Puts the edit on top of those the model carries already; values of later edits win, low-rank changes add up.
 
         Args:
-            model: changed in place; `remove` restores every bit.
+            model: changed in place; `remove` restores every bit. Its attachment acts after those of earlier edits.
             allow_other_base: apply to a model other than the one the edit was made for.
 
         Raises:
             ValueError: when the model lacks a parameter or has it in another shape, is another base, or carries this
-                edit already. Nothing has been touched then.
+                edit already, or the attachment does not fit. Nothing has been touched then.
         """
         stack = open_stack(model)
         try:
@@ -114,7 +119,7 @@ class Edit:
             edits: edits of one base.
 
         Raises:
-            ValueError: when there is none, or their bases differ.
+            ValueError: when there is none, their bases differ, or several carry an attachment.
         """
         if not edits:
             raise ValueError("There is nothing to compose: give at least one edit.")
@@ -122,6 +127,10 @@ class Edit:
         for base in bases[1:]:
             if (base or {}).get("content_hash") != (bases[0] or {}).get("content_hash"):
                 raise ValueError(f"Edits of different bases do not compose: {_name(bases[0])} and {_name(base)}.")
+        attachments = [edit.attachment for edit in edits if edit.attachment is not None]
+        if len(attachments) > 1:
+            kinds = " and ".join(attachment.kind for attachment in attachments)
+            raise ValueError(f"One edit holds one attachment, not {kinds}: apply these edits one after the other.")
         values: dict[str, Tensor] = {}
         low_rank: dict[str, tuple[Tensor, Tensor]] = {}
         for edit in edits:
@@ -136,7 +145,8 @@ class Edit:
                 else:
                     low_rank[key] = (b, a)
         parts = [dict(edit.provenance) for edit in edits]
-        return Edit(values, low_rank, {"base": bases[0], "composed": parts} if bases[0] else {"composed": parts})
+        provenance = {"base": bases[0], "composed": parts} if bases[0] else {"composed": parts}
+        return Edit(values, low_rank, provenance, attachments[0] if attachments else None)
 
     def save(self, path: str | Path) -> Path:
         """Writes one safetensors file, complete under its name or not at all; its header carries the provenance.
@@ -152,10 +162,14 @@ class Edit:
             tensors |= {f"{key}.lora_B": b.contiguous(), f"{key}.lora_A": a.contiguous()}
         metadata = {
             "format": FORMAT,
-            "format_version": "1",
+            "format_version": "1" if self.attachment is None else "2",
             "low_rank": json.dumps(sorted(self.low_rank)),
             "provenance": json.dumps(self.provenance, sort_keys=True),
         }
+        if self.attachment is not None:
+            tensors |= {f"{_ATTACHED}{name}": t.contiguous() for name, t in self.attachment.tensors.items()}
+            described = {"kind": self.attachment.kind, "options": self.attachment.options}
+            metadata["attachment"] = json.dumps(described, sort_keys=True)
         with file_written_aside(path) as aside:
             save_file(tensors, aside, metadata)
         return path
@@ -178,13 +192,22 @@ class Edit:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or not a safetensors file ({error}).") from error
-        if metadata.get("format") != FORMAT or metadata.get("format_version") != "1":
-            raise ValueError(f"{path} holds tensors but is not an edit of format version 1 that `Edit.save` wrote.")
+        if metadata.get("format") != FORMAT or metadata.get("format_version") not in ("1", "2"):
+            raise ValueError(
+                f"{path} holds tensors but is not an edit of format version 1 or 2 that `Edit.save` wrote."
+            )
+        attachment = None
+        if "attachment" in metadata:
+            own = [name for name in tensors if name.startswith(_ATTACHED)]
+            attachment = EditAttachment(
+                **json.loads(metadata["attachment"]),
+                tensors={name.removeprefix(_ATTACHED): tensors.pop(name) for name in own},
+            )
         low_rank = {
             key: (tensors.pop(f"{key}.lora_B"), tensors.pop(f"{key}.lora_A"))
             for key in json.loads(metadata["low_rank"])
         }
-        return Edit(tensors, low_rank, json.loads(metadata["provenance"]))
+        return Edit(tensors, low_rank, json.loads(metadata["provenance"]), attachment)
 
     def to_lora(self, model: Model, *, max_rank: int | None = None) -> dict[str, Tensor]:
         """The edit as the state dict of a LoRA, for `pipeline.load_lora_weights`; exact, or refused.
@@ -195,8 +218,12 @@ class Edit:
 
         Raises:
             ValueError: when a change is not low-rank, is of another layer than a linear one, sits in a component that
-                LoRA files do not cover, or needs a rank above `max_rank`.
+                LoRA files do not cover, or needs a rank above `max_rank`, or the edit carries an attachment.
         """
+        if self.attachment is not None:
+            raise ValueError(
+                f"This edit carries the attachment {self.attachment.kind}, which no LoRA holds: apply it."
+            )
         for key, shape in self.shapes().items():
             component, _, name = key.partition("/")
             if key in self.values:
@@ -231,7 +258,8 @@ class Edit:
             The folder.
 
         Raises:
-            ValueError: when the edit does not fit the model, or the folder holds something else.
+            ValueError: when the edit does not fit the model, the folder holds something else, or this edit or one that
+                the model carries has an attachment, which stock diffusers cannot hold.
         """
         stack = stack_of(model)
         carried = stack is not None and any(edit is self for edit in stack.edits)

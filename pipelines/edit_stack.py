@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from sublimate.pipelines.edit import Edit
+    from sublimate.pipelines.edit_attachment import InstalledAttachment
     from sublimate.pipelines.model import Model
 
 
@@ -27,6 +28,7 @@ class EditStack:
     def __init__(self, model: Model) -> None:
         self.edits: list[Edit] = []
         self.pristine: dict[str, Tensor] = {}
+        self.installed: dict[Edit, InstalledAttachment] = {}
         self.base_hash = model.content_hash()
 
     def push(self, model: Model, edit: Edit) -> None:
@@ -39,6 +41,8 @@ class EditStack:
             raise ValueError("This edit is already applied to this model: remove it before applying it again.")
         parameters = {key: parameter_of(model, key, shape) for key, shape in edit.shapes().items()}
         originals = {k: p.detach().to("cpu", copy=True) for k, p in parameters.items() if k not in self.pristine}
+        if edit.attachment is not None:
+            self.installed[edit] = edit.attachment.install(model)
         self.pristine |= originals
         self._rebuild(parameters, [*self.edits, edit])
 
@@ -51,6 +55,8 @@ class EditStack:
         if not any(edit is other for other in self.edits):
             raise ValueError("This edit is not applied to this model, so there is nothing to remove.")
         parameters = {key: parameter_of(model, key, shape) for key, shape in edit.shapes().items()}
+        if edit in self.installed:
+            self.installed.pop(edit).remove(model)
         self._rebuild(parameters, [other for other in self.edits if other is not edit])
         still = {key for other in self.edits for key in other.shapes()}
         self.pristine = {key: tensor for key, tensor in self.pristine.items() if key in still}

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sublimate.diffusion.denoisers import Denoiser
 from sublimate.pipelines.backbones.base import StockSampling
 from sublimate.pipelines.cards import inherited_license, model_card, public_name
+from sublimate.pipelines.edit_attachment import refuse_attached
 from sublimate.pipelines.few_steps import FewSteps
 from sublimate.pipelines.folders import written_aside
 from sublimate.pipelines.model import DEFAULTS_FILE, Model, packaged_folder
@@ -68,8 +69,10 @@ def export_student(
         The folder.
 
     Raises:
-        ValueError: when no stock pipeline runs this student exactly, or the folder holds something else.
+        ValueError: when no stock pipeline runs this student exactly, as with an edit's attachment, or the folder holds
+            something else.
     """
+    refuse_attached(model, network)
     student = _stock_network(model, network)
     stock = _stock_sampling(model, t, few_steps, as_base)
     pipeline = _stock_pipeline(model, student, stock)
@@ -117,9 +120,10 @@ def export_lora(
         The folder.
 
     Raises:
-        ValueError: when the network has no LoRA layers, the stock pipeline loads none, or the folder holds something
-            else.
+        ValueError: when the network has no LoRA layers, the stock pipeline loads none, model or network carry an
+            edit's attachment, or the folder holds something else.
     """
+    refuse_attached(model, network)
     state = _lora_state(_unwrapped(model, network), model.backbone.network_attribute)
     stock = _stock_sampling(model, t, few_steps, as_base)
     if not hasattr(getattr(diffusers, stock.pipeline_class), "load_lora_weights"):
@@ -163,8 +167,9 @@ def save_model(
         The folder.
 
     Raises:
-        ValueError: when the folder holds something else.
+        ValueError: when the folder holds something else, or an edit's attachment is on the model.
     """
+    refuse_attached(model)
     base = {"base": {"source": public_name(model.source)}}
     record = {
         **model.defaults,

@@ -7,7 +7,7 @@ import importlib.resources
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
@@ -28,6 +28,9 @@ from sublimate.pipelines.checkpoints import check_folder, read_json, refuse_pick
 from sublimate.pipelines.progress import without_bars
 from sublimate.pipelines.tokens import TokenSpan
 
+if TYPE_CHECKING:
+    from sublimate.pipelines.edit_attachment import InstalledAttachment
+
 DEFAULTS_FILE = "sublimate.json"
 """Beside `model_index.json`: how a checkpoint wants to be sampled, and where it comes from."""
 
@@ -43,6 +46,7 @@ class Model:
         source: what it was opened from.
         defaults: "guidance_scale", "steps", "start" and "few_steps" from the checkpoint's `sublimate.json`, as far as
             given.
+        attached: what applied edits carry beside the weights, in the order in which it acts.
     """
 
     def __init__(self, pipeline: Any, source: str, defaults: Mapping[str, Any] | None = None) -> None:
@@ -50,6 +54,7 @@ class Model:
         self.backbone: Backbone = backbone_for(type(pipeline).__name__)
         self.source = source
         self.defaults = dict(defaults or {})
+        self.attached: list[InstalledAttachment] = []
         for module in self.components().values():
             module.requires_grad_(False).eval()
         self.schedule: Schedule = self.backbone.schedule(pipeline)
@@ -82,7 +87,9 @@ class Model:
         return float(self.defaults.get("guidance_scale", self.backbone.guidance_scale))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Model:
-        """Moves every network, in place."""
+        """Moves every network, in place; what is attached keeps its precision."""
+        for installed in self.attached:
+            installed.module.to(device=device)
         # All of the pipeline's, a safety checker too, which is none of the model's components.
         for module in self.pipeline.components.values():
             if not isinstance(module, nn.Module):
@@ -186,14 +193,18 @@ class Model:
     def content_hash(self) -> str:
         """SHA-256 over all weights in float32, by full key; the same on every device and for every file layout.
 
-        Kept until a weight changes. In-place changes are noticed by their version, and those that bypass it (through
-        `.data`) by a sample of each tensor's values.
+        What is attached counts too, in its order: the model is then another than its weights alone. Kept until a
+        weight changes. In-place changes are noticed by their version, and those that bypass it (through `.data`) by a
+        sample of each tensor's values.
         """
         tensors = self._tensors()
         state = tuple((key, t.data_ptr(), t._version, _sample(t)) for key, t in tensors.items())
         if self._hash is None or self._hash[0] != state:
             self._hash = state, weights_hash(tensors)
-        return self._hash[1]
+        if not self.attached:
+            return self._hash[1]
+        digests = (installed.attachment.digest for installed in self.attached)
+        return hashlib.sha256(":".join([self._hash[1], *digests]).encode()).hexdigest()
 
     def _tensors(self) -> dict[str, Tensor]:
         """Every parameter by its full key, sorted; independent of the wrapper that some releases of transformers

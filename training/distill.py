@@ -16,6 +16,7 @@ from sublimate.diffusion.denoisers import Denoiser
 from sublimate.pipelines.attachments import export_attachment
 from sublimate.pipelines.attention import Kernel, attention_chosen
 from sublimate.pipelines.edit import Edit
+from sublimate.pipelines.edit_attachment import refuse_attached
 from sublimate.pipelines.export import export_lora, export_student
 from sublimate.pipelines.few_steps import sample_few_steps
 from sublimate.pipelines.generate import generate_latents, telling
@@ -137,8 +138,10 @@ def _run(
     artefact = objective.exports()
     if artefact.kind == "attachment" and config.save_dtype != "float32":
         raise ValueError(f"{config.method} exports an attachment, which is float32: leave out save_dtype.")
+    # Refused now rather than after training.
+    if artefact.kind != "attachment":
+        refuse_attached(model)
     if artefact.few_steps is not None and artefact.kind != "attachment":
-        # Refused now rather than after training.
         model.backbone.few_steps(model.pipeline, artefact.few_steps)
     source = make_source(model, config.data, options.sample_guidance, needs=objective.needs, progress=progress)
     validate = _validator(model, objective, config, source)

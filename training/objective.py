@@ -128,7 +128,8 @@ class Objective(ABC):
     @property
     @abstractmethod
     def needs(self) -> frozenset[str]:
-        """Data this objective reads, of {"prompts", "negatives", "images", "samples", "masks", "low_res"}."""
+        """Data this objective reads, of {"prompts", "negatives", "images", "samples", "masks", "low_res",
+        "activations"}."""
 
     @abstractmethod
     def players(self) -> dict[str, Player]:

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from sublimate.evaluation.attack import Attack, Box, Case, Outcome
+from sublimate.pipelines.edit_attachment import attached_kinds
 from sublimate.pipelines.generate import generate
 from sublimate.pipelines.model import Model
 from sublimate.training.config import Config
@@ -33,7 +34,7 @@ class EncoderSwap(Attack):
             torch.equal(p, q)
             for name in names
             for p, q in zip(ours[name].parameters(), theirs[name].parameters(), strict=True)
-        )
+        ) and not any(attached_kinds(ours[name]) for name in names)
         return "the text encoders are the base's" if same else ""
 
     def run(self, model: Model, case: Case, *, seed: int, progress: bool = False) -> Outcome:
