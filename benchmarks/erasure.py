@@ -38,15 +38,23 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "erasure"
 
 ERASERS = (
-    "uce", "rece", "speed", "esd", "all_but_one", "concept_ablation", "salun",
-)  # fmt: skip
+    "uce",
+    "rece",
+    "speed",
+    "esd",
+    "all_but_one",
+    "concept_ablation",
+    "salun",
+    "receler",
+    "interpret_then_deactivate",
+)
 CONCEPTS: Mapping[str, tuple[str, ...]] = {
     "digit": ("seven",),
     "ink": ("red",),
     "style": ("striped",),
     "five": ("seven", "three", "red", "purple", "striped"),
 }
-ATTACKED = ("uce", "rece", "speed", "esd", "concept_ablation")
+ATTACKED = ("uce", "rece", "speed", "esd", "concept_ablation", "receler")
 TARGETS, SIBLINGS, ATTEMPTS = 500, 2000, 100
 """Prompts for an erased concept (half as many in other words), for its siblings, and for attacks to start from."""
 

@@ -75,23 +75,6 @@ class FineTuningConfig(RunConfig, ObjectiveConfig, ABC):
     gradient_checkpointing: bool = False
 
 
-def make_student(model: Model, config: FineTuningConfig) -> Player:
-    """A copy of the model's denoiser in which the selected weights train; all others share the model's storage.
-
-    Raises:
-        ValueError: when the model is not in float32, where small steps would be rounded away, or nothing matches.
-    """
-    if model.dtype != torch.float32:
-        raise ValueError(
-            f"{model.source} is open in {model.dtype}, which rounds small steps away: open it in float32 "
-            "(mixed_precision=bf16 saves memory)."
-        )
-    names = (f"network.{name}" for name in select(model.denoiser.network, config.weights))
-    return make_player(
-        model.denoiser, PlayerConfig(learning_rate=config.learning_rate, adam_weight_decay=0.0), names=names
-    )
-
-
 class StudentObjective(SoloObjective):
     """What fine-tuning erasers train: a student that starts as the model, beside the model itself, which stays frozen.
 
@@ -106,14 +89,30 @@ class StudentObjective(SoloObjective):
     """
 
     def __init__(self, model: Model, config: FineTuningConfig, request: Request, *, seed: int = 0) -> None:
-        self.null = model.null_condition()
+        self.null, self.seed = model.null_condition(), seed
         if not self.null.text_keys:
             raise ValueError(f"{model.source} knows no prompts, so there is nothing to erase by name.")
-        super().__init__(model, config, "student", make_student(model, config))
-        self.frozen, self.shape, self.seed = model.denoiser, model.latent_shape, seed
+        if model.dtype != torch.float32:
+            raise ValueError(
+                f"{model.source} is open in {model.dtype}, which rounds small steps away: open it in float32 "
+                "(mixed_precision=bf16 saves memory)."
+            )
+        super().__init__(model, config, "student", self.make_student(model, config))
+        self.frozen, self.shape = model.denoiser, model.latent_shape
         self.erased = concept_bank(model, request.erase, config.templates)
         keeps = bool(request.preserve) and config.retain > 0
         self.kept = concept_bank(model, request.preserve, config.templates) if keeps else None
+
+    def make_student(self, model: Model, config: FineTuningConfig) -> Player:
+        """A copy of the model's denoiser in which the selected weights train; all others share the model's storage.
+
+        Raises:
+            ValueError: when nothing matches.
+        """
+        names = (f"network.{name}" for name in select(model.denoiser.network, config.weights))
+        return make_player(
+            model.denoiser, PlayerConfig(learning_rate=config.learning_rate, adam_weight_decay=0.0), names=names
+        )
 
     @property
     def needs(self) -> frozenset[str]:
@@ -159,9 +158,13 @@ class FineTuningEraser(Eraser):
             with attention_chosen(model, config.attention, autocast=config.mixed_precision == "bf16"):
                 objective = self.objective(model, config, request, seed=seed)
                 fine_tune(model, objective, request, config, seed=seed, progress=progress)
-            return Changes(values=trained_values(model, objective.player))
+            return self.changes(model, objective.player)
         finally:
             model.to(home)
+
+    def changes(self, model: Model, trained: Player) -> Changes:
+        """What the edit holds of a trained student: its weights."""
+        return Changes(values=trained_values(model, trained))
 
 
 def trained_values(model: Model, student: Player) -> dict[str, Tensor]:

@@ -51,11 +51,26 @@ CASES = {
             "train_batch_size": 4,
         },
     ),
+    "receler": (
+        "receler",
+        {
+            "rank": 4,
+            "adversary_rows": 2,
+            "adversary_steps": 2,
+            "sampling_steps": 2,
+            "max_train_steps": 2,
+            "train_batch_size": 2,
+            "learning_rate": 1e-3,
+        },
+    ),
     "esd": ("esd", {"sampling_steps": 2, "max_train_steps": 2, "train_batch_size": 2, "learning_rate": 1e-3}),
 }
 
 # Families that a method says it does not fit, and how.
-REFUSED = {("interpret_then_deactivate", "tiny_sd3"): "has text_encoder, text_encoder_2, text_encoder_3"}
+REFUSED = {
+    ("interpret_then_deactivate", "tiny_sd3"): "has text_encoder, text_encoder_2, text_encoder_3",
+    ("receler", "tiny_sd3"): "has no cross-attention",
+}
 
 
 def test_every_eraser_has_a_row():
