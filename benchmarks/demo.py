@@ -39,6 +39,7 @@ ERASERS: dict[str, tuple[str, tuple[str, ...], bool]] = {
     "uce-no-preserve": ("uce", (), False),
     "rece": ("rece", (), True),
     "speed": ("speed", (), True),
+    "mace-fusion": ("mace_fusion", (), True),
     "esd-x": ("esd", ("weights=x",), True),
     "esd-x-strict": ("esd", ("weights=x-strict",), True),
     "esd-u": ("esd", ("weights=u",), True),

@@ -19,6 +19,7 @@ CASES = {
     "uce": ("uce", {}),
     "uce-last": ("uce", {"tokens": "last"}),
     "rece": ("rece", {"rounds": 2}),
+    "mace_fusion": ("mace_fusion", {}),
     "speed": ("speed", {"layers": "all", "tokens": "tail", "threshold": 1.0, "augmentations": 2}),
     # The matrix's models say no times of their own: they are no students.
     "one_step": (
