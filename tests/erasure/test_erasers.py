@@ -33,6 +33,9 @@ CASES = {
     ),
     "concept_ablation": ("concept_ablation", PICTURED),
     "salun": ("salun", {**PICTURED, "weights": "x"}),
+    "l1_sparse": ("l1_sparse", {**PICTURED, "weights": "x", "start_guidance": 1.0}),
+    "prune_then_erase": ("prune_then_erase", {"then": "salun", "options": PICTURED, "sparsity": 0.3}),
+    "prune_then_erase-closed": ("prune_then_erase", {"then": "uce", "sparsity": 0.3}),
     "all_but_one": (
         "all_but_one",
         {
