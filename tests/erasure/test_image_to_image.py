@@ -138,21 +138,26 @@ def test_the_frozen_encoder_gets_no_gradient_and_the_middle_alone_is_an_option(i
     assert loss.logs.keys() == {"forget"}
 
 
-@pytest.mark.parametrize("request_", [CAT, Request("cat")], ids=["retain", "proxy"])
-def test_training_brings_both_terms_down(inpainting, request_):
-    options = {**SMALL, "max_train_steps": 60, "train_batch_size": 8, "learning_rate": 3e-3}
-    objective, turn, batch = start(inpainting, request_, n=32)
+@pytest.mark.parametrize("proxy", [False, True])
+def test_training_brings_the_codes_to_those_of_noise(tiny_inpainting, tmp_path, proxy):
+    model = open_model(tiny_inpainting)
+    with torch.no_grad():  # random weights hardly look at what is shown
+        model.denoiser.network.conv_in.weight[:, 5:].mul_(30)
+    Image.new("RGB", (16, 16), (255, 40, 0)).save(tmp_path / "cat.png")
+    Image.new("RGB", (16, 16), (60, 60, 60)).save(tmp_path / "red.png")
+    cat, red = (Concept(name, images=(tmp_path / f"{name}.png",)) for name in ("cat", "red"))
+    request = Request(cat, preserve=() if proxy else [red])
+    objective, turn, batch = start(model, request, n=32)
     with torch.no_grad():
         before = objective.loss(turn, batch, 0)
-    edit = ImageToImage(**options).fit(inpainting, request_)
-    names = {name: f"unet/{name.removeprefix('network.')}" for name in objective.player.trainable()}
+    edit = ImageToImage(**SMALL | {"max_train_steps": 60, "train_batch_size": 8}).fit(model, request)
     with torch.no_grad():
         for name, parameter in objective.player.trainable().items():
-            parameter.copy_(edit.values[names[name]])
+            parameter.copy_(edit.values[f"unet/{name.removeprefix('network.')}"])
         after = objective.loss(turn, batch, 0)
     assert float(before.logs["retain"]) == 0
-    assert float(after.logs["forget"]) < 0.8 * float(before.logs["forget"])
-    assert float(after.total) < 0.9 * float(before.total)
+    assert float(after.logs["forget"]) < 0.9 * float(before.logs["forget"])
+    assert float(after.total) < 0.97 * float(before.total)
 
 
 def test_nothing_preserved_is_stood_in_for_by_what_is_drawn_unasked(inpainting):
@@ -184,7 +189,7 @@ def test_upscalers_are_shown_small_pictures(tiny_upscaling, tmp_path):
     assert not torch.equal(batch["shown/extra.low_res"], batch["noise/extra.low_res"])
     edit = ImageToImage(**SMALL, max_train_steps=1).fit(model, Request(cat, preserve=[red]))
     assert {key.split("/")[1].split(".")[0] for key in edit.values} == {"conv_in", "down_blocks", "mid_block"}
-    with pytest.raises(ValueError, match="give pictures .* of 'red'"):
+    with pytest.raises(ValueError, match=r"give pictures .* of 'red'"):
         ImageToImage(**SMALL).fit(model, Request(cat, preserve=["red"]))
     with pytest.raises(ValueError, match="preserve a concept with pictures"):
         ImageToImage(**SMALL).fit(model, Request(cat))
