@@ -141,8 +141,14 @@ def retained(model: Model, config: ImageToImageConfig, request: Request, seed: i
     if request.preserve:
         prompts = concept_bank(model, request.preserve, config.templates)
         return prompts, config.drawn(model, request.preserve, seed=seed)
-    options = {"steps": config.sampling_steps, "guidance_scale": 1.0, "batch_size": config.train_batch_size}
-    drawn = generate_latents(model, [""] * config.images, seed=seed, **options)
+    drawn = generate_latents(
+        model,
+        [""] * config.images,
+        steps=config.sampling_steps,
+        guidance_scale=1.0,
+        seed=seed,
+        batch_size=config.train_batch_size,
+    )
     return PromptBank(model, [[""]]), LatentBank([drawn.float().cpu()])
 
 
