@@ -39,6 +39,7 @@ ERASERS: dict[str, tuple[str, tuple[str, ...], bool]] = {
     "uce-no-preserve": ("uce", (), False),
     "rece": ("rece", (), True),
     "speed": ("speed", (), True),
+    "mace-fusion": ("mace_fusion", (), True),
     "esd-x": ("esd", ("weights=x",), True),
     "esd-x-strict": ("esd", ("weights=x-strict",), True),
     "esd-u": ("esd", ("weights=u",), True),
@@ -48,6 +49,8 @@ ERASERS: dict[str, tuple[str, tuple[str, ...], bool]] = {
     "all-but-one": ("all_but_one", (), True),
     "concept-ablation": ("concept_ablation", (), True),
     "salun": ("salun", (), True),
+    "l1-sparse": ("l1_sparse", (), True),
+    "prune-then-uce": ("prune_then_erase", (), True),
 }
 # Erased from the packaged one-step student itself.
 FROM_STUDENT = ("uce", "speed", "one_step")

@@ -45,20 +45,21 @@ def command(
         preserve=tuple(map(Concept, preserve or ())),
         within=None if within is None else Concept(within),
     )
-    eraser = registry.load("sublimate.erasure.methods", method, Eraser)
+    kind = registry.load("sublimate.erasure.methods", method, Eraser)
+    changes = option or ()
+    if config is None:
+        options = validate_section(kind.Config, parse_overrides(changes), "--set")
+    else:
+        options = load_config(kind.Config, config, changes, kind="erase")
+    eraser = kind(options)
     if anchor and not eraser.uses_anchor:
         raise ValueError(f"{method} leads away from a concept, not to another: leave out --anchor.")
     if pictures and not eraser.uses_images:
         raise ValueError(f"{method} learns from no pictures: leave out --images.")
     if fold and eraser.attaches:
         raise ValueError(f"{method} makes an attachment, which no diffusers folder holds: leave out --fold.")
-    changes = option or ()
-    if config is None:
-        options = validate_section(eraser.Config, parse_overrides(changes), "--set")
-    else:
-        options = load_config(eraser.Config, config, changes, kind="erase")
     opened = open_model(model, device=device)
-    edit = eraser(options).fit(opened, request, seed=seed, progress=True)
+    edit = eraser.fit(opened, request, seed=seed, progress=True)
     out.mkdir(parents=True, exist_ok=True)
     typer.echo(f"Wrote {edit.save(out / 'edit.safetensors')}")
     if fold:

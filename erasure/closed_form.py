@@ -43,24 +43,23 @@ def cross_moment(values: Tensor, rows: Tensor, weights: Tensor, total: Tensor | 
     return moment if total is None else total + moment
 
 
-def solve_ridge(cc: Tensor, vc: Tensor, lam: float, weight: Tensor) -> Tensor:
-    """The minimiser of (1) from accumulated sums, for when there are too many rows to hold.
+def solve_ridge(cc: Tensor, rc: Tensor, lam: float) -> Tensor:
+    """W - W0 of the minimiser of (1) from accumulated sums, for when there are too many rows to hold.
 
-    W = (sum w v c^T + lam W0) (sum w c c^T + lam I)^-1          (UCE's closed form, arXiv 2308.14761, with its ridge)
+    W - W0 = (sum w (v - W0 c) c^T) (sum w c c^T + lam I)^-1                            (UCE's closed form less W0)
 
     Args:
         cc: `second_moment` of all rows, preserved ones included.
-        vc: `cross_moment` of all rows; a preserved row's value is W0 c.
+        rc: `cross_moment` of the edited rows with what is missing, v - W0 c, which is zero for preserved ones.
         lam: pull towards W0, >= 0.
-        weight: W0, (d_out, d_in).
 
     Returns:
-        W, (d_out, d_in) float64.
+        (d_out, d_in) float64.
 
     Raises:
         ValueError: when lam is negative, or zero while the rows do not span the space.
     """
-    return torch.cholesky_solve((vc + lam * _float64(weight)).mT, _factored(cc, lam)).mT
+    return torch.cholesky_solve(rc.mT, _factored(cc, lam)).mT
 
 
 def right_factor(

@@ -33,7 +33,7 @@ class Eraser(ABC):
     A method reads of a request what it has a use for; parts that would change *what* is erased and that it cannot
     honour (`within`, a detector) it refuses. `uses_anchor` and `uses_images` say whether it reads what takes a
     concept's place and pictures of it, `attaches` that its edits carry an attachment, which stock diffusers cannot
-    hold.
+    hold. An eraser made of another has the other's answers.
 
     Args:
         config: the method's options.
@@ -45,11 +45,11 @@ class Eraser(ABC):
 
     Config: ClassVar[type[Options]]
     paper: ClassVar[str]
-    handles_within: ClassVar[bool] = False
-    uses_detector: ClassVar[bool] = False
-    uses_anchor: ClassVar[bool] = True
-    uses_images: ClassVar[bool] = False
-    attaches: ClassVar[bool] = False
+    handles_within: bool = False
+    uses_detector: bool = False
+    uses_anchor: bool = True
+    uses_images: bool = False
+    attaches: bool = False
 
     def __init__(self, config: Options | None = None, /, **options: Any) -> None:
         if config is not None and options:

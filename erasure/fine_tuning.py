@@ -151,12 +151,35 @@ class FineTuningEraser(Eraser):
     def solve(
         self, model: Model, request: Request, *, seed: int, detector: Detector | None, progress: bool
     ) -> Changes:
+        return self.train(model, request, seed=seed, progress=progress)
+
+    def train(
+        self,
+        model: Model,
+        request: Request,
+        *,
+        seed: int,
+        progress: bool,
+        masks: Mapping[str, Tensor] | None = None,
+    ) -> Changes:
+        """What training makes of the selected weights.
+
+        Args:
+            model: where it starts; stays as it is.
+            request: what to erase and to preserve.
+            seed: all randomness derives from it.
+            progress: show a progress bar.
+            masks: bool, by full parameter key: where False, a weight keeps every bit.
+        """
         config, home = self.config, model.device
         # What an objective draws before training is drawn where it trains.
         model.to(Accelerator().device)
         try:
             with attention_chosen(model, config.attention, autocast=config.mixed_precision == "bf16"):
                 objective = self.objective(model, config, request, seed=seed)
+                if masks is not None:
+                    keys = full_keys(model, objective.player)
+                    objective.player.restrict({name: masks[key] for name, key in keys.items() if key in masks})
                 fine_tune(model, objective, request, config, seed=seed, progress=progress)
             return self.changes(model, objective.player)
         finally:
@@ -169,8 +192,14 @@ class FineTuningEraser(Eraser):
 
 def trained_values(model: Model, student: Player) -> dict[str, Tensor]:
     """What a student's training made of its weights, by full parameter key."""
+    keys = full_keys(model, student)
+    return {keys[name]: parameter.detach() for name, parameter in student.trainable().items()}
+
+
+def full_keys(model: Model, student: Player) -> dict[str, str]:
+    """The full parameter key of every weight that a student trains, by its name in the student."""
     component = model.backbone.network_attribute
-    return {f"{component}/{n.removeprefix('network.')}": p.detach() for n, p in student.trainable().items()}
+    return {name: f"{component}/{name.removeprefix('network.')}" for name in student.trainable()}
 
 
 def fine_tune(

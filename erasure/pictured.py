@@ -23,23 +23,81 @@ from sublimate.training.objective import Batch, Turn
 from sublimate.training.randomness import SampleRandom
 
 
-class PicturedConfig(FineTuningConfig):
+class DrawingConfig(FineTuningConfig):
     """Options of training on pictures that the unedited model draws once, before training.
 
     Attributes:
         images: pictures per prompt.
         sampling_steps: DDIM steps of each.
         start_guidance: guidance of that sampling; 1 is none.
-        space: the quantity in which the student is compared with itself; see `erasure/targets.py`.
     """
 
     images: int = Field(default=20, ge=1)
     sampling_steps: int = Field(default=50, ge=1)
     start_guidance: float = Field(default=7.5, ge=0)
+
+    def drawn(self, model: Model, concepts: Sequence[Concept], *, anchored: bool = False, seed: int) -> LatentBank:
+        """`drawn_bank` of the concepts in the templates."""
+        return drawn_bank(
+            model,
+            concepts,
+            self.templates,
+            anchored=anchored,
+            count=self.images,
+            steps=self.sampling_steps,
+            guidance_scale=self.start_guidance,
+            seed=seed,
+            batch_size=self.train_batch_size,
+        )
+
+
+class PicturedConfig(DrawingConfig):
+    """Options of comparing the student with itself at noised pictures.
+
+    Attributes:
+        space: the quantity that is compared; see `erasure/targets.py`.
+
+    The others are `DrawingConfig`'s and `FineTuningConfig`'s.
+    """
+
     space: targets.Space = "output"
 
 
-class PicturedObjective(StudentObjective):
+class KeptPicturesObjective(StudentObjective):
+    """Holds preserved concepts by the denoising loss on their pictures."""
+
+    config: DrawingConfig
+
+    def __init__(self, model: Model, config: DrawingConfig, request: Request, *, seed: int = 0) -> None:
+        super().__init__(model, config, request, seed=seed)
+        self.kept_pictures = config.drawn(model, request.preserve, seed=seed) if self.kept else None
+
+    def prepare(self, turn: Turn, batch: Batch, step: int) -> Batch:
+        """Adds noised pictures for `retain_error`, under names that start with `kept_`."""
+        if self.kept is None or self.kept_pictures is None:
+            return batch
+        kept = self.drawn(batch.random, self.kept, self.kept_pictures)
+        return batch.adding(**{f"kept_{name}": value for name, value in kept.items()})
+
+    def drawn(self, random: SampleRandom, bank: PromptBank, pictures: LatentBank) -> dict[str, Tensor]:
+        """Noised pictures of prompts from a bank, as `noise` has them."""
+        rows = bank.draw(random)
+        return self.noise(random, rows, pictures.draw(rows, random, self.device))
+
+    def noise(self, random: SampleRandom, rows: Tensor, x0: Tensor) -> dict[str, Tensor]:
+        """Rows of prompts and their pictures with noise: `rows`, `x0`, `eps`, `x_t` and `t`, each (batch, ...)."""
+        eps, u = random.normal(self.shape, self.device), random.uniform(self.device)
+        x_t, t = noised(self.frozen.schedule, x0, eps, u)
+        return {"rows": rows, "x0": x0, "eps": eps, "x_t": x_t, "t": t}
+
+    def retain_error(self, batch: Batch, kept: PromptBank) -> Tensor:
+        """The denoising loss on noised pictures of preserved concepts."""
+        x_t = batch["kept_x_t"]
+        prediction = self.student(x_t, batch["kept_t"], kept.condition(batch["kept_rows"], x_t.device))
+        return denoising_loss(prediction, batch["kept_x0"], batch["kept_eps"]).mean()
+
+
+class PicturedObjective(KeptPicturesObjective):
     """Trains the student at noised pictures: of the concepts, or of the prompts with anchors in their places.
 
     Row i of `erased` and row i of `anchors` are the same prompt with the concept and with its anchor; `pictures` are
@@ -52,40 +110,11 @@ class PicturedObjective(StudentObjective):
     def __init__(self, model: Model, config: PicturedConfig, request: Request, *, seed: int = 0) -> None:
         super().__init__(model, config, request, seed=seed)
         self.anchors = anchor_bank(model, request.erase, config.templates)
-
-        def pictures(concepts: Sequence[Concept], anchored: bool) -> LatentBank:
-            return drawn_bank(
-                model,
-                concepts,
-                config.templates,
-                anchored=anchored,
-                count=config.images,
-                steps=config.sampling_steps,
-                guidance_scale=config.start_guidance,
-                seed=seed,
-                batch_size=config.train_batch_size,
-            )
-
-        self.pictures = pictures(request.erase, self.shows == "anchor")
-        self.kept_pictures = pictures(request.preserve, False) if self.kept else None
+        self.pictures = config.drawn(model, request.erase, anchored=self.shows == "anchor", seed=seed)
 
     def prepare(self, turn: Turn, batch: Batch, step: int) -> Batch:
         """Adds noised pictures for the erasing terms, and as `kept_...` for `retain_error`."""
-        batch = batch.adding(**self._drawn(batch.random, self.erased, self.pictures))
-        if self.kept is not None and self.kept_pictures is not None:
-            kept = self._drawn(batch.random, self.kept, self.kept_pictures)
-            batch = batch.adding(**{f"kept_{name}": value for name, value in kept.items()})
-        return batch
-
-    def _drawn(self, random: SampleRandom, bank: PromptBank, pictures: LatentBank) -> dict[str, Tensor]:
-        rows = bank.draw(random)
-        return self.noise(random, rows, pictures.draw(rows, random, self.device))
-
-    def noise(self, random: SampleRandom, rows: Tensor, x0: Tensor) -> dict[str, Tensor]:
-        """Rows of prompts and their pictures with noise: `rows`, `x0`, `eps`, `x_t` and `t`, each (batch, ...)."""
-        eps, u = random.normal(self.shape, self.device), random.uniform(self.device)
-        x_t, t = noised(self.frozen.schedule, x0, eps, u)
-        return {"rows": rows, "x0": x0, "eps": eps, "x_t": x_t, "t": t}
+        return super().prepare(turn, batch.adding(**self.drawn(batch.random, self.erased, self.pictures)), step)
 
     def predict(self, batch: Batch, bank: PromptBank) -> Prediction:
         """The student at the batch's x_t, told the batch's rows of a bank."""
@@ -98,9 +127,3 @@ class PicturedObjective(StudentObjective):
         with torch.no_grad():
             swapped = self.predict(batch, self.anchors)
         return targets.squared_error(prediction, replace(prediction, output=swapped.output), self.config.space).mean()
-
-    def retain_error(self, batch: Batch, kept: PromptBank) -> Tensor:
-        """The denoising loss on noised pictures of preserved concepts."""
-        x_t = batch["kept_x_t"]
-        prediction = self.student(x_t, batch["kept_t"], kept.condition(batch["kept_rows"], x_t.device))
-        return denoising_loss(prediction, batch["kept_x0"], batch["kept_eps"]).mean()

@@ -7,7 +7,7 @@ so three LoRA players cost one base plus three adapters.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
@@ -79,6 +79,27 @@ class Player:
         """Lets gradients reach the trainable parameters, or not; every other parameter stays frozen."""
         for name, parameter in self.module.named_parameters():
             parameter.requires_grad_(on and name in self.names)
+
+    def restrict(self, masks: Mapping[str, torch.Tensor]) -> None:
+        """Lets only a part of the parameters train: where a mask is False the gradient is 0 from the first step on.
+
+        Adam's moments are then 0 there too, so these entries keep every bit.
+
+        Args:
+            masks: bool, shaped like the parameters, by name; read anew in every step. Other parameters train whole.
+
+        Raises:
+            ValueError: when weight decay would move what has no gradient.
+        """
+        if self.config.adam_weight_decay:
+            raise ValueError(f"adam_weight_decay = {self.config.adam_weight_decay} moves masked weights: set it to 0.")
+        for name, parameter in self.trainable().items():
+            if name not in masks:
+                continue
+            trains = parameter.requires_grad
+            parameter.requires_grad_(True)  # tensors without gradient take no hooks
+            parameter.register_hook(lambda gradient, name=name: gradient * masks[name].to(gradient.device))
+            parameter.requires_grad_(trains)
 
     def optimizer(self) -> torch.optim.AdamW:
         """A fresh AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101) over the trainable parameters."""

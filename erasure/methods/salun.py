@@ -52,8 +52,7 @@ class SalUnObjective(PicturedObjective):
 
     x_t are noised pictures of the concept c, x_t^r of preserved concepts; both predictions of the first term are the
     current network's. The mask holds the weights with the largest |grad| of the concept's (guided) denoising loss,
-    summed over its pictures before training. Masked gradients are zero from the first step on, so Adam without weight
-    decay leaves these weights as they are, bit by bit.
+    summed over its pictures before training; other weights stay as they are, bit by bit.
     """
 
     Config = SalUnConfig
@@ -64,10 +63,7 @@ class SalUnObjective(PicturedObjective):
     def __init__(self, model: Model, config: SalUnConfig, request: Request, *, seed: int = 0) -> None:
         super().__init__(model, config, request, seed=seed)
         self.masks = largest({name: g.abs() for name, g in self.saliency().items()}, config.saliency)
-        self.player.set_trainable(True)  # tensors without gradient take no hooks
-        for name, parameter in self.player.trainable().items():
-            parameter.register_hook(lambda gradient, name=name: gradient * self.masks[name].to(gradient.device))
-        self.player.set_trainable(False)
+        self.player.restrict(self.masks)
 
     def saliency(self) -> dict[str, Tensor]:
         """The gradient of the concept's denoising loss in every trained weight, summed over its pictures."""
@@ -97,7 +93,7 @@ class SalUnObjective(PicturedObjective):
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         # Gradients need not repeat bit by bit on another machine, and a weight that has moved must stay in the mask.
-        self.masks = {name: mask.to(self.device) for name, mask in state.items()}
+        self.masks.update({name: mask.to(self.device) for name, mask in state.items()})
 
     def loss(self, turn: Turn, batch: Batch, step: int) -> Loss:
         return self.weighed(batch, {"erase": (1.0, self.swap_error(batch))})

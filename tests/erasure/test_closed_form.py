@@ -49,10 +49,10 @@ def test_the_normal_equations_hold():
 def test_accumulated_sums_give_the_same_solution():
     c_e, w_e, c_p, w_p, w0, v = problem(edited=30)
     cc = closed_form.second_moment(c_p, w_p, closed_form.second_moment(c_e, w_e))
-    vc = closed_form.cross_moment(v[:10], c_e[:10], w_e[:10])
-    vc = closed_form.cross_moment(v[10:], c_e[10:], w_e[10:], vc)
-    vc = closed_form.cross_moment(c_p @ w0.T, c_p, w_p, vc)
-    w = closed_form.solve_ridge(cc, vc, 0.3, w0)
+    missing = v - c_e @ w0.T
+    rc = closed_form.cross_moment(missing[:10], c_e[:10], w_e[:10])
+    rc = closed_form.cross_moment(missing[10:], c_e[10:], w_e[10:], rc)
+    w = w0 + closed_form.solve_ridge(cc, rc, 0.3)
     torch.testing.assert_close(w, weighted_least_squares(c_e, w_e, c_p, w_p, w0, v, 0.3), rtol=0, atol=1e-11)
 
 

@@ -8,6 +8,7 @@ from sublimate.erasure.request import Concept, Request
 from sublimate.pipelines.edit import Edit
 from sublimate.pipelines.model import open_model
 from sublimate.training import registry
+from sublimate.training.randomness import SampleRandom
 
 ERASERS = "sublimate.erasure.methods"
 FAMILIES = ("tiny_sd", *(pytest.param(family, marks=pytest.mark.slow) for family in ("tiny_sd_v", "tiny_sd3")))
@@ -19,6 +20,7 @@ CASES = {
     "uce": ("uce", {}),
     "uce-last": ("uce", {"tokens": "last"}),
     "rece": ("rece", {"rounds": 2}),
+    "mace_fusion": ("mace_fusion", {}),
     "speed": ("speed", {"layers": "all", "tokens": "tail", "threshold": 1.0, "augmentations": 2}),
     # The matrix's models say no times of their own: they are no students.
     "one_step": (
@@ -32,6 +34,10 @@ CASES = {
     ),
     "concept_ablation": ("concept_ablation", PICTURED),
     "salun": ("salun", {**PICTURED, "weights": "x"}),
+    "l1_sparse": ("l1_sparse", {**PICTURED, "weights": "x", "start_guidance": 1.0}),
+    "prune_then_erase": ("prune_then_erase", {"then": "salun", "options": PICTURED, "sparsity": 0.3}),
+    "prune_then_erase-closed": ("prune_then_erase", {"then": "uce", "sparsity": 0.3}),
+    "image_to_image": ("image_to_image", {**PICTURED, "start_guidance": 1.0}),
     "all_but_one": (
         "all_but_one",
         {
@@ -72,17 +78,18 @@ REFUSED = {
     ("receler", "tiny_sd3"): "has no cross-attention",
 }
 
+# Families of methods that are for other models than those.
+OTHER_FAMILIES = {"image_to_image": ("tiny_inpainting",)}
+
 
 def test_every_eraser_has_a_row():
     missing = set(registry.available(ERASERS)) - set(CASES)
     assert not missing, f"add a row of that name to CASES for {', '.join(sorted(missing))}"
 
 
-@pytest.fixture(params=FAMILIES)
-def model(request, case):
-    if (case, request.param) in REFUSED:
-        pytest.skip("this method refuses this family, which has a test of its own")
-    return open_model(request.getfixturevalue(request.param))
+@pytest.fixture
+def model(request, family):
+    return open_model(request.getfixturevalue(family))
 
 
 @pytest.mark.parametrize(("case", "family"), REFUSED)
@@ -109,12 +116,26 @@ def bits(model):
 @torch.no_grad()
 def answer(model):
     """What the model predicts when asked for a cat: of text, weights and attachments."""
-    return model.denoiser(
-        torch.ones(1, *model.latent_shape), model.schedule.t_max / 2, model.encode_prompts(["cat"])
-    ).output
+    x_t, told = torch.ones(1, *model.latent_shape), model.encode_prompts(["cat"])
+    if model.backbone.shown:
+        random = SampleRandom(0, 0, "answer", [0])
+        told = told.replace(**model.backbone.show_examples(model.pipeline, model.render(x_t), random))
+    return model.denoiser(x_t, model.schedule.t_max / 2, told).output
 
 
-@pytest.mark.parametrize("case", CASES)
+def families_of(case):
+    """The families that a case runs on."""
+    families = OTHER_FAMILIES.get(case, FAMILIES)
+    return [f for f in families if (case, f.values[0] if hasattr(f, "values") else f) not in REFUSED]
+
+
+def marked(case, family):
+    """A case on a family as pytest's parameters."""
+    name, marks = (family.values[0], family.marks) if hasattr(family, "values") else (family, ())
+    return pytest.param(case, name, marks=marks, id=f"{case}-{name}")
+
+
+@pytest.mark.parametrize(("case", "family"), [marked(case, family) for case in CASES for family in families_of(case)])
 class TestEraser:
     def test_a_fit_leaves_the_model_and_the_global_generator_alone(self, model, case):
         before, state = bits(model), torch.get_rng_state()
