@@ -19,10 +19,14 @@ from sublimate.training.config import Config as Options
 
 @dataclass(frozen=True)
 class Changes:
-    """What a method computed: new values and exact low-rank changes by full parameter key, as in `Edit`."""
+    """What a method computed: new values and exact low-rank changes by full parameter key, as in `Edit`.
+
+    `outcome` holds JSON values that a method has to say of how it got there, for the edit's provenance.
+    """
 
     values: Mapping[str, Tensor] = field(default_factory=dict)
     low_rank: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    outcome: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Eraser(ABC):
@@ -87,6 +91,8 @@ class Eraser(ABC):
             "versions": versions(),
         }
         changes = self.solve(model, request, seed=seed, detector=detector, progress=progress)
+        if changes.outcome:
+            provenance["outcome"] = dict(changes.outcome)
         return Edit(changes.values, changes.low_rank, provenance)
 
     @abstractmethod

@@ -6,9 +6,9 @@ import contextlib
 import hashlib
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +19,7 @@ from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.denoisers import Denoiser
 from sublimate.erasure.eraser import Changes, Eraser
 from sublimate.erasure.prompt_bank import PromptBank, concept_bank
-from sublimate.erasure.request import Request, Templates
+from sublimate.erasure.request import Concept, Request, Templates
 from sublimate.erasure.weights import Rule, select
 from sublimate.pipelines.attention import Kernel, attention_chosen
 from sublimate.pipelines.detector import Detector
@@ -31,11 +31,10 @@ from sublimate.training.randomness import SampleRandom
 from sublimate.training.trainer import Interrupted, Trainer, TrainerConfig
 
 
-class FineTuningConfig(ObjectiveConfig, ABC):
+class RunConfig(ObjectiveConfig, ABC):
     """Options of a fine-tuning eraser's run, named as the trainer's.
 
     Attributes:
-        weights: which weights train; see `erasure/weights.py`.
         learning_rate: of Adam, without weight decay, which would move weights that nothing asks to move.
         max_train_steps: optimiser steps.
         train_batch_size: samples per micro-batch.
@@ -49,7 +48,6 @@ class FineTuningConfig(ObjectiveConfig, ABC):
         checkpointing_steps: steps between checkpoints; None saves only when stopped early.
     """
 
-    weights: Rule = "x"
     learning_rate: float = Field(default=1e-5, gt=0)
     max_train_steps: int = Field(default=1000, ge=1)
     train_batch_size: int = Field(default=1, ge=1)
@@ -63,21 +61,42 @@ class FineTuningConfig(ObjectiveConfig, ABC):
     checkpointing_steps: int | None = Field(default=None, ge=1)
 
 
+class FineTuningConfig(RunConfig, ABC):
+    """Options of a run that trains the denoiser.
+
+    Attributes:
+        weights: which weights train; see `erasure/weights.py`.
+
+    The others are `RunConfig`'s.
+    """
+
+    weights: Rule = "x"
+
+
 def make_student(model: Model, config: FineTuningConfig) -> Player:
     """A copy of the model's denoiser in which the selected weights train; all others share the model's storage.
 
     Raises:
         ValueError: when the model is not in float32, where small steps would be rounded away, or nothing matches.
     """
+    check_precision(model)
+    names = (f"network.{name}" for name in select(model.denoiser.network, config.weights))
+    return make_player(
+        model.denoiser, PlayerConfig(learning_rate=config.learning_rate, adam_weight_decay=0.0), names=names
+    )
+
+
+def check_precision(model: Model) -> None:
+    """Refuses to train a model that is not in float32.
+
+    Raises:
+        ValueError: for such a model.
+    """
     if model.dtype != torch.float32:
         raise ValueError(
             f"{model.source} is open in {model.dtype}, which rounds small steps away: open it in float32 "
             "(mixed_precision=bf16 saves memory)."
         )
-    names = (f"network.{name}" for name in select(model.denoiser.network, config.weights))
-    return make_player(
-        model.denoiser, PlayerConfig(learning_rate=config.learning_rate, adam_weight_decay=0.0), names=names
-    )
 
 
 class StudentObjective(SoloObjective):
@@ -93,15 +112,27 @@ class StudentObjective(SoloObjective):
         ValueError: when the model has no text, is not in float32, or has no such weights.
     """
 
-    def __init__(self, model: Model, config: FineTuningConfig, request: Request, *, seed: int = 0) -> None:
+    def __init__(self, model: Model, config: RunConfig, request: Request, *, seed: int = 0) -> None:
         self.null = model.null_condition()
         if not self.null.text_keys:
             raise ValueError(f"{model.source} knows no prompts, so there is nothing to erase by name.")
-        super().__init__(model, config, "student", make_student(model, config))
+        super().__init__(model, config, "student", self.make_player(model, config))
         self.frozen, self.shape, self.seed = model.denoiser, model.latent_shape, seed
-        self.erased = concept_bank(model, request.erase, config.templates)
+        self.erased = self.bank(model, request.erase, config.templates)
         keeps = bool(request.preserve) and config.retain > 0
-        self.kept = concept_bank(model, request.preserve, config.templates) if keeps else None
+        self.kept = self.bank(model, request.preserve, config.templates) if keeps else None
+
+    def make_player(self, model: Model, config: Any) -> Player:
+        """What trains: the denoiser, unless a subclass says otherwise."""
+        return make_student(model, config)
+
+    def bank(self, model: Model, concepts: Sequence[Concept], templates: Sequence[str]) -> PromptBank:
+        """The concepts' prompts as the student is told them."""
+        return concept_bank(model, concepts, templates)
+
+    def changes(self, model: Model) -> Changes:
+        """What training came to."""
+        return Changes(values=trained_values(model, self.player))
 
     @property
     def needs(self) -> frozenset[str]:
@@ -147,7 +178,7 @@ class FineTuningEraser(Eraser):
             with attention_chosen(model, config.attention, autocast=config.mixed_precision == "bf16"):
                 objective = self.objective(model, config, request, seed=seed)
                 fine_tune(model, objective, request, config, seed=seed, progress=progress)
-            return Changes(values=trained_values(model, objective.player))
+            return objective.changes(model)
         finally:
             model.to(home)
 
@@ -159,7 +190,7 @@ def trained_values(model: Model, student: Player) -> dict[str, Tensor]:
 
 
 def fine_tune(
-    model: Model, objective: Objective, request: Request, config: FineTuningConfig, *, seed: int, progress: bool
+    model: Model, objective: Objective, request: Request, config: RunConfig, *, seed: int, progress: bool
 ) -> None:
     """Runs the trainer on an objective that draws its own prompts; the model's weights stay as they are.
 

@@ -32,6 +32,7 @@ CASES = {
     ),
     "concept_ablation": ("concept_ablation", PICTURED),
     "salun": ("salun", {**PICTURED, "weights": "x"}),
+    "few_shot": ("few_shot", {**PICTURED, "max_drift": 1e9}),
     "all_but_one": (
         "all_but_one",
         {
