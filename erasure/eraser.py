@@ -20,11 +20,15 @@ from sublimate.training.config import Config as Options
 
 @dataclass(frozen=True)
 class Changes:
-    """What a method computed: new values and low-rank changes by full parameter key, an attachment, as in `Edit`."""
+    """What a method computed: new values and low-rank changes by full parameter key, an attachment, as in `Edit`.
+
+    `outcome` holds JSON values that a method has to say of how it got there, for the edit's provenance.
+    """
 
     values: Mapping[str, Tensor] = field(default_factory=dict)
     low_rank: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     attachment: EditAttachment | None = None
+    outcome: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Eraser(ABC):
@@ -92,6 +96,8 @@ class Eraser(ABC):
         }
         changes = self.solve(model, request, seed=seed, detector=detector, progress=progress)
         provenance["artefact"] = "weights" if changes.attachment is None else "attachment"
+        if changes.outcome:
+            provenance["outcome"] = dict(changes.outcome)
         return Edit(changes.values, changes.low_rank, provenance, changes.attachment)
 
     @abstractmethod

@@ -8,7 +8,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +19,7 @@ from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.denoisers import Denoiser
 from sublimate.erasure.eraser import Changes, Eraser
 from sublimate.erasure.prompt_bank import PromptBank, concept_bank
-from sublimate.erasure.request import Request, Templates
+from sublimate.erasure.request import Concept, Request, Templates
 from sublimate.erasure.weights import Rule, select
 from sublimate.pipelines.attention import Kernel, attention_chosen
 from sublimate.pipelines.detector import Detector
@@ -51,11 +51,10 @@ class RunConfig(Config):
     checkpointing_steps: int | None = Field(default=None, ge=1)
 
 
-class FineTuningConfig(RunConfig, ObjectiveConfig, ABC):
-    """Options of a fine-tuning eraser.
+class StudentConfig(RunConfig, ObjectiveConfig, ABC):
+    """Options of a fine-tuning eraser, whatever its student is.
 
     Attributes:
-        weights: which weights train; see `erasure/weights.py`.
         learning_rate: of Adam, without weight decay, which would move weights that nothing asks to move.
         templates: prompts with `{}` that concepts, erased and preserved, are put in; `Concept.prompts` are used too.
         retain: weight of the term that holds preserved concepts; without any there is none.
@@ -66,13 +65,37 @@ class FineTuningConfig(RunConfig, ObjectiveConfig, ABC):
     The others are `RunConfig`'s.
     """
 
-    weights: Rule = "x"
     learning_rate: float = Field(default=1e-5, gt=0)
     templates: Templates = ("{}",)
     retain: float = Field(default=1.0, ge=0)
     attention: Kernel | None = None
     mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
+
+
+class FineTuningConfig(StudentConfig, ABC):
+    """Options of an eraser that trains the denoiser.
+
+    Attributes:
+        weights: which weights train; see `erasure/weights.py`.
+
+    The others are `StudentConfig`'s and `RunConfig`'s.
+    """
+
+    weights: Rule = "x"
+
+
+def check_precision(model: Model) -> None:
+    """Refuses to train a model that is not in float32.
+
+    Raises:
+        ValueError: for such a model.
+    """
+    if model.dtype != torch.float32:
+        raise ValueError(
+            f"{model.source} is open in {model.dtype}, which rounds small steps away: open it in float32 "
+            "(mixed_precision=bf16 saves memory)."
+        )
 
 
 class StudentObjective(SoloObjective):
@@ -88,23 +111,19 @@ class StudentObjective(SoloObjective):
         ValueError: when the model has no text, is not in float32, or has no such weights.
     """
 
-    def __init__(self, model: Model, config: FineTuningConfig, request: Request, *, seed: int = 0) -> None:
+    def __init__(self, model: Model, config: StudentConfig, request: Request, *, seed: int = 0) -> None:
         self.null, self.seed = model.null_condition(), seed
         if not self.null.text_keys:
             raise ValueError(f"{model.source} knows no prompts, so there is nothing to erase by name.")
-        if model.dtype != torch.float32:
-            raise ValueError(
-                f"{model.source} is open in {model.dtype}, which rounds small steps away: open it in float32 "
-                "(mixed_precision=bf16 saves memory)."
-            )
-        super().__init__(model, config, "student", self.make_student(model, config))
+        check_precision(model)
+        super().__init__(model, config, "student", self.make_player(model, config))
         self.frozen, self.shape = model.denoiser, model.latent_shape
-        self.erased = concept_bank(model, request.erase, config.templates)
+        self.erased = self.bank(model, request.erase, config.templates)
         keeps = bool(request.preserve) and config.retain > 0
-        self.kept = concept_bank(model, request.preserve, config.templates) if keeps else None
+        self.kept = self.bank(model, request.preserve, config.templates) if keeps else None
 
-    def make_student(self, model: Model, config: FineTuningConfig) -> Player:
-        """A copy of the model's denoiser in which the selected weights train; all others share the model's storage.
+    def make_player(self, model: Model, config: Any) -> Player:
+        """What trains: the selected weights of the denoiser, in a copy that shares all others with the model.
 
         Raises:
             ValueError: when nothing matches.
@@ -113,6 +132,14 @@ class StudentObjective(SoloObjective):
         return make_player(
             model.denoiser, PlayerConfig(learning_rate=config.learning_rate, adam_weight_decay=0.0), names=names
         )
+
+    def bank(self, model: Model, concepts: Sequence[Concept], templates: Sequence[str]) -> PromptBank:
+        """The concepts' prompts as the student is told them."""
+        return concept_bank(model, concepts, templates)
+
+    def changes(self, model: Model) -> Changes:
+        """What training came to: new values of the denoiser's weights."""
+        return Changes(values=trained_values(model, self.player))
 
     @property
     def needs(self) -> frozenset[str]:
@@ -181,13 +208,9 @@ class FineTuningEraser(Eraser):
                     keys = full_keys(model, objective.player)
                     objective.player.restrict({name: masks[key] for name, key in keys.items() if key in masks})
                 fine_tune(model, objective, request, config, seed=seed, progress=progress)
-            return self.changes(model, objective.player)
+            return objective.changes(model)
         finally:
             model.to(home)
-
-    def changes(self, model: Model, trained: Player) -> Changes:
-        """What the edit holds of a trained student: its weights."""
-        return Changes(values=trained_values(model, trained))
 
 
 def trained_values(model: Model, student: Player) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from sublimate.erasure.request import Concept
 from sublimate.pipelines.generate import generate_latents
 from sublimate.pipelines.model import Model
 from sublimate.training.data import read_image
-from sublimate.training.randomness import SampleRandom
+from sublimate.training.randomness import SampleRandom, key
 
 
 class LatentBank:
@@ -68,7 +68,7 @@ def drawn_bank(
     rows: list[Tensor | None] = []
     texts: list[str] = []
     for concept in concepts:
-        pictured = _encoded(model, concept.images) if concept.images and not anchored else None
+        pictured = encoded(model, concept.images) if concept.images and not anchored else None
         for phrase in concept.phrases(templates):
             rows.append(pictured)
             if pictured is None:
@@ -82,7 +82,52 @@ def drawn_bank(
     return LatentBank([row for row in rows if row is not None])
 
 
-def _encoded(model: Model, files: Sequence[Path]) -> Tensor:
+def few_latents(
+    model: Model,
+    concepts: Sequence[Concept],
+    templates: Sequence[str],
+    *,
+    count: int,
+    zero_shot: bool,
+    steps: int,
+    guidance_scale: float,
+    seed: int,
+    batch_size: int,
+) -> LatentBank:
+    """A bank with one row per phrase of the concepts, in which all rows of a concept share its few latents.
+
+    They are a concept's own `images`, where it has some, else what the model draws for its first phrase.
+
+    Args:
+        zero_shot: uniform numbers in [0, 1) in place of latents; nothing is read or drawn.
+
+    The others, and errors, are `drawn_bank`'s.
+    """
+    rows: list[Tensor] = []
+    for place, concept in enumerate(concepts):
+        phrases = concept.phrases(templates)
+        if zero_shot:
+            generator = torch.Generator().manual_seed(key(seed, "zero shot", place))
+            latents = torch.rand((count, *model.latent_shape), generator=generator)
+        elif concept.images:
+            latents = encoded(model, concept.images)
+        else:
+            texts, drawn_from = [phrases[0].text] * count, key(seed, "few", place)
+            latents = generate_latents(
+                model, texts, steps=steps, guidance_scale=guidance_scale, seed=drawn_from, batch_size=batch_size
+            )
+            latents = latents.float().cpu()
+        rows += [latents] * len(phrases)
+    return LatentBank(rows)
+
+
+def encoded(model: Model, files: Sequence[Path]) -> Tensor:
+    """Pictures as latents, (count, *latent_shape) float32 on the CPU.
+
+    Raises:
+        ValueError: when they differ in size, or are not of the model's.
+        FileNotFoundError: when one is missing.
+    """
     images = [read_image(file) for file in files]
     if len({image.shape for image in images}) > 1:
         raise ValueError(f"The pictures of one concept, {files[0]} and others, differ in size: resize them.")

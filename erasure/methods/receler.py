@@ -13,7 +13,7 @@ from sublimate.diffusion.conditions import Condition
 from sublimate.erasure import targets
 from sublimate.erasure.concept_maps import concept_maps
 from sublimate.erasure.eraser import Changes
-from sublimate.erasure.fine_tuning import FineTuningConfig, FineTuningEraser
+from sublimate.erasure.fine_tuning import FineTuningEraser
 from sublimate.erasure.request import Request
 from sublimate.erasure.rollouts import RolloutConfig, RolloutObjective
 from sublimate.pipelines.attached.erasing_adapters import adding, bottlenecks, cross_attentions, key_of
@@ -79,8 +79,7 @@ class RecelerObjective(RolloutObjective):
         ends = [(span.stop, min(span.stop + config.adversary_rows, span.last)) for span in spans]
         self.free = torch.stack([(places >= start) & (places < stop) for start, stop in ends])
 
-    def make_student(self, model: Model, config: FineTuningConfig) -> Player:
-        assert isinstance(config, RecelerConfig)
+    def make_player(self, model: Model, config: RecelerConfig) -> Player:
         tree = shared_copy(model.denoiser)
         layers = cross_attentions(model.denoiser.network)
         if not layers:
@@ -131,6 +130,10 @@ class RecelerObjective(RolloutObjective):
             terms["localise"] = c.localise, torch.stack(outside).mean()
         return self.weighed(batch, terms)
 
+    def changes(self, model: Model) -> Changes:
+        tensors = {name.removeprefix("adapters."): p.detach() for name, p in self.player.trainable().items()}
+        return Changes(attachment=EditAttachment("erasing_adapters", {"rank": self.config.rank}, tensors))
+
     def exports(self) -> Artefact:
         return Artefact("attachment", self.student)
 
@@ -159,7 +162,3 @@ class Receler(FineTuningEraser):
     objective = RecelerObjective
     uses_anchor = False
     attaches = True
-
-    def changes(self, model: Model, trained: Player) -> Changes:
-        tensors = {name.removeprefix("adapters."): p.detach() for name, p in trained.trainable().items()}
-        return Changes(attachment=EditAttachment("erasing_adapters", {"rank": self.config.rank}, tensors))

@@ -38,6 +38,7 @@ CASES = {
     "prune_then_erase": ("prune_then_erase", {"then": "salun", "options": PICTURED, "sparsity": 0.3}),
     "prune_then_erase-closed": ("prune_then_erase", {"then": "uce", "sparsity": 0.3}),
     "image_to_image": ("image_to_image", {**PICTURED, "start_guidance": 1.0}),
+    "few_shot": ("few_shot", {**PICTURED, "max_drift": 1e9}),
     "all_but_one": (
         "all_but_one",
         {
