@@ -1,6 +1,6 @@
 """Measures Attentive Eraser on Ink: how often a digit is still read after it was removed from its picture.
 
-    python benchmarks/removal.py     # writes results/removal.json
+    python benchmarks/removal.py     # writes results/removal.json, condition by condition; resumes
 
 Real renderings of held-out handwriting, alone on their page or in the middle of a larger one; the mask is the digit's
 box, or its pixels. Beside it, from the same noise, what redirects no attention: sampling within the mask alone.
@@ -75,8 +75,14 @@ def main() -> None:
     images, glyphs = sample(range(options.n), "held_out")
     digits = torch.tensor([glyph.digit for glyph in glyphs])
     marks = pixels(images)
+    path = RESULTS / "removal.json"
     record: dict[str, Any] = {"n": options.n, "steps": STEPS, "strength": 0.8, "seed": 0, "conditions": []}
+    if path.exists() and (found := json.loads(path.read_text()))["n"] == options.n:
+        record = found
+    done = [(cell["page"], cell["mask"]) for cell in record["conditions"]]
     for size, kind in CONDITIONS:
+        if (size, kind) in done:
+            continue
         masks = placed(boxes(marks) if kind == "box" else marks, size, torch.zeros(1, 1, 1, 1))
         page = placed(images, size, _page())
         cell: dict[str, Any] = {"page": size, "mask": kind, "covers": float(masks.mean())}
@@ -95,9 +101,9 @@ def main() -> None:
             print(size, kind, name, {k: v["value"] for k, v in cell[name].items() if isinstance(v, dict)}, flush=True)
         cell["change of same digit"] = plain(paired_difference(*seen.values()))
         record["conditions"].append(cell)
-    record["hardware"] = hardware_line()
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "removal.json").write_text(json.dumps(record, indent=1) + "\n")
+        record["hardware"] = hardware_line()
+        RESULTS.mkdir(exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
