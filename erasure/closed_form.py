@@ -21,6 +21,9 @@ from torch import Tensor
 # Singular values below this fraction of the largest are rounding errors of the float64 solve.
 RANK_TOLERANCE = 1e-12
 
+# Rows converted to float64 at once.
+_PART = 8192
+
 
 def second_moment(rows: Tensor, weights: Tensor, total: Tensor | None = None) -> Tensor:
     """sum_i w_i c_i c_i^T, (d_in, d_in) float64, added to `total` when given (for rows that arrive in parts)."""
@@ -121,6 +124,41 @@ def anchored_factors(edited: Tensor, anchors: Tensor, right: Tensor) -> tuple[Te
     return compress((_float64(anchors) - _float64(edited)).mT, right)
 
 
+def anchored_update(
+    edited: Tensor,
+    anchors: Tensor,
+    edit_weights: Tensor,
+    preserved: Tensor,
+    preserve_weights: Tensor,
+    lam: float,
+) -> tuple[Tensor, Tensor]:
+    """`anchored_factors` with its `right_factor`, for any number of rows.
+
+    With more edited rows than dimensions the factors are never formed row by row: sums over the rows,
+    (sum_i w_i (g_i - c_i) c_i^T) A^-1, take their place, a part of the rows at a time.
+
+    Args:
+        edited: C_E, (m, d_in).
+        anchors: G, (m, d_in).
+        edit_weights, preserved, preserve_weights, lam: as in `right_factor`.
+
+    Returns:
+        U (d_in, rank) and V (rank, d_in), float64.
+
+    Raises:
+        ValueError: as `right_factor`.
+    """
+    if len(edited) <= edited.shape[1]:
+        right = right_factor(edited, edit_weights, preserved, preserve_weights, lam)
+        return anchored_factors(edited, anchors, right)
+    moment = second_moment(preserved.reshape(-1, edited.shape[1]), preserve_weights)
+    moved = torch.zeros_like(moment)
+    for rows, targets, weights in zip(*(x.split(_PART) for x in (edited, anchors, edit_weights)), strict=True):
+        moment = second_moment(rows, weights, moment)
+        moved = cross_moment(_float64(targets) - _float64(rows), rows, weights, moved)
+    return truncated(torch.cholesky_solve(moved.mT, _factored(moment, lam)).mT)
+
+
 def recovering_rows(rows: Tensor, moment: Tensor, u: Tensor, v: Tensor, lam: float) -> Tensor:
     """The embeddings that make edited layers W_l = W0_l (I + U V) do for c what the unedited ones did.
 
@@ -197,12 +235,21 @@ def compress(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (a, rank) and (rank, b), float64; rank may be 0.
     """
-    q_left, r_left = torch.linalg.qr(_float64(left))
-    q_right, r_right = torch.linalg.qr(_float64(right).mT)
-    u, s, vh = torch.linalg.svd(r_left @ r_right.mT, full_matrices=False)
+    left, right = _float64(left), _float64(right)
+    if left.shape[1] >= min(len(left), right.shape[1]):
+        return truncated(left @ right)
+    q_left, r_left = torch.linalg.qr(left)
+    q_right, r_right = torch.linalg.qr(right.mT)
+    u, v = truncated(r_left @ r_right.mT)
+    return q_left @ u, v @ q_right.mT
+
+
+def truncated(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors (a, rank) and (rank, b) of a matrix (a, b), float64, of its numerical rank, split evenly in scale."""
+    u, s, vh = torch.linalg.svd(_float64(matrix), full_matrices=False)
     rank = int((s > RANK_TOLERANCE * s.max()).sum()) if s.numel() else 0
     root = s[:rank].sqrt()
-    return q_left @ (u[:, :rank] * root), (root[:, None] * vh[:rank]) @ q_right.mT
+    return u[:, :rank] * root, root[:, None] * vh[:rank]
 
 
 def ridge(lam: float, rows: Tensor, *, relative: bool) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -9,7 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sublimate.erasure.request import Concept, Request
+from sublimate.diffusion.conditions import Condition
+from sublimate.erasure.request import Concept, Phrase, Request
 from sublimate.pipelines.model import Model
 from sublimate.pipelines.tokens import TokenSpan
 
@@ -47,27 +49,48 @@ def concept_rows(
         ValueError: when a prompt is too long, or its concept cannot be found among its tokens.
     """
     phrases = [(phrase, concept.anchor) for concept in concepts for phrase in concept.phrases(templates)]
+    places = [_places(model, phrase, anchor, tokens, anchored) for phrase, anchor in phrases]
+    needed = max((int(max(here.max(), there.max())) + 1 for place in places for _, here, there in place), default=1)
+    pairs = [(phrase.text, phrase.anchored if anchored else phrase.text) for phrase, _ in phrases]
+    uses = Counter(text for pair in pairs for text in set(pair))
+    repeated: dict[str, Condition] = {}
     rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for start in range(0, len(phrases), _BATCH):
-        part = phrases[start : start + _BATCH]
-        prompts = [phrase.text for phrase, _ in part]
-        replaced = [phrase.anchored for phrase, _ in part] if anchored else prompts
-        with torch.no_grad():
-            own, anchors = (model.encode_prompts(texts).to("cpu", torch.float64) for texts in (prompts, replaced))
-        for i, (phrase, anchor) in enumerate(part):
+    for start in range(0, len(pairs), _BATCH):
+        part = pairs[start : start + _BATCH]
+        texts = {text: None for pair in part for text in pair if text not in repeated}
+        encoded = _encoded(model, list(texts), needed) | repeated
+        # Anchors come back with every concept that is sent to them.
+        repeated = {text: condition for text, condition in encoded.items() if uses[text] > 1}
+        for (text, replaced), place in zip(part, places[start : start + _BATCH], strict=True):
+            own, anchors = encoded[text], encoded[replaced]
             for key in own.text_keys:
                 if own[key].ndim == 2:
-                    rows.setdefault(key, []).append((own[key][i, None], anchors[key][i, None]))
-            spans = model.find_concept(phrase.text, phrase.name)
-            anchor_spans = _anchor_spans(model, phrase.anchored, anchor, spans) if anchored else spans
-            first = 0
-            for span, anchor_span in zip(spans, anchor_spans, strict=True):
-                here, there = aligned(span, anchor_span, tokens, first)
-                rows.setdefault(span.key, []).append((own[span.key][i, here], anchors[span.key][i, there]))
-                first = span.last
-    return {
-        key: Rows(torch.cat([o for o, _ in pairs]), torch.cat([a for _, a in pairs])) for key, pairs in rows.items()
-    }
+                    rows.setdefault(key, []).append((own[key], anchors[key]))
+            for key, here, there in place:
+                rows.setdefault(key, []).append((own[key][0, here], anchors[key][0, there]))
+    return {key: Rows(torch.cat([o for o, _ in two]), torch.cat([a for _, a in two])) for key, two in rows.items()}
+
+
+def _places(
+    model: Model, phrase: Phrase, anchor: str, tokens: Tokens, anchored: bool
+) -> list[tuple[str, Tensor, Tensor]]:
+    """Per tokenizer: the condition's key, the concept's rows in its prompt, and the anchor's rows in its own."""
+    spans = model.find_concept(phrase.text, phrase.name)
+    anchor_spans = _anchor_spans(model, phrase.anchored, anchor, spans) if anchored else spans
+    found, first = [], 0
+    for span, anchor_span in zip(spans, anchor_spans, strict=True):
+        found.append((span.key, *aligned(span, anchor_span, tokens, first)))
+        first = span.last
+    return found
+
+
+@torch.no_grad()
+def _encoded(model: Model, texts: list[str], rows: int) -> dict[str, Condition]:
+    """Prompts as conditions of batch size 1, float64 on the CPU, each encoded once and no further than `rows`."""
+    if not texts:
+        return {}
+    condition = model.encode_prefixes(texts, rows).to("cpu", torch.float64)
+    return {text: condition.index(i) for i, text in enumerate(texts)}
 
 
 def request_rows(

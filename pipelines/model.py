@@ -131,6 +131,10 @@ class Model:
         """
         return self.backbone.encode_prompts(self.pipeline, prompts)
 
+    def encode_prefixes(self, prompts: Sequence[str], rows: int) -> Condition:
+        """As `encode_prompts`, for who reads the first `rows` rows of each sequence alone: the rest may be missing."""
+        return self.backbone.encode_prefixes(self.pipeline, prompts, rows)
+
     def null_condition(self) -> Condition:
         """The condition, of batch size 1, that stands for no text; without keys for an unconditional model."""
         return self.backbone.null_condition(self.pipeline)

@@ -81,11 +81,11 @@ def uce_factors(
     """
     own = erased.own
     before = own[:0] if erased_before is None else erased_before
-    right = closed_form.right_factor(
+    return closed_form.anchored_update(
         own,
+        erased.anchors,
         torch.full((len(own),), config.erase_scale),
         torch.cat([kept, before]),
         torch.cat([torch.full((len(kept),), config.preserve_scale), torch.full((len(before),), config.erase_scale)]),
         closed_form.ridge(config.lam, own, relative=config.lam_relative),
     )
-    return closed_form.anchored_factors(own, erased.anchors, right)

@@ -175,6 +175,13 @@ class Backbone(ABC):
             ValueError: for a prompt longer than the tokenizer's limit, naming it: nothing is cut off silently.
         """
 
+    def encode_prefixes(self, pipe: Pipeline, prompts: Sequence[str], rows: int) -> Condition:
+        """As `encode_prompts`, for who reads the first `rows` rows of each sequence alone.
+
+        A family may leave out the rest where its text encoder is causal: no row sees what comes after it.
+        """
+        return self.encode_prompts(pipe, prompts)
+
     @abstractmethod
     def null_condition(self, pipe: Pipeline) -> Condition:
         """The condition, of batch size 1, that stands for no text; without keys for an unconditional model."""

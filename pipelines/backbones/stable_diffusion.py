@@ -55,7 +55,11 @@ class StableDiffusion(Backbone):
         )
 
     def encode_prompts(self, pipe: Pipeline, prompts: Sequence[str]) -> Condition:
-        ids, mask = tokenize(pipe.tokenizer, prompts)
+        return self.encode_prefixes(pipe, prompts, pipe.tokenizer.model_max_length)
+
+    def encode_prefixes(self, pipe: Pipeline, prompts: Sequence[str], rows: int) -> Condition:
+        """CLIP's text encoder is causal, with and without a mask of the padding: of each prompt `rows` tokens do."""
+        ids, mask = (tensor[:, :rows] for tensor in tokenize(pipe.tokenizer, prompts))
         encoder = pipe.text_encoder
         uses_mask = getattr(encoder.config, "use_attention_mask", False)
         states = encoder(ids.to(encoder.device), attention_mask=mask.to(encoder.device) if uses_mask else None)

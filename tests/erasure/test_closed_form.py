@@ -159,3 +159,15 @@ def test_negative_weights_are_refused(lam, weight):
     c_e, w_e, c_p, w_p, _, _ = problem()
     with pytest.raises(ValueError, match="negative"):
         closed_form.right_factor(c_e, weight * w_e, c_p, w_p, lam)
+
+
+@pytest.mark.parametrize("edited", (3, 40, closed_form._PART + 5))
+def test_sums_over_rows_give_the_update_of_the_rows(edited):
+    c_e, w_e, c_p, w_p, _, _ = problem(edited, 4, d_in=6)
+    anchors = problem(edited, 4, d_in=6, seed=1)[0]
+    u, v = closed_form.anchored_update(c_e, anchors, w_e, c_p, w_p, 0.3)
+    right = closed_form.right_factor(c_e, w_e, c_p, w_p, 0.3)
+    torch.testing.assert_close(u @ v, (anchors - c_e).T @ right, rtol=0, atol=1e-11)
+    assert u.shape[1] == min(edited, 6)
+    # What is sent to where it is already is left alone.
+    assert closed_form.anchored_update(c_e, c_e, w_e, c_p[:0], w_p[:0], 0.3)[0].shape == (6, 0)

@@ -5,6 +5,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 
+from sublimate.diffusion.conditions import Condition
 from sublimate.erasure.methods.uce import UCE
 from sublimate.erasure.request import Concept, Request
 from sublimate.erasure.token_rows import aligned, concept_rows
@@ -56,13 +57,43 @@ def test_alignment(concept, anchor, tokens, first, here, there):
     assert [r.tolist() for r in rows] == [here, there]
 
 
+def test_a_causal_encoder_reads_no_further_than_it_is_asked_to(sd, sd3):
+    prompts = ["a red cat", "van gogh", ""]
+    whole, start = sd.encode_prompts(prompts)["text"], sd.encode_prefixes(prompts, 3)["text"]
+    assert whole.shape[1] == 16 and start.shape[1] == 3
+    torch.testing.assert_close(start, whole[:, :3], rtol=1e-5, atol=1e-6)
+    # T5 is not causal: it reads everything.
+    assert sd3.encode_prefixes(prompts, 3)["text"].shape == sd3.encode_prompts(prompts)["text"].shape
+
+
+@pytest.mark.parametrize("tokens, read", [("last", 4 * 4), ("tail", 4 * 16)])
+def test_rows_are_encoded_once_and_without_padding_where_it_is_not_asked_for(sd, monkeypatch, tokens, read):
+    concepts = [Concept("van gogh", "red"), Concept("cat", "red"), Concept("a seven dog", "red")]
+    counted = []
+    hook = sd.pipeline.text_encoder.register_forward_hook(lambda *_: counted.append(_[2].last_hidden_state.shape))
+    monkeypatch.setattr("sublimate.erasure.token_rows._BATCH", 2)
+    found = concept_rows(sd, concepts, ["{}"], tokens, anchored=True)["text"]
+    hook.remove()
+    assert sum(batch * length for batch, length, _ in counted) == read
+    monkeypatch.setattr("sublimate.pipelines.backbones.stable_diffusion.StableDiffusion.encode_prefixes", padded)
+    expected = concept_rows(sd, concepts, ["{}"], tokens, anchored=True)["text"]
+    torch.testing.assert_close(found.own, expected.own, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.anchors, expected.anchors, rtol=1e-5, atol=1e-6)
+
+
+def padded(backbone, pipe, prompts, rows):
+    """Every prompt to the tokenizer's limit, whatever is read of it."""
+    ids = pipe.tokenizer(list(prompts), padding="max_length", max_length=16, return_tensors="pt").input_ids
+    return Condition({"text": pipe.text_encoder(ids).last_hidden_state})
+
+
 def test_rows_are_those_of_the_words(sd, sd3):
     concept = Concept("van gogh", "red", prompts=("the style of Van Gogh",))
     rows = concept_rows(sd, [concept], ["a painting in {} style"], "last", anchored=True)["text"]
     text = sd.encode_prompts(["a painting in van gogh style", "the style of van gogh"])["text"].double()
     anchors = sd.encode_prompts(["a painting in red style", "the style of red"])["text"].double()
-    torch.testing.assert_close(rows.own, text[[0, 1], [5, 5]])
-    torch.testing.assert_close(rows.anchors, anchors[[0, 1], [4, 4]])
+    torch.testing.assert_close(rows.own, text[[0, 1], [5, 5]], rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(rows.anchors, anchors[[0, 1], [4, 4]], rtol=1e-5, atol=2e-6)
     rows = concept_rows(sd3, [concept], ["{}"], "tail", anchored=False)
     # 15 of CLIP's 16 rows from "van" on, all of T5's 256; then the prompt's 12 and 253.
     assert rows["text"].own.shape == ((15 + 256) + (12 + 253), 32)
@@ -73,7 +104,9 @@ def test_rows_are_those_of_the_words(sd, sd3):
 def test_an_empty_anchor_is_the_row_before(sd, sd3):
     gone = Concept("van gogh", "")
     rows = concept_rows(sd, [gone], ["a painting in {} style"], "last", anchored=True)["text"]
-    torch.testing.assert_close(rows.anchors, sd.encode_prompts(["a painting in style"])["text"][0, 3:4].double())
+    torch.testing.assert_close(
+        rows.anchors, sd.encode_prompts(["a painting in style"])["text"][0, 3:4].double(), rtol=1e-5, atol=2e-6
+    )
     rows = concept_rows(sd3, [gone], ["{}"], "last", anchored=True)["text"]
     # CLIP's start token, and T5's first row, which is not the row before: that is CLIP's last.
     torch.testing.assert_close(rows.anchors, sd3.encode_prompts([""])["text"][0, [0, 16]].double())

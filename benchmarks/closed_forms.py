@@ -1,0 +1,203 @@
+"""Times UCE of a thousand concepts on a model of Stable Diffusion 1.5's size; nothing is downloaded.
+
+    python benchmarks/closed_forms.py                   # writes results/closed_forms.json
+    python benchmarks/closed_forms.py --tokens last     # one of the two ways to choose rows
+
+Weights are random and the vocabulary is made up at its real size: what is measured is cost, and how near edited layers
+come to what was asked of them, not what a model draws.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import pre_tokenizers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from sublimate.erasure.methods import uce
+from sublimate.erasure.request import Concept, Request
+from sublimate.erasure.token_rows import concept_rows
+from sublimate.evaluation.hardware import hardware_line
+from sublimate.pipelines.model import Model
+
+RESULTS = Path(__file__).parent / "results"
+VOCABULARY, LENGTH = 49_408, 77
+CONSONANTS, VOWELS = "bcdfghjklmnpqrstvwxz", "aeiou"
+SYLLABLES = [c + v for c in CONSONANTS for v in VOWELS]
+
+
+def tokenizer() -> CLIPTokenizer:
+    """CLIP's layout and size: characters, the same at the end of a word, merges into made-up words, start, end."""
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = itertools.product(SYLLABLES, SYLLABLES)
+    words = ((a + b, c + "</w>") for a, b in itertools.product(SYLLABLES, SYLLABLES) for c in CONSONANTS)
+    merges = itertools.chain(((c, v) for c, v in SYLLABLES), pairs, words)
+    merges = list(itertools.islice(merges, VOCABULARY - 2 * len(characters) - 2))
+    tokens = [*characters, *(c + "</w>" for c in characters), *("".join(pair) for pair in merges)]
+    vocabulary = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH)
+
+
+def build() -> Model:
+    """Stable Diffusion 1.5's networks with random weights."""
+    torch.manual_seed(0)
+    words = tokenizer()
+    text = CLIPTextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        max_position_embeddings=LENGTH,
+        hidden_act="quick_gelu",
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+    )
+    autoencoder = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=512,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=autoencoder,
+        text_encoder=CLIPTextModel(text),
+        tokenizer=words,
+        # The class's defaults are Stable Diffusion's, but for the width of the text.
+        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
+        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return Model(pipeline, "random weights of Stable Diffusion 1.5's size")
+
+
+def names(count: int) -> list[str]:
+    """Made-up names of two words, two to six tokens each."""
+    draw = random.Random(0)
+    found: dict[str, None] = {}
+    while len(found) < count:
+        words = ("".join(draw.choices(SYLLABLES, k=draw.choice((2, 2, 3)))) + draw.choice(CONSONANTS) for _ in "ab")
+        found[" ".join(words)] = None
+    return list(found)
+
+
+class Clock:
+    """Wall and processor seconds of the parts of a run, and the text encoder's work."""
+
+    def __init__(self, model: Model) -> None:
+        self.seconds: dict[str, dict[str, float]] = {}
+        self.encoded = 0
+        model.pipeline.text_encoder.register_forward_hook(self._count)
+
+    def _count(self, module: Any, args: Any, output: Any) -> None:
+        self.encoded += output.last_hidden_state.shape[:2].numel()
+
+    def timed(self, name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **options: Any) -> Any:
+            wall, processor = time.perf_counter(), time.process_time()
+            found = work(*args, **options)
+            print(name, round(time.perf_counter() - wall, 1), round(time.process_time() - processor, 1), flush=True)
+            self.seconds[name] = {
+                "wall": round(time.perf_counter() - wall, 2),
+                "processor": round(time.process_time() - processor, 2),
+            }
+            return found
+
+        return timed
+
+
+def missed(model: Model, request: Request, config: uce.UCEConfig, before: dict[str, torch.Tensor]) -> float:
+    """How far edited layers are from what they should do with 100 erased concepts, relative to unedited ones."""
+    some = request.erase[:: max(1, len(request.erase) // 100)]
+    rows = concept_rows(model, some, config.templates, config.tokens, anchored=True)["text"]
+    off = total = 0.0
+    for key, old in before.items():
+        weight, old = model.parameters()[key].detach().double(), old.double()
+        wanted = rows.anchors @ old.T
+        off += float((rows.own @ weight.T - wanted).square().sum())
+        total += float((rows.own @ old.T - wanted).square().sum())
+    return (off / total) ** 0.5
+
+
+def measure(model: Model, request: Request, tokens: str, folder: Path) -> dict[str, Any]:
+    """One run of the packaged eraser: rows, solve, write-back into the model, and the edit's file."""
+    clock, eraser = Clock(model), uce.UCE(tokens=tokens)
+    clock.timed("hash of the weights", model.content_hash)()
+    before = {key: model.parameters()[key].detach().clone() for key in _keys(model)}
+    whole, uce.request_rows = uce.request_rows, clock.timed("rows", uce.request_rows)
+    try:
+        edit = clock.timed("fit", eraser.fit)(model, request)
+    finally:
+        uce.request_rows = whole
+    clock.timed("write-back", edit.apply)(model)
+    path = clock.timed("file", edit.save)(folder / f"closed_forms_{tokens}.safetensors")
+    seconds = clock.seconds
+    fit, rows = seconds.pop("fit"), seconds["rows"]
+    seconds["solve"] = {unit: round(fit[unit] - rows[unit], 2) for unit in fit}
+    prompts = sum(2 * len(c.phrases(eraser.config.templates)) for c in (*request.erase, *request.preserve))
+    encoded = clock.encoded
+    record = {
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_encoded": encoded,
+        # Concept and anchor of every phrase, each to the tokenizer's limit: how rows were encoded before.
+        "tokens_encoded_padded_and_repeated": prompts * LENGTH,
+        "ranks": sorted({len(a) for _, a in edit.low_rank.values()}),
+        "file_mb": round(path.stat().st_size / 2**20, 1),
+        "missed": missed(model, request, eraser.config, before),
+    }
+    edit.remove(model)
+    path.unlink()
+    return record
+
+
+def _keys(model: Model) -> list[str]:
+    return [f"unet/{point.module_name}.weight" for point in model.text_entry_points()]
+
+
+def main() -> None:
+    """Measures and writes the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--concepts", type=int, default=1000)
+    parser.add_argument("--preserve", type=int, default=100)
+    parser.add_argument("--tokens", nargs="+", default=["last", "tail"], choices=["last", "tail"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs"), help="where the edit's file is written for a while"
+    )
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.folder.mkdir(exist_ok=True)
+    model = build()
+    print("built", round(time.process_time(), 1), flush=True)
+    called = names(options.concepts + options.preserve + 1)
+    anchor, erase, preserve = called[0], called[1 : options.concepts + 1], called[options.concepts + 1 :]
+    request = Request(tuple(Concept(name, anchor) for name in erase), tuple(preserve))
+    record: dict[str, Any] = {"concepts": len(erase), "preserved": len(preserve), "runs": []}
+    for tokens in options.tokens:
+        record["runs"].append(measure(model, request, tokens, options.folder))
+        print(record["runs"][-1], flush=True)
+    record["peak_memory_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+    record["note"] = "The machine was shared and the process suspended at times: wall seconds hold that too."
+    record["hardware"] = hardware_line()
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "closed_forms.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
