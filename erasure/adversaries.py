@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,17 +27,22 @@ class SoftWords:
         model: whose text encoders read prompts; its weights stay as they are.
         words: what stands for the vectors in prompts, "the the": as many vectors per encoder as it has tokens there.
             They start as the embeddings of these words.
+        encoders: read in the place of the model's text encoders of the same names, such as a student's.
+
+    Attributes:
+        values: by text encoder, (tokens, width) float32 for all prompts, or (prompts, tokens, width) for the prompts
+            of one call, each its own.
 
     Raises:
         ValueError: when the model reads no prompts, or the words have no tokens.
     """
 
-    def __init__(self, model: Model, words: str) -> None:
+    def __init__(self, model: Model, words: str, *, encoders: Mapping[str, nn.Module] | None = None) -> None:
         self.words = words
         self._tables: dict[str, list[nn.Embedding]] = {}
         self._ids: dict[str, Tensor] = {}
         self.values: dict[str, Tensor] = {}
-        present = model.components()
+        present = {**model.components(), **(encoders or {})}
         for name in (name for name in model.backbone.text_components if name in present):
             tokenizer = getattr(model.pipeline, name.replace("text_encoder", "tokenizer"))
             ids = tokenizer(words, add_special_tokens=False).input_ids
@@ -81,8 +86,9 @@ class SoftWords:
             rows = found.any(dim=1).nonzero()
             # A prompt's first mention counts, as everywhere.
             places = found.int().argmax(dim=1)[rows] + torch.arange(len(own), device=ids.device)
-            values = self.values[name].to(output).expand(len(rows), -1, -1)
-            return output.index_put((rows, places), values)
+            values = self.values[name].to(output)
+            own_values = values[rows[:, 0]] if values.ndim == 3 else values.expand(len(rows), -1, -1)
+            return output.index_put((rows, places), own_values)
 
         return hook
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.erasure import keep, targets
-from sublimate.erasure.fine_tuning import FineTuningConfig, StudentObjective
+from sublimate.erasure.fine_tuning import StudentConfig, StudentObjective
 from sublimate.erasure.prompt_bank import PromptBank
 from sublimate.erasure.request import Request
 from sublimate.erasure.trajectories import rollout
@@ -19,7 +19,7 @@ from sublimate.pipelines.model import Model
 from sublimate.training.objective import Batch, Turn
 
 
-class RolloutConfig(FineTuningConfig):
+class RolloutConfig(StudentConfig):
     """Options of training along the model's own sampling.
 
     Attributes:

@@ -8,7 +8,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from sublimate.erasure import targets
-from sublimate.erasure.fine_tuning import FineTuningEraser
+from sublimate.erasure.fine_tuning import FineTuningConfig, FineTuningEraser
 from sublimate.erasure.prompt_bank import anchor_bank
 from sublimate.erasure.request import Request
 from sublimate.erasure.rollouts import RolloutConfig, RolloutObjective
@@ -16,7 +16,7 @@ from sublimate.pipelines.model import Model
 from sublimate.training.objective import Batch, Loss, Turn
 
 
-class AllButOneConfig(RolloutConfig):
+class AllButOneConfig(RolloutConfig, FineTuningConfig):
     """Options of All but One. No code was published: what the abstract does not say follows ESD.
 
     Attributes:

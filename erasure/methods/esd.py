@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from sublimate.erasure import keep, targets
-from sublimate.erasure.fine_tuning import FineTuningEraser
+from sublimate.erasure.fine_tuning import FineTuningConfig, FineTuningEraser
 from sublimate.erasure.prompt_bank import concept_bank
 from sublimate.erasure.request import Request
 from sublimate.erasure.rollouts import RolloutConfig, RolloutObjective
@@ -17,7 +17,7 @@ from sublimate.pipelines.model import Model
 from sublimate.training.objective import Batch, Loss, Turn
 
 
-class ESDConfig(RolloutConfig):
+class ESDConfig(RolloutConfig, FineTuningConfig):
     """Options of ESD; the defaults are the paper's ESD-x, the keep terms are additions that start at zero or with
     `preserve` alone.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -29,7 +29,6 @@ class RecelerConfig(RolloutConfig):
     """Options of Receler; defaults are the authors', the retain term is this library's.
 
     Attributes:
-        weights: the adapters sit after cross-attention.
         rank: of the adapters.
         eta: strength of the negative guidance, as in ESD.
         localise: weight of what the adapters say where the concept is not.
@@ -38,10 +37,9 @@ class RecelerConfig(RolloutConfig):
         adversary_steps: its updates for each of the student's.
         adversary_rate: of its Adam, with weight decay as large.
 
-    The others are `RolloutConfig`'s and `FineTuningConfig`'s.
+    The others are `RolloutConfig`'s and `StudentConfig`'s.
     """
 
-    weights: Literal["x"] = "x"
     learning_rate: float = Field(default=3e-4, gt=0)
     max_train_steps: int = Field(default=500, ge=1)
     rank: int = Field(default=128, ge=1)

@@ -67,6 +67,19 @@ def test_only_the_first_mention_counts(tiny_sd):
     assert not torch.equal(once, plain[:, 1])
 
 
+def test_prompts_may_have_vectors_of_their_own(tiny_sd):
+    model = open_model(tiny_sd)
+    soft, prompts = SoftWords(model, "cat"), ["a dog", "the cat", "a cat in red"]
+    each = [value.detach() + shift for shift in (0.1, 0.2, 0.3) for value in soft.values.values()]
+    soft.values["text_encoder"] = torch.stack(each)
+    with soft.spoken():
+        together = model.encode_prompts(prompts)["text"]
+    for i, prompt in enumerate(prompts):
+        soft.values["text_encoder"] = each[i]
+        with soft.spoken():
+            torch.testing.assert_close(model.encode_prompts([prompt])["text"][0], together[i])
+
+
 def test_words_without_tokens_and_models_without_prompts_are_refused(tiny_sd, tiny_unconditional):
     with pytest.raises(ValueError, match="at least one word"):
         SoftWords(open_model(tiny_sd), " ")

@@ -70,6 +70,17 @@ CASES = {
             "learning_rate": 1e-3,
         },
     ),
+    "adv_unlearn": (
+        "adv_unlearn",
+        {
+            "warmup_steps": 1,
+            "adversary_steps": 2,
+            "sampling_steps": 2,
+            "max_train_steps": 2,
+            "train_batch_size": 2,
+            "learning_rate": 1e-3,
+        },
+    ),
     "esd": ("esd", {"sampling_steps": 2, "max_train_steps": 2, "train_batch_size": 2, "learning_rate": 1e-3}),
 }
 
