@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from sublimate.erasure.request import Concept
+from sublimate.evaluation.agreement import Readings, read
 from sublimate.evaluation.attack import Attack, Box, Case, Outcome, counting
-from sublimate.evaluation.erasure import Progress, drawing
+from sublimate.evaluation.blindspots import Atom, blindspots
+from sublimate.evaluation.erasure import Generate, Progress, drawing
 from sublimate.evaluation.erasure import run as run_study
 from sublimate.evaluation.erasure_result import ErasureResult
+from sublimate.evaluation.fidelity import extract
 from sublimate.evaluation.intervals import plain
 from sublimate.evaluation.studies import ErasureStudy
 from sublimate.pipelines.detector import Detector
@@ -70,11 +76,14 @@ class Audit:
         erasure: the study of both models without attacks: what is gone, and what went with it.
         trials: the attacks that were tried.
         skipped: attacks that were not, with the reason.
+        atoms: what moved in the images of the study's prompts, whatever it is, the farthest first; empty where the
+            detector has no features.
     """
 
     erasure: ErasureResult
     trials: tuple[Trial, ...]
     skipped: Mapping[str, str]
+    atoms: tuple[Atom, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The audit as plain numbers and strings, without the images."""
@@ -82,6 +91,7 @@ class Audit:
             **self.erasure.to_dict(),
             "attacks": [trial.to_dict() for trial in self.trials],
             "not tried": dict(self.skipped),
+            "atoms": [asdict(atom) for atom in self.atoms],
         }
 
 
@@ -139,7 +149,9 @@ def audit(
         ValueError: when the detector does not know the concept, or the base does not draw it.
     """
     tell: Progress = progress or (lambda done, total, what: None)
-    erasure = run_study(study, drawing(base), drawing(edited), detector, tell)
+    seen = {"before": Noted(drawing(base), detector), "after": Noted(drawing(edited), detector)}
+    erasure = run_study(study, seen["before"], seen["after"], detector, tell)
+    atoms = mapped(seen["before"], seen["after"], seed=seed) if hasattr(detector, "features") else ()
     case = make_case(base, concept, study, detector, pictures=pictures, seed=seed)
     asked_for = {attack.name() for attack in attacks}
     skipped = {name: "not asked for" for name in registry.available(ATTACKS) if name not in asked_for}
@@ -158,7 +170,34 @@ def audit(
         seconds = time.perf_counter() - began
         trials.append(Trial(name, attack.box, attack.budget, on_base, on_edited, passes.count, seconds))
     tell(2 * len(attacks), 2 * len(attacks), "done")
-    return Audit(erasure, tuple(trials), skipped)
+    return Audit(erasure, tuple(trials), skipped, tuple(atoms))
+
+
+class Noted:
+    """A model that draws as before, and whose images' features and readings are kept.
+
+    Args:
+        draw: the model.
+        detector: reads the images; its `features`, where it has some, are kept too.
+    """
+
+    def __init__(self, draw: Generate, detector: Any) -> None:
+        self.draw, self.detector = draw, detector
+        self.features: list[Tensor] = []
+        self.readings: list[Readings] = []
+
+    def __call__(self, texts: Sequence[str], seed: int) -> Tensor:
+        images = self.draw(texts, seed)
+        self.readings.append(read(self.detector, images))
+        if hasattr(self.detector, "features"):
+            self.features.append(extract(self.detector.features, images).float().cpu())
+        return images
+
+
+def mapped(before: Noted, after: Noted, *, seed: int = 0) -> list[Atom]:
+    """The map of side effects over everything that both models drew."""
+    ours, theirs = torch.cat(before.features), torch.cat(after.features)
+    return blindspots(ours, theirs, Readings.cat(before.readings), Readings.cat(after.readings), seed=seed)
 
 
 def make_case(

@@ -7,9 +7,12 @@ from collections.abc import Mapping
 import torch
 
 from sublimate.evaluation.audit import POWER, Audit, Trial
+from sublimate.evaluation.blindspots import Atom
 from sublimate.evaluation.erasure_report import erasure_report
 from sublimate.evaluation.report import Report
 from sublimate.evaluation.report_sections import Cell, Listing, PictureRow, Pictures, Section, Table
+
+_ATOMS = 12
 
 BEYOND = (
     "attackers with a larger budget, other pictures or another detector",
@@ -46,9 +49,10 @@ def audit_report(found: Audit, *, command: str, lead: str = "", provenance: Mapp
 
 def attack_sections(found: Audit) -> tuple[Section, ...]:
     """The table of attacks, their curves, what they came up with, and pictures of their attempts."""
+    moved = [_atoms(found)] if found.atoms else []
     if not found.trials:
-        return ()
-    sections: list[Section] = [attack_table(found)]
+        return tuple(moved)
+    sections: list[Section] = [attack_table(found), *moved]
     sections += [_curve(trial) for trial in found.trials if trial.edited.curve]
     if remarks := [f"{_title(trial)}: {trial.edited.found}" for trial in found.trials if trial.edited.found]:
         sections.append(Listing("What the attacks found on the edited model", tuple(remarks)))
@@ -83,6 +87,28 @@ def attack_table(found: Audit) -> Table:
         "nothing. Passes are network passes of one sample on the edited model. The last columns repeat what the "
         "erasure itself changed, since a model that draws nothing resists everything.",
     )
+
+
+def _atoms(found: Audit) -> Table:
+    """What moved most, whether or not anyone asked for it."""
+    moved = [atom for atom in found.atoms if atom.moved]
+    rows = tuple(
+        (f"{atom.shows} ({atom.share:.0%})", round(atom.before, 3), round(atom.after, 3), _spell(atom))
+        for atom in moved[:_ATOMS]
+    )
+    return Table(
+        "What else changed: features that nobody listed",
+        ("in images of", "energy, base", "energy, edited", "edited / (edited + base)"),
+        rows,
+        f"{len(moved)} of {len(found.atoms)} directions of a sparse autoencoder on the detector's features moved "
+        f"beyond their 95 % interval, over all prompts of the study; here are the {min(_ATOMS, len(moved))} that moved "
+        "farthest, named by what stands out where they are strongest. 0 is suppressed, 0.5 as it was, 1 exaggerated. "
+        "The erased concept should lead, and what took its place; anything else is a side effect to look at.",
+    )
+
+
+def _spell(atom: Atom) -> str:
+    return f"{atom.ratio:.2f} [{atom.low:.2f}, {atom.high:.2f}]"
 
 
 def _title(trial: Trial) -> str:

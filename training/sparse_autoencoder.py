@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from pydantic import Field
@@ -13,6 +13,7 @@ from sublimate.diffusion.conditions import Condition
 from sublimate.pipelines.features import tapped
 from sublimate.pipelines.model import Model
 from sublimate.pipelines.sparse_autoencoder import SparseAutoencoder, largest
+from sublimate.training.data import Source
 from sublimate.training.objective import Artefact, Batch, Loss, ObjectiveConfig, SoloObjective, Turn
 from sublimate.training.players import Player, PlayerConfig
 from sublimate.training.randomness import SampleRandom, key
@@ -43,6 +44,19 @@ class SparseAutoencoderConfig(ObjectiveConfig):
     def passes(self, step: int = 0) -> float:
         """Through the text encoder, and through the autoencoder: whose latents are used, and the update."""
         return 1 + 1 + 3
+
+
+class States(Source, Protocol):
+    """Where an autoencoder's states come from: what is drawn, and what its states are.
+
+    `model` is what they are states of, None for a plain table.
+    """
+
+    model: Any
+
+    def drawn(self, random: SampleRandom) -> Any: ...
+
+    def states(self, drawn: Any) -> Tensor: ...
 
 
 class StatesSource:
@@ -95,7 +109,7 @@ class SparseAutoencoding(SoloObjective):
     paper: ClassVar[str] = "2406.04093"
     config: SparseAutoencoderConfig
 
-    def __init__(self, source: StatesSource, config: SparseAutoencoderConfig, *, seed: int = 0) -> None:
+    def __init__(self, source: States, config: SparseAutoencoderConfig, *, seed: int = 0) -> None:
         first = source.states(source.drawn(SampleRandom(seed, 0, "bias", range(_STARTING_PROMPTS)))).flatten(0, 1)
         self.autoencoder = _initial(first, config, seed)
         options = PlayerConfig(learning_rate=config.learning_rate, adam_weight_decay=0.0)
