@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import resource
 import tempfile
 import time
@@ -32,10 +33,14 @@ from sublimate.evaluation.studies import ErasureStudy, PromptSet
 from sublimate.pipelines.edit import Edit
 from sublimate.pipelines.model import Model, open_model
 from sublimate.training import registry
-from sublimate.training.ink.vocabulary import GROUPS, locate
+from sublimate.training.config import load_config, validate_section
+from sublimate.training.distill import OBJECTIVES, DistillConfig, distill
+from sublimate.training.ink.captions import prompts
+from sublimate.training.ink.vocabulary import GROUPS, SYNONYMS, locate
+from sublimate.training.objective import Objective
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "erasure"
+RESULTS, RUNS = HERE / "results" / "erasure", Path("runs/benchmark-erasure")
 
 ERASERS = (
     "uce",
@@ -45,6 +50,11 @@ ERASERS = (
     "all_but_one",
     "concept_ablation",
     "salun",
+    "few_shot",
+    "adv_unlearn",
+    "mace_fusion",
+    "l1_sparse",
+    "prune_then_erase",
     "receler",
     "interpret_then_deactivate",
 )
@@ -54,7 +64,17 @@ CONCEPTS: Mapping[str, tuple[str, ...]] = {
     "style": ("striped",),
     "five": ("seven", "three", "red", "purple", "striped"),
 }
-ATTACKED = ("uce", "rece", "speed", "esd", "concept_ablation", "receler")
+SURVIVING = ("uce", "speed", "esd", "concept_ablation", "salun", "few_shot")
+STUDENTS: Mapping[str, tuple[str, ...]] = {
+    # name: a run of configs/distill/ and changes to it; all take about as many network passes.
+    "f_distill": ("demo",),
+    "f_distill-left_out": ("demo", "data.prompts={without}"),
+    "em_distillation": ("ink_em_distillation",),
+    "consistency_distillation": ("ink_consistency_distillation",),
+}
+PASSES = 200_000
+"""What a student of the survival table is trained for, in network passes of one sample."""
+ATTACKED = ("uce", "rece", "speed", "esd", "concept_ablation", "receler", "adv_unlearn")
 TARGETS, SIBLINGS, ATTEMPTS = 500, 2000, 100
 """Prompts for an erased concept (half as many in other words), for its siblings, and for attacks to start from."""
 
@@ -124,6 +144,40 @@ def attack_cell(method: str, concepts: Sequence[str]) -> dict[str, Any]:
     return {"rates": rates_of(found.erasure), "attacks": record["attacks"], "not tried": record["not tried"], **cost}
 
 
+def survival_cell(method: str, student: str, before: Any, folder: Path) -> dict[str, Any]:
+    """The concept's rate in a student distilled from an eraser's teacher.
+
+    The student starts as the edited teacher and reads its text encoder; an edit with an attachment acts on the teacher
+    alone. "left_out" leaves the concept's prompts out of the distillation.
+    """
+    (concept,) = CONCEPTS["digit"]
+    model, _, cost = erased(method, CONCEPTS["digit"])
+    name, *changes = STUDENTS[student]
+    folder.mkdir(parents=True, exist_ok=True)
+    words = SYNONYMS[concept]
+    kept = [caption.text for caption in prompts(4096, 5) if not set(words) & set(re.findall(r"\w+", caption.text))]
+    (folder / "without.txt").write_text("\n".join(kept) + "\n")
+    changes = [change.format(without=folder / "without.txt") for change in changes]
+    config = load_config(DistillConfig, name, [*changes, f"trainer.output_dir={folder / 'run'}"])
+    config = within_budget(config, PASSES)
+    began = time.perf_counter()
+    trained = open_model(str(distill(config, model)))
+    seconds = round(time.perf_counter() - began, 1)
+    study = replace(ink_study(concept, n=TARGETS), synonyms=PromptSet(), unrelated=PromptSet())
+    result = run(study, before, drawing(trained), open_detector("ink"), examples=0)
+    return {"rates": rates_of(result), "eraser": cost, "seconds": seconds, "updates": config.trainer.max_train_steps}
+
+
+def within_budget(config: DistillConfig, passes: int) -> DistillConfig:
+    """The run with as many steps as a budget of passes allows; what the teacher draws is not counted."""
+    options = validate_section(registry.load(OBJECTIVES, config.method, Objective).Config, config.objective)
+    batch = config.trainer.train_batch_size * config.trainer.gradient_accumulation_steps
+    steps, spent = 0, 0.0
+    while spent + batch * options.passes(steps) <= passes:
+        spent, steps = spent + batch * options.passes(steps), steps + 1
+    return config.model_copy(update={"trainer": config.trainer.model_copy(update={"max_train_steps": steps})})
+
+
 def cells(before: Any) -> dict[str, Callable[[], dict[str, Any]]]:
     """Every cell by its name."""
     found: dict[str, Callable[[], dict[str, Any]]] = {}
@@ -132,6 +186,10 @@ def cells(before: Any) -> dict[str, Callable[[], dict[str, Any]]]:
             found[f"{method}-{row}"] = partial(erase_cell, method, concepts, before)
     for method in ATTACKED:
         found[f"attack-{method}"] = partial(attack_cell, method, CONCEPTS["digit"])
+    for method in SURVIVING:
+        for student in STUDENTS:
+            name = f"survival-{method}-{student}"
+            found[name] = partial(survival_cell, method, student, before, RUNS / name)
     return found
 
 
@@ -151,8 +209,7 @@ def table() -> str:
                 cost = (cell["seconds"], cell["passes"], cell["megabytes"], cell["weights"])
                 what = concept if len(cell["concepts"]) == 1 else f"{concept} (of five)"
                 lines.append("| " + " | ".join(map(str, (method, what, *numbers, *cost))) + " |")
-    lines.append("")
-    lines += _attack_table()
+    lines += ["", *_attack_table(), "", *_survival_table()]
     return "\n".join(lines)
 
 
@@ -167,6 +224,19 @@ def _attack_table() -> list[str]:
         rates = [_interval(these[name]["edited"]["rate"]) if name in these else "" for these in trials.values()]
         power = f"{_interval(some['base']['rate'])}{' (powerless)' if some['powerless'] else ''}"
         lines.append("| " + " | ".join((name, some["budget"], power, *rates)) + " |")
+    return lines
+
+
+def _survival_table() -> list[str]:
+    cells = {(m, s): RESULTS / f"survival-{m}-{s}.json" for m in SURVIVING for s in STUDENTS}
+    there = {key: json.loads(path.read_text()) for key, path in cells.items() if path.is_file()}
+    if not there:
+        return []
+    lines = ["| distilled from | " + " | ".join(STUDENTS) + " |", "|---" * (1 + len(STUDENTS)) + "|"]
+    for method in SURVIVING:
+        rates = [there.get((method, student)) for student in STUDENTS]
+        row = ["" if cell is None else _interval(cell["rates"]["target"]["after"]) for cell in rates]
+        lines.append("| " + " | ".join((method, *row)) + " |")
     return lines
 
 
