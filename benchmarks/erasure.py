@@ -70,7 +70,8 @@ STUDENTS: Mapping[str, tuple[str, ...]] = {
     "f_distill": ("demo",),
     "f_distill-left_out": ("demo", "data.prompts={without}"),
     "em_distillation": ("ink_em_distillation",),
-    "consistency_distillation": ("ink_consistency_distillation",),
+    # Renderings of Ink show the concept: the images are the edited teacher's own.
+    "consistency_distillation": ("ink_consistency_distillation", "data.images=teacher", "data.count=1024"),
 }
 PASSES = 200_000
 """What a student of the survival table is trained for, in network passes of one sample."""
