@@ -100,10 +100,10 @@ def _atoms(found: Audit) -> Table:
         "What else changed: features that nobody listed",
         ("in images of", "energy, base", "energy, edited", "edited / (edited + base)"),
         rows,
-        f"{len(moved)} of {len(found.atoms)} directions of a sparse autoencoder on the detector's features moved beyond "
-        "their 95 % interval, over all prompts of the study; those that moved farthest stand here, named by what is "
-        "special about the images where they are strongest. 0 is suppressed, 0.5 as it was, 1 exaggerated. The erased "
-        "concept should lead, and what took its place; anything else is a side effect to look at.",
+        f"{len(moved)} of {len(found.atoms)} directions of a sparse autoencoder on the detector's features moved "
+        "beyond their 95 % interval, over all prompts of the study; those that moved farthest stand here, named by "
+        "what is special about the images where they are strongest. 0 is suppressed, 0.5 as it was, 1 exaggerated. "
+        "The erased concept should lead, and what took its place; anything else is a side effect to look at.",
     )
 
 

@@ -8,6 +8,7 @@ import torch
 
 from sublimate.erasure.request import Concept
 from sublimate.evaluation.attack import Case, counting, pictured
+from sublimate.evaluation.attacks.latent_search import _on_sphere
 from sublimate.evaluation.audit import ATTACKS, audit, make_attacks
 from sublimate.evaluation.studies import ErasureStudy, PromptSet
 from sublimate.evaluation.words import spellable
@@ -29,10 +30,12 @@ CASES = {
     "completion": {"sampling_steps": 4},
     "distillation": {"overrides": STUDENT},
     "encoder_swap": {},
+    "latent_search": {"max_train_steps": 2, "surrogate_steps": 1},
     "paraphrases": {},
     "relearning": TUNED,
     "seed_search": {"seeds": 2},
     "textual_inversion": {"tokens": 2, "pictures": 2, "max_train_steps": 2, "train_batch_size": 2},
+    "universal_token": {"max_train_steps": 2, "train_batch_size": 2, "surrogate_steps": 1},
     "word_search": {"tokens": 2, "rounds": 2, "candidates": 2, "images": 2},
 }
 SLOW = ("distillation",)
@@ -195,6 +198,22 @@ def test_classifier_guidance_raises_what_the_detector_sees(model):
     weak, strong = (attack_of("classifier_guidance", scale=s, sampling_steps=8) for s in (1e-6, 30.0))
     unguided, led = (case.probability(a.run(model, case, seed=0).images).mean() for a in (weak, strong))
     assert led > unguided
+
+
+@pytest.mark.parametrize("name", ["universal_token", "latent_search"])
+def test_searches_by_gradient_raise_what_the_detector_sees(name, model):
+    case = case_of(model)
+    options = {"surrogate_steps": 2}  # as many as the model takes
+    weak, strong = (attack_of(name, max_train_steps=n, learning_rate=r, **options) for n, r in ((1, 1e-9), (30, 0.05)))
+    before, after = (float(case.probability(a.run(model, case, seed=0).images).log().mean()) for a in (weak, strong))
+    assert after > before + 1e-5
+
+
+def test_a_universal_token_does_not_name_the_concept_and_latents_stay_typical(model):
+    prompts = attack_of("universal_token").run(model, case_of(model), seed=0).prompts
+    assert prompts[0] == "a a red dog" and not any("cat" in prompt.lower() for prompt in prompts)
+    z = _on_sphere(torch.randn(2, 4, 3, 3), 6.0)
+    torch.testing.assert_close(z.flatten(1).norm(dim=1), torch.full((2,), 6.0))
 
 
 def test_a_swapped_encoder_undoes_what_was_erased_there(model, tiny_sd):
