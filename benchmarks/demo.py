@@ -49,6 +49,8 @@ ERASERS: dict[str, tuple[str, tuple[str, ...], bool]] = {
     "all-but-one": ("all_but_one", (), True),
     "concept-ablation": ("concept_ablation", (), True),
     "salun": ("salun", (), True),
+    "l1-sparse": ("l1_sparse", (), True),
+    "prune-then-uce": ("prune_then_erase", (), True),
 }
 # Erased from the packaged one-step student itself.
 FROM_STUDENT = ("uce", "speed", "one_step")

@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import nn
 
-Rule = Literal["x", "x-strict", "u", "self", "full"]
+Rule = Literal["x", "x-strict", "u", "self", "encoder", "full"]
 """Which weights train; see `select`."""
 
 # Parts of a network's parameter names, dots included, for networks with cross-attention (UNets, PixArt): text enters
@@ -20,6 +20,7 @@ _CROSS: Mapping[str, Callable[[str], bool]] = MappingProxyType(
         "x-strict": lambda name: ".attn2.to_k." in name or ".attn2.to_v." in name,
         "u": lambda name: not (".attn2." in name or re.match(r"conv_(norm_)?out\.|(time|add)_embedding\.", name)),
         "self": lambda name: ".attn1.to_" in name,
+        "encoder": lambda name: name.startswith(("conv_in.", "down_blocks.", "mid_block.")),
     }
 )
 
@@ -35,6 +36,7 @@ _JOINT: Mapping[str, Callable[[str], bool]] = MappingProxyType(
         "x-strict": lambda name: ".add_k_proj." in name or ".add_v_proj." in name,
         "u": lambda name: not (_TEXT_STREAM.search(name) or re.match(r"(norm|proj)_out\.|time_text_embed\.", name)),
         "self": lambda name: bool(re.search(r"\.attn2?\.to_(q|k|v|out)\b", name)),
+        "encoder": lambda name: False,
     }
 )
 
@@ -48,6 +50,7 @@ def select(network: nn.Module, rule: Rule) -> frozenset[str]:
     - "u": everything but cross-attention, the output layers and the time embedding, for what must go whatever the
       prompt: objects, nudity (the paper's rule; the authors' rewrite of 2025 also trains the layers left out here).
     - "self": self-attention.
+    - "encoder": a UNet's way down and its middle. The embedding of time, which the way up reads too, is not of it.
     - "full": everything.
 
     Args:
@@ -62,7 +65,7 @@ def select(network: nn.Module, rule: Rule) -> frozenset[str]:
     if rule == "full":
         chosen = frozenset(names)
     elif rule not in _CROSS:
-        raise ValueError(f"There is no weights rule {rule!r}: use x, x-strict, u, self or full.")
+        raise ValueError(f"There is no weights rule {rule!r}: use x, x-strict, u, self, encoder or full.")
     else:
         matches = (_JOINT if joint else _CROSS)[rule]
         chosen = frozenset(name for name in names if matches(name))

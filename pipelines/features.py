@@ -69,3 +69,13 @@ def unet_taps(network: Any) -> tuple[str, ...]:
     downs = tuple(f"down_blocks.{i}" for i in range(len(network.down_blocks)))
     ups = tuple(f"up_blocks.{i}" for i in range(len(network.up_blocks)))
     return ("mid_block", *downs, *ups)
+
+
+def unet_code(network: Any) -> tuple[str, ...]:
+    """The modules whose outputs are all that a UNet's way up is given: skip connections in order, and the middle."""
+    names = ["conv_in"]
+    for i, block in enumerate(network.down_blocks):
+        kind = "attentions" if getattr(block, "attentions", None) else "resnets"
+        names += [f"down_blocks.{i}.{kind}.{j}" for j in range(len(getattr(block, kind)))]
+        names += [f"down_blocks.{i}.downsamplers.{j}" for j in range(len(block.downsamplers or ()))]
+    return (*names, "mid_block")

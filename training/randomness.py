@@ -40,6 +40,12 @@ class SampleRandom:
         sliced._generators = self._generators[part]
         return sliced
 
+    def twin(self) -> SampleRandom:
+        """The same streams from where they stand: what it draws, these draw again."""
+        twin = object.__new__(SampleRandom)
+        twin._generators = [generator.clone_state() for generator in self._generators]
+        return twin
+
     def normal(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         """Standard normal numbers, float32, shape (batch, *shape)."""
         return torch.stack([torch.randn(tuple(shape), generator=g) for g in self._generators]).to(device)

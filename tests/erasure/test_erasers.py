@@ -36,6 +36,7 @@ CASES = {
     "l1_sparse": ("l1_sparse", {**PICTURED, "weights": "x", "start_guidance": 1.0}),
     "prune_then_erase": ("prune_then_erase", {"then": "salun", "options": PICTURED, "sparsity": 0.3}),
     "prune_then_erase-closed": ("prune_then_erase", {"then": "uce", "sparsity": 0.3}),
+    "image_to_image": ("image_to_image", {**PICTURED, "start_guidance": 1.0}),
     "all_but_one": (
         "all_but_one",
         {
@@ -50,14 +51,18 @@ CASES = {
 }
 
 
+# Families of methods that are for other models than those.
+OTHER_FAMILIES = {"image_to_image": ("tiny_inpainting",)}
+
+
 def test_every_eraser_has_a_row():
     missing = set(registry.available(ERASERS)) - set(CASES)
     assert not missing, f"add a row of that name to CASES for {', '.join(sorted(missing))}"
 
 
-@pytest.fixture(params=FAMILIES)
-def model(request):
-    return open_model(request.getfixturevalue(request.param))
+@pytest.fixture
+def model(request, family):
+    return open_model(request.getfixturevalue(family))
 
 
 def fitted(model, case, seed=0):
@@ -72,7 +77,15 @@ def bits(model):
     return {key: p.detach().numpy().tobytes() for key, p in model.parameters().items()}
 
 
-@pytest.mark.parametrize("case", CASES)
+def marked(case, family):
+    """A case on a family as pytest's parameters."""
+    name, marks = (family.values[0], family.marks) if hasattr(family, "values") else (family, ())
+    return pytest.param(case, name, marks=marks, id=f"{case}-{name}")
+
+
+@pytest.mark.parametrize(
+    ("case", "family"), [marked(case, family) for case in CASES for family in OTHER_FAMILIES.get(case, FAMILIES)]
+)
 class TestEraser:
     def test_a_fit_leaves_the_model_and_the_global_generator_alone(self, model, case):
         before, state = bits(model), torch.get_rng_state()
