@@ -1,6 +1,6 @@
 """Times UCE of a thousand concepts on a model of Stable Diffusion 1.5's size; nothing is downloaded.
 
-    python benchmarks/closed_forms.py                   # writes results/closed_forms.json
+    python benchmarks/closed_forms.py                   # writes results/closed_forms.json, run by run
     python benchmarks/closed_forms.py --tokens last     # one of the two ways to choose rows
 
 Weights are random and the vocabulary is made up at its real size: what is measured is cost, and how near edited layers
@@ -152,7 +152,6 @@ def measure(model: Model, request: Request, tokens: str, folder: Path) -> dict[s
     prompts = sum(2 * len(c.phrases(eraser.config.templates)) for c in (*request.erase, *request.preserve))
     encoded = clock.encoded
     record = {
-        "tokens": tokens,
         "seconds": seconds,
         "tokens_encoded": encoded,
         # Concept and anchor of every phrase, each to the tokenizer's limit: how rows were encoded before.
@@ -188,15 +187,15 @@ def main() -> None:
     called = names(options.concepts + options.preserve + 1)
     anchor, erase, preserve = called[0], called[1 : options.concepts + 1], called[options.concepts + 1 :]
     request = Request(tuple(Concept(name, anchor) for name in erase), tuple(preserve))
-    record: dict[str, Any] = {"concepts": len(erase), "preserved": len(preserve), "runs": []}
+    path = RESULTS / "closed_forms.json"
+    runs = json.loads(path.read_text()) if path.exists() else {}
     for tokens in options.tokens:
-        record["runs"].append(measure(model, request, tokens, options.folder))
-        print(record["runs"][-1], flush=True)
-    record["peak_memory_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
-    record["note"] = "The machine was shared and the process suspended at times: wall seconds hold that too."
-    record["hardware"] = hardware_line()
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "closed_forms.json").write_text(json.dumps(record, indent=1) + "\n")
+        run = {"concepts": len(erase), "preserved": len(preserve), **measure(model, request, tokens, options.folder)}
+        run["peak_memory_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+        run["note"] = "The machine was shared and the process suspended at times: wall seconds hold that too."
+        runs[tokens] = run | {"hardware": hardware_line()}
+        RESULTS.mkdir(exist_ok=True)
+        path.write_text(json.dumps(runs, indent=1) + "\n")
 
 
 if __name__ == "__main__":
