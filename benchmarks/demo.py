@@ -48,6 +48,7 @@ ERASERS: dict[str, tuple[str, tuple[str, ...], bool]] = {
     "all-but-one": ("all_but_one", (), True),
     "concept-ablation": ("concept_ablation", (), True),
     "salun": ("salun", (), True),
+    "interpret-then-deactivate": ("interpret_then_deactivate", (), True),
 }
 # Erased from the packaged one-step student itself.
 FROM_STUDENT = ("uce", "speed", "one_step")
