@@ -49,6 +49,7 @@ ERASERS: dict[str, tuple[str, tuple[str, ...], bool]] = {
     "concept-ablation": ("concept_ablation", (), True),
     "salun": ("salun", (), True),
     "few-shot": ("few_shot", (), True),
+    "slug": ("slug", (), True),
 }
 # Erased from the packaged one-step student itself.
 FROM_STUDENT = ("uce", "speed", "one_step")

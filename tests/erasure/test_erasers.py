@@ -33,6 +33,7 @@ CASES = {
     "concept_ablation": ("concept_ablation", PICTURED),
     "salun": ("salun", {**PICTURED, "weights": "x"}),
     "few_shot": ("few_shot", {**PICTURED, "max_drift": 1e9}),
+    "slug": ("slug", {"images": 2, "sampling_steps": 1, "templates": ("{}",), "pair_steps": 3, "max_probes": 2}),
     "all_but_one": (
         "all_but_one",
         {
