@@ -53,6 +53,7 @@ ERASERS: dict[str, tuple[str, tuple[str, ...], bool]] = {
     "prune-then-uce": ("prune_then_erase", (), True),
     "few-shot": ("few_shot", (), True),
     "interpret-then-deactivate": ("interpret_then_deactivate", (), True),
+    "slug": ("slug", (), True),
 }
 # Erased from the packaged one-step student itself.
 FROM_STUDENT = ("uce", "speed", "one_step")

@@ -20,7 +20,7 @@ from sublimate.diffusion.denoisers import Denoiser
 from sublimate.erasure.eraser import Changes, Eraser
 from sublimate.erasure.prompt_bank import PromptBank, concept_bank
 from sublimate.erasure.request import Concept, Request, Templates
-from sublimate.erasure.weights import Rule, select
+from sublimate.erasure.weights import Rule, check_precision, select
 from sublimate.pipelines.attention import Kernel, attention_chosen
 from sublimate.pipelines.detector import Detector
 from sublimate.pipelines.model import Model
@@ -83,19 +83,6 @@ class FineTuningConfig(StudentConfig, ABC):
     """
 
     weights: Rule = "x"
-
-
-def check_precision(model: Model) -> None:
-    """Refuses to train a model that is not in float32.
-
-    Raises:
-        ValueError: for such a model.
-    """
-    if model.dtype != torch.float32:
-        raise ValueError(
-            f"{model.source} is open in {model.dtype}, which rounds small steps away: open it in float32 "
-            "(mixed_precision=bf16 saves memory)."
-        )
 
 
 class StudentObjective(SoloObjective):

@@ -14,10 +14,11 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.denoisers import Denoiser
 from sublimate.erasure.eraser import Changes
-from sublimate.erasure.fine_tuning import StudentConfig, StudentObjective, check_precision
+from sublimate.erasure.fine_tuning import StudentConfig, StudentObjective
 from sublimate.erasure.prompt_bank import PromptBank
 from sublimate.erasure.request import Concept
 from sublimate.erasure.targets import squared_error
+from sublimate.erasure.weights import check_precision
 from sublimate.pipelines.gradient_checkpointing import enable_gradient_checkpointing
 from sublimate.pipelines.model import Model
 from sublimate.training.players import Player, PlayerConfig, make_player, shared_copy

@@ -7,7 +7,10 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Literal
 
+import torch
 from torch import nn
+
+from sublimate.pipelines.model import Model
 
 Rule = Literal["x", "x-strict", "u", "self", "encoder", "full"]
 """Which weights train; see `select`."""
@@ -74,3 +77,16 @@ def select(network: nn.Module, rule: Rule) -> frozenset[str]:
             f"{type(network).__name__} has no weights of the rule {rule!r}: use 'full', or 'u' where there is no text."
         )
     return chosen
+
+
+def check_precision(model: Model) -> None:
+    """Refuses to train a model that is not in float32.
+
+    Raises:
+        ValueError: for such a model.
+    """
+    if model.dtype != torch.float32:
+        raise ValueError(
+            f"{model.source} is open in {model.dtype}, which rounds small steps away: open it in float32 "
+            "(mixed_precision=bf16 saves memory)."
+        )

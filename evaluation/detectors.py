@@ -19,8 +19,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from sublimate.evaluation.preprocessing import Preprocessing
 from sublimate.pipelines.detector import Detector
+from sublimate.pipelines.preprocessing import Preprocessing
 from sublimate.training.ink.detector import InkDetector
 
 INK_ASSET = "ink_detector.safetensors"

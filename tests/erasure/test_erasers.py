@@ -39,6 +39,7 @@ CASES = {
     "prune_then_erase-closed": ("prune_then_erase", {"then": "uce", "sparsity": 0.3}),
     "image_to_image": ("image_to_image", {**PICTURED, "start_guidance": 1.0}),
     "few_shot": ("few_shot", {**PICTURED, "max_drift": 1e9}),
+    "slug": ("slug", {"images": 2, "sampling_steps": 1, "templates": ("{}",), "pair_steps": 3, "max_probes": 2}),
     "all_but_one": (
         "all_but_one",
         {

@@ -47,8 +47,11 @@ class Brightness:
 
     groups: ClassVar = {"animal": ("cat", "dog")}
 
+    def __init__(self, cut=0.5):
+        self.cut = cut
+
     def __call__(self, images):
-        bright = torch.sigmoid(50 * (images.mean(dim=(1, 2, 3)) - 0.5))
+        bright = torch.sigmoid(50 * (images.mean(dim=(1, 2, 3)) - self.cut))
         return {"animal": torch.stack([bright, 1 - bright, torch.zeros_like(bright)], dim=1)}
 
 
@@ -140,10 +143,12 @@ def test_a_case_renames_the_concept_whatever_it_is_called(model):
 
 
 def test_seed_search_succeeds_where_any_seed_does(model):
-    case = case_of(model)
-    outcome = attack_of("seed_search", seeds=3).run(model, case, seed=1)
-    drawn = [generate(model, case.prompts, seed=key(1, "seed search", i)) for i in range(3)]
+    drawn = [generate(model, case_of(model).prompts, seed=key(1, "seed search", i)) for i in range(3)]
+    # Half of the images are bright, so that seeds disagree.
+    case = case_of(model, detector=Brightness(float(torch.stack(drawn).mean(dim=(2, 3, 4)).median()) + 1e-5))
     shown = torch.stack([case.shows(images) for images in drawn])
+    assert bool((shown.any(dim=0) & ~shown.all(dim=0)).any())
+    outcome = attack_of("seed_search", seeds=3).run(model, case, seed=1)
     assert torch.equal(outcome.hits, shown.any(dim=0))
     for i, image in enumerate(outcome.images):
         first = int(shown[:, i].int().argmax())

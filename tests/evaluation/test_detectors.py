@@ -22,8 +22,8 @@ from sublimate.evaluation import detectors
 from sublimate.evaluation.agreement import read
 from sublimate.evaluation.detectors import ImageClassifier, open_detector, with_reject
 from sublimate.evaluation.fidelity import extract
-from sublimate.evaluation.preprocessing import Preprocessing
 from sublimate.pipelines.detector import Detector
+from sublimate.pipelines.preprocessing import Preprocessing
 from sublimate.training.ink.detector import InkDetector
 from sublimate.training.ink.vocabulary import GROUPS
 
