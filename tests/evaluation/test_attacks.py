@@ -8,12 +8,12 @@ import torch
 
 from sublimate.erasure.request import Concept
 from sublimate.evaluation.attack import Case, counting, pictured
-from sublimate.evaluation.attacks.latent_search import _on_sphere
+from sublimate.evaluation.attacks import latent_search
 from sublimate.evaluation.audit import ATTACKS, audit, make_attacks
 from sublimate.evaluation.studies import ErasureStudy, PromptSet
 from sublimate.evaluation.words import spellable
 from sublimate.pipelines.edit import Edit
-from sublimate.pipelines.generate import generate
+from sublimate.pipelines.generate import generate, generate_latents
 from sublimate.pipelines.model import open_model
 from sublimate.training import registry
 from sublimate.training.randomness import key
@@ -214,11 +214,22 @@ def test_searches_by_gradient_raise_what_the_detector_sees(name, more, model):
     assert after > before + 1e-5
 
 
-def test_a_universal_token_does_not_name_the_concept_and_latents_stay_typical(model):
+def test_a_universal_token_does_not_name_the_concept(model):
     prompts = attack_of("universal_token").run(model, case_of(model), seed=0).prompts
     assert prompts[0] == "a a red dog" and not any("cat" in prompt.lower() for prompt in prompts)
-    z = _on_sphere(torch.randn(2, 4, 3, 3), 6.0)
-    torch.testing.assert_close(z.flatten(1).norm(dim=1), torch.full((2,), 6.0))
+
+
+def test_searched_latents_stay_on_the_sphere_of_typical_noise(model, monkeypatch):
+    drawn = []
+
+    def noting(*args, z, **options):
+        drawn.append(z)
+        return generate_latents(*args, z=z, **options)
+
+    monkeypatch.setattr(latent_search, "generate_latents", noting)
+    attack_of("latent_search", learning_rate=1.0).run(model, case_of(model), seed=0)
+    radii = torch.cat(drawn).flatten(1).norm(dim=1)
+    torch.testing.assert_close(radii, torch.full_like(radii, drawn[0][0].numel() ** 0.5))
 
 
 def test_a_swapped_encoder_undoes_what_was_erased_there(model, tiny_sd):
