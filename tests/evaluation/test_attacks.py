@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from sublimate.erasure.request import Concept
 from sublimate.evaluation.attack import Case, counting, pictured
@@ -24,6 +25,7 @@ STUDENT += ["data.teacher_steps=1", "objective.discriminator_width=8", "trainer.
 
 # A new attack adds its row here.
 CASES = {
+    "added_lora": {},
     "adversarial_prefix": {"tokens": 2, "pictures": 2, "max_train_steps": 2, "train_batch_size": 2},
     "benign_tuning": TUNED,
     "classifier_guidance": {"sampling_steps": 2},
@@ -95,6 +97,8 @@ def test_an_attack_repeats_counts_its_passes_and_leaves_the_model_alone(name, mo
     if name == "distillation":
         (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
     attack = attack_of(name, **distilling(name, tmp_path))
+    if name == "added_lora":
+        attack = attack_of(name, lora=lora_of(model, tmp_path))
     case, before, state = case_of(model), bits(model), torch.get_rng_state()
     with counting(model) as passes:
         outcome = attack.run(model, case, seed=3)
@@ -111,6 +115,39 @@ def test_an_attack_repeats_counts_its_passes_and_leaves_the_model_alone(name, mo
 
 def distilling(name, folder):
     return {"overrides": [*STUDENT, f"data.prompts={folder / 'prompts.txt'}"]} if name == "distillation" else {}
+
+
+def low_rank(model):
+    """An edit that a LoRA can hold."""
+    generator = torch.Generator().manual_seed(0)
+    keys = [key for key in model.parameters() if key.endswith("attn2.to_k.weight")]
+    shapes = {key: model.parameters()[key].shape for key in keys}
+    factors = {
+        key: (torch.randn(d_out, 2, generator=generator), torch.randn(2, d_in, generator=generator))
+        for key, (d_out, d_in) in shapes.items()
+    }
+    return Edit({}, factors, {})
+
+
+def lora_of(model, folder):
+    """The file of that edit's LoRA."""
+    save_file(low_rank(model).to_lora(model), folder / "lora.safetensors")
+    return folder / "lora.safetensors"
+
+
+def test_an_added_lora_acts_on_top_of_the_model(model, tmp_path):
+    case, attack = case_of(model), attack_of("added_lora", lora=lora_of(model, tmp_path))
+    images = attack.run(model, case, seed=0).images
+    assert not torch.equal(images, generate(model, case.prompts, seed=0))
+    with low_rank(model).applied(model, allow_other_base=True):
+        torch.testing.assert_close(images, generate(model, case.prompts, seed=0), atol=1e-4, rtol=0)
+    few = attack_of("added_lora", lora=lora_of(model, tmp_path), steps=1, guidance_scale=1.0)
+    with counting(model) as passes:
+        few.run(model, case, seed=0)
+    assert passes.count == len(case.prompts)
+    assert "no adapter" in attack_of("added_lora").out_of_place(model, case)
+    with pytest.raises(ValueError, match="no LoRA"):
+        attack_of("added_lora", lora=tmp_path / "none.safetensors").run(model, case, seed=0)
 
 
 def counted(model, work):
