@@ -65,6 +65,7 @@ class PruneThenErase(Eraser):
         self.inner = kind(kind.Config(**self.config.options))
         self.handles_within, self.uses_detector = self.inner.handles_within, self.inner.uses_detector
         self.uses_anchor, self.uses_images = self.inner.uses_anchor, self.inner.uses_images
+        self.attaches = self.inner.attaches
 
     def solve(
         self, model: Model, request: Request, *, seed: int, detector: Detector | None, progress: bool
@@ -79,8 +80,8 @@ class PruneThenErase(Eraser):
                 changes = self.inner.train(model, request, seed=seed, progress=progress, masks=masks)
             else:
                 changes = self.inner.solve(model, request, seed=seed, detector=detector, progress=progress)
-        whole = Edit.compose([pruned, Edit(changes.values, changes.low_rank)])
-        return Changes(whole.values, whole.low_rank)
+        whole = Edit.compose([pruned, Edit(changes.values, changes.low_rank, attachment=changes.attachment)])
+        return Changes(whole.values, whole.low_rank, whole.attachment, changes.outcome)
 
 
 def magnitude_masks(model: Model, sparsity: float) -> dict[str, Tensor]:

@@ -15,6 +15,16 @@ FAMILIES = ("tiny_sd", *(pytest.param(family, marks=pytest.mark.slow) for family
 
 PICTURED = {"images": 2, "sampling_steps": 1, "max_train_steps": 2, "train_batch_size": 2, "learning_rate": 1e-3}
 
+RECELER = {
+    "rank": 4,
+    "adversary_rows": 2,
+    "adversary_steps": 2,
+    "sampling_steps": 2,
+    "max_train_steps": 2,
+    "train_batch_size": 2,
+    "learning_rate": 1e-3,
+}
+
 # name: (method, options). A new eraser adds its rows here, one of them named as the method.
 CASES = {
     "uce": ("uce", {}),
@@ -59,18 +69,8 @@ CASES = {
             "train_batch_size": 4,
         },
     ),
-    "receler": (
-        "receler",
-        {
-            "rank": 4,
-            "adversary_rows": 2,
-            "adversary_steps": 2,
-            "sampling_steps": 2,
-            "max_train_steps": 2,
-            "train_batch_size": 2,
-            "learning_rate": 1e-3,
-        },
-    ),
+    "receler": ("receler", RECELER),
+    "prune_then_erase-attached": ("prune_then_erase", {"then": "receler", "options": RECELER, "sparsity": 0.3}),
     "adv_unlearn": (
         "adv_unlearn",
         {
@@ -89,6 +89,7 @@ CASES = {
 REFUSED = {
     ("interpret_then_deactivate", "tiny_sd3"): "has text_encoder, text_encoder_2, text_encoder_3",
     ("receler", "tiny_sd3"): "has no cross-attention",
+    ("prune_then_erase-attached", "tiny_sd3"): "has no cross-attention",
 }
 
 # Families of methods that are for other models than those.
