@@ -98,6 +98,15 @@ def test_adapters_are_held_where_the_concept_is_not(model):
     torch.testing.assert_close(heavy, 0.1 * logs["localise"])
 
 
+def test_elsewhere_is_where_the_frozen_network_does_not_look_for_the_concept(model):
+    objective = objective_of(model, adversary_steps=0, threshold=0.4)
+    batch = prepared(objective)
+    told, rows = objective.asked(batch), objective.own[batch["rows"]]
+    maps = concept_maps(model.denoiser, batch["x_t"], batch["t"], told, rows)[1]
+    assert torch.equal(batch["elsewhere"].bool(), maps < 0.4)
+    assert 0 < batch["elsewhere"].mean() < 1
+
+
 def objective_of_total(objective, batch, localise):
     other = objective.config.model_copy(update={"localise": localise})
     objective.config, kept = other, objective.config
