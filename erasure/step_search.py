@@ -81,7 +81,7 @@ def best_probe(seen: Sequence[Probe]) -> Probe:
 
 
 class Ray:
-    """theta + lambda G for some weights, with theta as it was at the start.
+    """theta + lambda G for some weights, at steps of relative length s = lambda |G| / |theta|, theta the start's.
 
     Args:
         weights: by name; `moved` changes them in place.
@@ -93,16 +93,12 @@ class Ray:
         self.weights = {name: weights[name] for name in names}
         self.start = {name: weights[name].detach().clone() for name in names}
         self.gradient = {name: gradient[name] for name in names}
-
-    @property
-    def unit(self) -> float:
-        """|theta| / |G|: the step of relative length 1."""
         theta, g = (torch.cat([v.flatten() for v in group.values()]).norm() for group in (self.start, self.gradient))
-        return float(theta / g)
+        self.unit = float(theta / g)  # lambda of the step of length 1
 
     def at(self, step: float) -> dict[str, Tensor]:
         """The weights at a step."""
-        return {name: value + step * self.gradient[name] for name, value in self.start.items()}
+        return {name: value + step * self.unit * self.gradient[name] for name, value in self.start.items()}
 
     @contextlib.contextmanager
     def moved(self, step: float) -> Iterator[None]:

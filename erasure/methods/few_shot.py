@@ -67,8 +67,8 @@ class FewShotObjective(TextStudentObjective):
     """-E |y(x_t, t, T_phi(c)) - y*|^2 over few pictures, prompts c of the concept, noise and t; phi is what trains.
 
     y* is the network's own target (eps, v or a velocity). The loss has no lower bound and soon breaks the encoder for
-    every prompt, so the number of steps is the only brake. After each step two numbers are measured at noised pictures
-    that are held out and never change:
+    every prompt, so the number of steps is the only brake. After each step two numbers are measured at the pictures,
+    under noise and at times that no step draws and that never change:
 
         gain   mean |y(x_t, t, T_phi(c)) - y*|^2, what training ascends
         drift  mean |y(x_t, t, T_phi(c_r)) - y(x_t, t, T(c_r))|^2 over neutral prompts c_r, in units of

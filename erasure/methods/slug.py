@@ -39,7 +39,7 @@ class SLUGConfig(Config):
         layers: search on the "deepest" layer of the Pareto front (theirs for diffusion), or on every layer of the
             "front", of which the best probe wins (theirs for CLIP).
         probe_images: pictures per concept that a probe draws and reads.
-        first_step: |lambda_0| |G_f| / |theta|, the relative length of the first step; the longest is ten times that.
+        first_step: lambda_0 |G_f| / |theta|, the relative length of the first step; the longest is ten times that.
         max_probes: steps tried per layer, at most.
         max_left: share of the erased concepts' pictures that may still show them.
         max_lost: share of the preserved concepts' pictures that may cease to show them.
@@ -70,8 +70,9 @@ class SLUG(Eraser):
 
     Erasing has to raise L_f, and L_f(theta + lambda G_f) = L_f + lambda |G_f|^2 to first order, hence the sign; that
     the loss does rise is verified. (The authors' script for Stable Diffusion subtracts this very gradient, summed over
-    prefixes of its batches.) lambda is searched for (`erasure/step_search.py`) with pictures drawn at every probe,
-    which the detector reads, if one is given, and else the pair itself (`erasure/probes.py`).
+    prefixes of its batches.) The relative length lambda |G_f[l]| / |theta[l]| is searched for
+    (`erasure/step_search.py`) with pictures drawn at every probe, which the detector reads, if one is given, and else
+    the pair itself (`erasure/probes.py`).
     """
 
     Config = SLUGConfig
@@ -112,16 +113,17 @@ class SLUG(Eraser):
             seed=keyed(seed, "probes"),
         )
         before = prober.rates()
-        found = {
-            layer: self._search(Ray(weights, forget, layer.weights), losses, prober, before[1])
-            for layer in (front if config.layers == "front" else front[:1])
+        rays = {
+            layer: Ray(weights, forget, layer.weights) for layer in (front if config.layers == "front" else front[:1])
         }
+        found = {layer: self._search(ray, losses, prober, before[1]) for layer, ray in rays.items()}
         best = best_probe([probe for probe, _ in found.values()])
         layer = next(layer for layer, (probe, _) in found.items() if probe is best)
         outcome = {
             "layer": layer.name,
             "front": [candidate.name for candidate in front],
             "step": best.step,
+            "lambda": best.step * rays[layer].unit,
             "judge": prober.judge.name,
             "before": list(before),
             "after": [best.left, best.kept],
@@ -129,7 +131,7 @@ class SLUG(Eraser):
                 candidate.name: [[p.step, p.left, p.kept] for p in seen] for candidate, (_, seen) in found.items()
             },
         }
-        return Changes(student.keyed(Ray(weights, forget, layer.weights).at(best.step)), outcome=outcome)
+        return Changes(student.keyed(rays[layer].at(best.step)), outcome=outcome)
 
     def _pictures(self, model: Model, concepts: Sequence[Concept], seed: int) -> LatentBank:
         config: SLUGConfig = self.config
@@ -155,7 +157,6 @@ class SLUG(Eraser):
     ) -> tuple[Probe, list[Probe]]:
         """The best step along one layer's gradient, and all that were tried."""
         config: SLUGConfig = self.config
-        first = config.first_step * ray.unit
 
         def probe(step: float) -> tuple[float, float]:
             with ray.moved(step):
@@ -163,14 +164,14 @@ class SLUG(Eraser):
 
         with torch.no_grad():
             here = losses()[0]
-            with ray.moved(first / 100):
+            with ray.moved(config.first_step / 100):
                 there = losses()[0]
         if not there > here:
             raise ValueError(f"The loss of what is erased does not rise along its gradient ({here:.6g}, {there:.6g}).")
         return bracketed_search(
             probe,
-            first,
-            10 * first,
+            config.first_step,
+            10 * config.first_step,
             max_left=config.max_left,
             min_kept=kept_before - config.max_lost,
             probes=config.max_probes,

@@ -189,7 +189,7 @@ def test_a_ray_goes_there_and_comes_back_bit_by_bit():
     ray = Ray(weights, {"a": torch.full((3,), 2.0), "b": torch.ones(2)}, ["a"])
     assert ray.unit == pytest.approx(float(before["a"].norm()) / math.sqrt(12))
     with ray.moved(0.37):
-        torch.testing.assert_close(weights["a"], before["a"] + 0.74)
+        torch.testing.assert_close(weights["a"], before["a"] + 0.37 * before["a"].norm() / math.sqrt(3))
         assert torch.equal(weights["b"], before["b"])
     assert all(torch.equal(weights[name], before[name]) for name in before)
     assert set(ray.at(1.0)) == {"a"}
@@ -213,9 +213,10 @@ def test_the_step_raises_the_forget_loss_by_the_gradients_square(sd):
     here = loss()
     with edit.applied(sd):
         there = loss()
-    square = sum(float(d.double().square().sum()) for d in delta.values()) / outcome["step"]
+    square = sum(float(d.double().square().sum()) for d in delta.values()) / outcome["lambda"]
     assert there > here and there - here == pytest.approx(square, rel=0.1)
     norms = [sum(float(v.square().sum()) for v in values) for values in (delta.values(), [own[k] for k in delta])]
+    assert outcome["step"] == 1e-3
     assert math.sqrt(norms[0] / norms[1]) == pytest.approx(1e-3, rel=1e-3)
 
 
