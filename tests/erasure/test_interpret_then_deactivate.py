@@ -177,8 +177,11 @@ def test_only_a_single_clip_encoder_is_served(model, tiny_sd3, tiny_unconditiona
     with pytest.raises(ValueError, match="2 blocks, none of number 2"):
         fitted(model, block=2)
     edit = fitted(model, block=1)
-    with pytest.raises(ValueError, match="no block 1 of CLIP"):
+    with pytest.raises(ValueError, match="no network 'text_encoder'"):
         edit.apply(open_model(tiny_unconditional), allow_other_base=True)
+    beyond = EditAttachment(edit.attachment.kind, {**edit.attachment.options, "block": 2}, edit.attachment.tensors)
+    with pytest.raises(ValueError, match="no block 2 of CLIP"):
+        Edit(attachment=beyond).apply(model, allow_other_base=True)
     assert edit.attachment.options["block"] == 1 and fitted(model).attachment.options["block"] == 0
 
 

@@ -82,3 +82,12 @@ def test_templates_have_one_place():
     for template in ("seven", "{} and {}"):
         with pytest.raises(ValueError, match="exactly one"):
             fill(template, "x")
+
+
+def test_a_prompt_names_a_concept_by_whole_words_of_any_of_its_names():
+    concept = Concept("seven", synonyms=("digit 7",))
+    assert [concept.named_in(text) for text in ("A Seven", "a digit 7!", "7", "sevens", "")] == [
+        True,
+        True,
+        *[False] * 3,
+    ]
