@@ -23,7 +23,7 @@ def command(
         typer.Option(help="An attack of `sublimate methods`; repeatable. By default all but distillation."),
     ] = None,
     option: Annotated[list[str] | None, typer.Option("--set", help="An attack's option, as attack.key=value.")] = None,
-    n: Annotated[int, typer.Option(min=1, help="Prompts per role, on Ink.")] = 200,
+    n: Annotated[int, typer.Option(min=1, help="Prompts per role, on Ink.")] = 100,
     pictures: Annotated[int, typer.Option(min=1, help="Pictures of the concept that attackers have.")] = 32,
     detector: Annotated[str, typer.Option(help="ink, or an image classifier's folder or hub id.")] = "ink",
     prompts: Annotated[
