@@ -119,7 +119,7 @@ class Attack(ABC):
     """A way of bringing a concept back: options in, images out.
 
     An attack gets one model at a time, and never changes it. The audit runs it on the base first: what cannot draw the
-    concept there proves nothing.
+    concept there proves nothing. `every_level` says that it needs a model which denoises at every noise level.
 
     Args:
         config: the attack's options.
@@ -132,6 +132,7 @@ class Attack(ABC):
     Config: ClassVar[type[Options]]
     paper: ClassVar[str]
     box: ClassVar[Box]
+    every_level: ClassVar[bool] = False
 
     def __init__(self, config: Options | None = None, /, **options: Any) -> None:
         if config is not None and options:
@@ -145,6 +146,8 @@ class Attack(ABC):
 
     def out_of_place(self, model: Model, case: Case) -> str:
         """Why there is nothing to attack this way, in one sentence; empty when there is."""
+        if self.every_level and model.is_student:
+            return "the model is a student of one or few steps, and this attack needs every noise level"
         return ""
 
     @abstractmethod

@@ -167,7 +167,7 @@ def _network(model: Model) -> Any:
             f"{model.source} has no self-attention that can be redirected: open a Stable Diffusion 1.x or 2.x "
             "checkpoint, not an inpainting one."
         )
-    if "few_steps" in model.defaults or model.defaults.get("steps") == 1:
+    if model.is_student:
         raise ValueError(f"{model.source} is a student of one or few steps: open its teacher, which takes many.")
     return network
 

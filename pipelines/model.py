@@ -86,6 +86,11 @@ class Model:
         """The guidance this checkpoint is usually sampled with; 1 is none."""
         return float(self.defaults.get("guidance_scale", self.backbone.guidance_scale))
 
+    @property
+    def is_student(self) -> bool:
+        """Whether it was trained to be drawn in one or few steps, and so knows few noise levels."""
+        return "few_steps" in self.defaults or self.defaults.get("steps") == 1
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Model:
         """Moves every network, in place; what is attached keeps its precision."""
         for installed in self.attached:

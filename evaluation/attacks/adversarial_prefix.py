@@ -47,6 +47,7 @@ class AdversarialPrefix(Attack):
     Config = AdversarialPrefixConfig
     paper: ClassVar[str] = "2310.11868"
     box: ClassVar[Box] = "white box"
+    every_level: ClassVar[bool] = True
 
     @property
     def budget(self) -> str:
@@ -55,7 +56,9 @@ class AdversarialPrefix(Attack):
 
     def out_of_place(self, model: Model, case: Case) -> str:
         several = sum(name in model.components() for name in model.backbone.text_components) > 1
-        return "words are searched for a single text encoder, and the model has several" if several else ""
+        if several:
+            return "words are searched for a single text encoder, and the model has several"
+        return super().out_of_place(model, case)
 
     def run(self, model: Model, case: Case, *, seed: int, progress: bool = False) -> Outcome:
         c = self.config

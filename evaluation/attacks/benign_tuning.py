@@ -20,7 +20,7 @@ class BenignTuning(TuningAttack):
     paper: ClassVar[str] = "2410.08074"
 
     def out_of_place(self, model: Model, case: Case) -> str:
-        return "" if case.others else "the study has no unrelated prompts"
+        return super().out_of_place(model, case) if case.others else "the study has no unrelated prompts"
 
     def lessons(self, case: Case, seed: int) -> tuple[Sequence[str], Tensor]:
         captions = case.others[: self.config.pictures]

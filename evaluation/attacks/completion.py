@@ -42,6 +42,7 @@ class Completion(Attack):
     Config = CompletionConfig
     paper: ClassVar[str] = "2505.17013"
     box: ClassVar[Box] = "black box"
+    every_level: ClassVar[bool] = True
 
     @property
     def budget(self) -> str:

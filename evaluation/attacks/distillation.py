@@ -34,6 +34,7 @@ class Distillation(Attack):
     Config = DistillationConfig
     paper: ClassVar[str] = "2409.11219"
     box: ClassVar[Box] = "persistence"
+    every_level: ClassVar[bool] = True
 
     @property
     def budget(self) -> str:

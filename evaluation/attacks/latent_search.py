@@ -39,6 +39,7 @@ class LatentSearch(Attack):
     Config = LatentSearchConfig
     paper: ClassVar[str] = "2306.00974"
     box: ClassVar[Box] = "white box"
+    every_level: ClassVar[bool] = True
 
     @property
     def budget(self) -> str:

@@ -45,6 +45,7 @@ class TextualInversion(Attack):
     Config = TextualInversionConfig
     paper: ClassVar[str] = "2308.01508"
     box: ClassVar[Box] = "white box"
+    every_level: ClassVar[bool] = True
 
     @property
     def budget(self) -> str:

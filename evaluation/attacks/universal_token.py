@@ -45,6 +45,7 @@ class UniversalToken(Attack):
     Config = UniversalTokenConfig
     paper: ClassVar[str] = "2306.00974"
     box: ClassVar[Box] = "white box"
+    every_level: ClassVar[bool] = True
 
     @property
     def budget(self) -> str:

@@ -179,6 +179,16 @@ def test_a_case_renames_the_concept_whatever_it_is_called(model):
         case_of(model, label="bird")
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_students_are_attacked_where_they_know_enough(name, model):
+    attack, case = make_attacks([name])[0], case_of(model)
+    before = attack.out_of_place(model, case)
+    model.defaults["steps"] = 1
+    refused = "student" in attack.out_of_place(model, case)
+    assert "student" not in before
+    assert refused == (name not in {"added_lora", "encoder_swap", "paraphrases", "seed_search", "word_search"})
+
+
 def test_seed_search_succeeds_where_any_seed_does(model):
     drawn = [generate(model, case_of(model).prompts, seed=key(1, "seed search", i)) for i in range(3)]
     # Half of the images are bright, so that seeds disagree.
