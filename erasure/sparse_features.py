@@ -22,25 +22,27 @@ def peaks(source: StatesSource, autoencoder: SparseAutoencoder, prompts: Sequenc
 
 
 def strongest(codes: Tensor, count: int) -> Tensor:
-    """Latents that are used and among the `count` largest of some row of codes >= 0 (n, latents): bool (latents,)."""
-    values, indices = codes.topk(min(count, codes.shape[1]), dim=1)
+    """Latents that are used and among the `count` largest over rows of codes >= 0 (n, latents): bool (latents,)."""
+    values, indices = codes.amax(0).topk(min(count, codes.shape[1]))
     found = torch.zeros(codes.shape[1], dtype=torch.bool, device=codes.device)
     found[indices[values > 0]] = True
     return found
 
 
-def contrasted(concepts: Sequence[Tensor], retained: Tensor, count: int) -> Tensor:
-    """F = (union of F_C over concepts C) without F_R: bool (latents,).
+def contrasted(concepts: Sequence[Tensor], retained: Sequence[Tensor], count: int) -> Tensor:
+    """F = (union of F_C over concepts C) without (union of F_R over what is retained R): bool (latents,).
 
-    F_C are the strongest latents over a concept's prompts together, F_R the union of each retained prompt's.
+    F_C and F_R are the strongest latents over the prompts of C or R together.
 
     Args:
         concepts: peaks of each concept's prompts, (prompts, latents).
-        retained: peaks of prompts to leave alone, (prompts, latents).
-        count: K', how many latents of a concept, and of a retained prompt, count.
+        retained: peaks of the prompts of each thing to leave alone, (prompts, latents).
+        count: K', how many latents of each count.
     """
-    chosen = torch.stack([strongest(codes.amax(0, keepdim=True), count) for codes in concepts]).any(0)
-    return chosen & ~strongest(retained, count)
+    chosen, others = (
+        torch.stack([strongest(codes, count) for codes in groups]).any(0) for groups in (concepts, retained)
+    )
+    return chosen & ~others
 
 
 @torch.no_grad()

@@ -37,8 +37,8 @@ class InterpretThenDeactivateConfig(RunConfig):
             Without any the autoencoder knows the request's prompts alone.
         retained: how many generic prompts, of those that name no erased concept, are left alone as preserved concepts
             are; the authors' number for nudity.
-        features: K', the strongest features of a concept and of each prompt to leave alone; the authors take 128 for
-            persons and nudity, 256 for styles.
+        features: K', the strongest features of each concept, erased or preserved, and of each generic prompt; the
+            authors take 128 for persons and nudity, 256 for styles.
         tau: what a concept's features are multiplied by; 0 switches them off, as in the paper's text. The authors'
             code turns them around, with -8 for persons and -6 for styles.
         gate: a prompt's change is that of its most changed token, as for persons, or the mean, as for styles.
@@ -64,9 +64,10 @@ class InterpretThenDeactivate(Eraser):
     """Interpret-then-Deactivate (2025): z_F <- tau z_F for a concept's features F, in prompts that show it.
 
     A sparse autoencoder e ~ W_dec z + b_pre is trained on the outputs e of one block of the text encoder. F are the
-    strongest features of the erased concepts' prompts that are among the strongest of no prompt to leave alone, the
-    empty one included. Where |W_dec (z' - z)|^2 reaches `margin` times its smallest value over the concept's prompts,
-    the rest of the encoder reads W_dec z' + b_pre; every other prompt keeps its e, and so its images, bit by bit.
+    strongest features of the erased concepts that are among the strongest of nothing to leave alone: a preserved
+    concept, a generic prompt, the empty one. Where |W_dec (z' - z)|^2 reaches `margin` times its smallest value over
+    the concept's prompts, the rest of the encoder reads W_dec z' + b_pre; every other prompt keeps its e, and so its
+    images, bit by bit.
 
     No weight changes: the edit is an attachment, which acts only where this library runs it, and whoever takes it off
     has the concept back. Name synonyms: a prompt that means the concept by another word is one to leave alone.
@@ -87,8 +88,8 @@ class InterpretThenDeactivate(Eraser):
         component, block, names = _place(model, config.block)
         generic = _generic(config)
         erased = [[phrase.text for phrase in c.phrases(config.templates)] for c in request.erase]
-        preserved = [phrase.text for c in request.preserve for phrase in c.phrases(config.templates)]
-        groups = [group for group in ([text for texts in erased for text in texts], preserved, generic) if group]
+        preserved = [[phrase.text for phrase in c.phrases(config.templates)] for c in request.preserve]
+        groups = [group for group in (_flat(erased), _flat(preserved), generic) if group]
         model.to(Accelerator().device)
         try:
             source = StatesSource(model, component, names[block], groups)
@@ -96,7 +97,7 @@ class InterpretThenDeactivate(Eraser):
             fine_tune(model, objective, request, config, seed=seed, progress=progress, source=source, prompts=generic)
             autoencoder = objective.autoencoder.requires_grad_(False).eval()
             others = [text for text in generic if not any(c.named_in(text) for c in request.erase)]
-            kept = ["", *preserved, *others[: config.retained]]
+            kept = [[""], *preserved, *([text] for text in others[: config.retained])]
             scale, threshold = self._deactivation(source, autoencoder, erased, kept)
         finally:
             model.to(home)
@@ -106,15 +107,15 @@ class InterpretThenDeactivate(Eraser):
         return Changes(attachment=EditAttachment(kind, {**options, "threshold": threshold}, tensors))
 
     def _deactivation(
-        self, source: StatesSource, autoencoder: SparseAutoencoder, erased: list[list[str]], kept: list[str]
+        self, source: StatesSource, autoencoder: SparseAutoencoder, erased: list[list[str]], kept: list[list[str]]
     ) -> tuple[Tensor, float]:
         """What each latent is multiplied by, and the gate's threshold."""
         config: InterpretThenDeactivateConfig = self.config
-        concepts = [peaks(source, autoencoder, texts) for texts in erased]
-        chosen = contrasted(concepts, peaks(source, autoencoder, kept), config.features)
+        concepts, retained = ([peaks(source, autoencoder, texts) for texts in groups] for groups in (erased, kept))
+        chosen = contrasted(concepts, retained, config.features)
         scale = torch.where(chosen, config.tau, 1.0)
         features = DeactivatedFeatures(autoencoder, scale, 0.0, config.gate)
-        lowest = lowest_change(source, features, [text for texts in erased for text in texts])
+        lowest = lowest_change(source, features, _flat(erased))
         if lowest == 0:
             raise ValueError(
                 "Every feature of what is erased is one of what is left alone too: preserve or retain less, lower "
@@ -141,6 +142,10 @@ def _place(model: Model, block: int | None) -> tuple[str, int, list[str]]:
     if chosen >= len(names):
         raise ValueError(f"The text encoder of {model.source} has {len(names)} blocks, none of number {chosen}.")
     return components[0], chosen, names
+
+
+def _flat(groups: list[list[str]]) -> list[str]:
+    return [text for group in groups for text in group]
 
 
 def _generic(config: InterpretThenDeactivateConfig) -> list[str]:

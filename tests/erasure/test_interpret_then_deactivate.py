@@ -54,24 +54,22 @@ def conditions(model, prompts):
     return [model.encode_prompts([prompt])["text"] for prompt in prompts]
 
 
-def test_the_strongest_features_are_those_of_a_loop():
+def test_the_strongest_features_are_those_of_all_rows_together():
     codes = torch.tensor([[0.0, 3.0, 1.0, 2.0, 0.0], [5.0, 0.0, 0.0, 0.5, 0.0]])
-    assert strongest(codes, 2).tolist() == [True, True, False, True, False]
-    assert strongest(codes, 1).tolist() == [True, True, False, False, False]
+    assert strongest(codes, 2).tolist() == [True, True, False, False, False]
+    assert strongest(codes, 1).tolist() == [True, False, False, False, False]
     assert strongest(codes, 9).tolist() == [True, True, True, True, False]
 
 
-def test_features_are_those_of_any_concept_without_those_of_any_retained_prompt():
+def test_features_are_those_of_any_concept_without_those_of_anything_retained():
     generator = torch.Generator().manual_seed(0)
-    concepts = [torch.rand(3, 40, generator=generator) for _ in range(2)]
-    retained = torch.rand(4, 40, generator=generator)
+    concepts, retained = ([torch.rand(3, 40, generator=generator) for _ in range(n)] for n in (2, 3))
 
-    def top(row):
-        return {j for j in sorted(range(40), key=row.__getitem__)[-7:]}
+    def top(codes):
+        highest = [max(codes[:, j].tolist()) for j in range(40)]
+        return set(sorted(range(40), key=highest.__getitem__)[-7:])
 
-    # Over a concept's prompts together, but over each retained prompt alone.
-    mine = set().union(*(top([max(c[:, j].tolist()) for j in range(40)]) for c in concepts))
-    others = set().union(*(top(row) for row in retained.tolist()))
+    mine, others = (set().union(*map(top, groups)) for groups in (concepts, retained))
     found = contrasted(concepts, retained, 7)
     assert set(found.nonzero().flatten().tolist()) == mine - others and mine & others
 
@@ -141,7 +139,8 @@ def test_features_and_threshold_are_what_the_prompts_say(model, gate, tau):
     edit = fitted(model, gate=gate, tau=tau, margin=0.9, features=6)
     source, autoencoder, scale = parts(model, edit)
     concepts = [peaks(source, autoencoder, texts([concept])) for concept in REQUEST.erase]
-    expected = contrasted(concepts, peaks(source, autoencoder, ["", *texts(REQUEST.preserve)]), 6)
+    kept = [[""], *(texts([concept]) for concept in REQUEST.preserve)]
+    expected = contrasted(concepts, [peaks(source, autoencoder, group) for group in kept], 6)
     assert torch.equal(scale, torch.where(expected, tau, 1.0)) and expected.any()
     codes = autoencoder.encode(source.states(texts(REQUEST.erase))).detach()
     moved = ((1 - tau) * codes * expected @ autoencoder.decoder.detach()).square().mean(-1)
@@ -155,8 +154,8 @@ def test_generic_prompts_train_and_are_left_alone_unless_they_name_the_concept(m
     edit = fitted(model, prompts=str(file), retained=2)
     source, autoencoder, scale = parts(model, edit)
     concepts = [peaks(source, autoencoder, texts([concept])) for concept in REQUEST.erase]
-    kept = ["", *texts(REQUEST.preserve), "a dog", "a van"]
-    assert torch.equal(scale == 0, contrasted(concepts, peaks(source, autoencoder, kept), 64))
+    kept = [[""], *(texts([concept]) for concept in REQUEST.preserve), ["a dog"], ["a van"]]
+    assert torch.equal(scale == 0, contrasted(concepts, [peaks(source, autoencoder, group) for group in kept], 64))
     assert (peaks(source, autoencoder, ["a dog", "a van"])[:, scale == 0] == 0).all()
     assert not torch.equal(edit.attachment.tensors["decoder"], fitted(model).attachment.tensors["decoder"])
 
@@ -165,8 +164,8 @@ def test_what_leaves_no_feature_is_refused(model):
     source, autoencoder, _ = parts(model, fitted(model))
     eraser, asked = InterpretThenDeactivate(**OPTIONS), texts(REQUEST.erase)
     with pytest.raises(ValueError, match="Every feature of what is erased"):
-        eraser._deactivation(source, autoencoder, [asked], [*asked, "seven"])
-    scale, threshold = eraser._deactivation(source, autoencoder, [asked], ["seven"])
+        eraser._deactivation(source, autoencoder, [asked], [[*asked, "seven"]])
+    scale, threshold = eraser._deactivation(source, autoencoder, [asked], [["seven"]])
     assert threshold > 0 and (scale == 0).any()
 
 
