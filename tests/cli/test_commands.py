@@ -52,6 +52,7 @@ def distilling(tmp_path, tiny_sd_v):
     return ["distill", "demo", f"model={tiny_sd_v}", f"trainer.output_dir={tmp_path / 'run'}", *options]
 
 
+@pytest.mark.slow
 def test_distill_writes_a_student_and_the_same_command_resumes(capsys, tmp_path, distilling):
     status, out, _ = sublimate(capsys, *distilling)
     assert status == 0 and "student" in out

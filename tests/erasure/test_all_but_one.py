@@ -79,6 +79,7 @@ def test_the_null_branch_is_pushed_by_the_guidance_term_unless_detached(sd, deta
     assert (float(gradient.abs().max()) > 0) != detach
 
 
+@pytest.mark.slow
 def test_training_moves_the_guidance_to_the_anchors(sd):
     options = {"weights": "x", "learning_rate": 3e-3, "max_train_steps": 15, "train_batch_size": 4, "retain": 0.0}
     edit = AllButOne(sampling_steps=4, updates_per_rollout=4, **options).fit(sd, CAT)

@@ -146,6 +146,8 @@ def families_of(case):
 def marked(case, family):
     """A case on a family as pytest's parameters."""
     name, marks = (family.values[0], family.marks) if hasattr(family, "values") else (family, ())
+    if case not in registry.available(ERASERS):  # a method's second row
+        marks = pytest.mark.slow
     return pytest.param(case, name, marks=marks, id=f"{case}-{name}")
 
 
@@ -169,6 +171,7 @@ class TestEraser:
         edit.remove(model)
         assert bits(model) == before and torch.equal(answer(model), said)
 
+    @pytest.mark.slow
     def test_the_file_holds_the_same_edit(self, model, case, tmp_path):
         edit = fitted(model, case)
         again = Edit.load(edit.save(tmp_path / "edit.safetensors"))
@@ -179,12 +182,14 @@ class TestEraser:
         with again.applied(model):
             assert bits(model) == expected and torch.equal(answer(model), said)
 
+    @pytest.mark.slow
     def test_a_fit_of_one_seed_repeats(self, model, case):
         with fitted(model, case, seed=3).applied(model):
             expected, said = bits(model), answer(model)
         with fitted(model, case, seed=3).applied(model):
             assert bits(model) == expected and torch.equal(answer(model), said)
 
+    @pytest.mark.slow
     def test_what_is_edited_already_can_be_edited_again(self, model, case):
         first, before, plain = fitted(model, case), bits(model), answer(model)
         first.apply(model)

@@ -118,6 +118,7 @@ def test_samples_draw_concepts_alike_whatever_the_number_of_their_prompts(sd):
     torch.testing.assert_close(told, sd.encode_prompts(["dog", "a cat"])["text"])
 
 
+@pytest.mark.slow
 def test_counted_passes_are_the_networks_passes(sd):
     config = {"sampling_steps": 1, "null_pin": 1.0}
     objective, turn, _ = start(sd, **config)
@@ -149,6 +150,7 @@ def test_a_fit_changes_the_selected_weights_and_nothing_else(sd, rule):
     assert edit.provenance["method"] == "esd" and edit.provenance["config"]["weights"] == rule
 
 
+@pytest.mark.slow
 def test_the_seed_decides(sd):
     def fit(seed):
         return ESD(**SMALL).fit(sd, CAT, seed=seed).values

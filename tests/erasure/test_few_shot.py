@@ -91,6 +91,7 @@ def test_what_is_held_out_covers_all_times_and_no_step_draws_it(sd):
     assert not torch.equal(drawn["eps"], torch.cat([part["eps"] for part in objective.held_out]))
 
 
+@pytest.mark.slow
 def test_training_ascends(sd):
     edit = FewShot(**SMALL, max_train_steps=6, max_drift=1e9).fit(sd, CAT)
     gains = edit.provenance["outcome"]["gains"]
@@ -98,6 +99,7 @@ def test_training_ascends(sd):
     assert {key.partition("/")[0] for key in edit.values} == {"text_encoder"}
 
 
+@pytest.mark.slow
 def test_the_kept_step_is_that_of_a_run_which_ends_there(sd):
     long = FewShot(**SMALL, max_train_steps=5, max_drift=1e9).fit(sd, CAT).provenance["outcome"]
     assert long["drifts"] == sorted(long["drifts"])
@@ -108,6 +110,7 @@ def test_the_kept_step_is_that_of_a_run_which_ends_there(sd):
     assert all(torch.equal(kept.values[key], short.values[key]) for key in short.values)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_what_an_uninterrupted_one_keeps(tiny_sd, tmp_path):
     model = open_model(tiny_sd)
     drifts = FewShot(**SMALL, max_train_steps=5, max_drift=1e9).fit(model, CAT).provenance["outcome"]["drifts"]
@@ -121,6 +124,7 @@ def test_a_resumed_run_keeps_what_an_uninterrupted_one_keeps(tiny_sd, tmp_path):
     assert all(torch.equal(resumed.values[key], whole.values[key]) for key in whole.values)
 
 
+@pytest.mark.slow
 def test_checkpointing_activations_changes_nothing(tiny_sd):
     model = open_model(tiny_sd)
     plain, saving = (

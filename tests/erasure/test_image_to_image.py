@@ -138,6 +138,7 @@ def test_the_frozen_encoder_gets_no_gradient_and_the_middle_alone_is_an_option(i
     assert loss.logs.keys() == {"forget"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("proxy", [False, True])
 def test_training_brings_the_codes_to_those_of_noise(tiny_inpainting, tmp_path, proxy):
     model = open_model(tiny_inpainting)

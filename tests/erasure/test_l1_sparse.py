@@ -51,6 +51,7 @@ def test_the_loss_is_denoising_on_preserved_pictures_and_the_penalty(sd, step):
     assert float(loss.total) == pytest.approx(float(0.7 * kept) + 0.2 * max(0, 1 - step / 8) * norm, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_weights_shrink(sd):
     options = {**SMALL, "max_train_steps": 20, "learning_rate": 1e-3}
 

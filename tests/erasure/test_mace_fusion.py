@@ -57,6 +57,7 @@ def test_refined_rows_are_what_the_concepts_own_layer_reads(preserve):
     torch.testing.assert_close(rows @ w0.T, expected, rtol=0, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_a_thousand_concepts_go_through_one_solve_to_rounding(monkeypatch):
     factored = []
     real = closed_form._factored

@@ -93,6 +93,7 @@ def test_a_student_that_is_told_its_guidance_is_told_it_here(tiny_sd, tmp_path):
     assert objective.scale == 8.0
 
 
+@pytest.mark.slow
 def test_training_makes_the_concepts_images_the_anchors(student):
     request = Request(Concept("cat", anchor="dog"), preserve=["seven"])
     options = {"weights": "x", "learning_rate": 2e-3, "max_train_steps": 60, "train_batch_size": 4}

@@ -100,6 +100,7 @@ def test_concept_ablation_to_noise_with_a_prior(sd):
     assert config.passes() == 3 + 3 and ConceptAblationConfig().passes() == 3 + 1 + 3
 
 
+@pytest.mark.slow
 def test_the_mask_is_that_of_the_largest_gradients_of_the_concepts_loss(sd):
     options = {**SMALL, "weights": "x", "saliency_guidance": 4.0}
     objective = SalUnObjective(sd, SalUnConfig(**options, saliency=0.3), CAT)

@@ -38,6 +38,7 @@ def test_the_smallest_weights_of_all_layers_together_go(sd):
     assert magnitude_masks(sd, 0.0) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["full", "x"])
 def test_what_is_pruned_stays_zero_while_the_rest_trains(sd, weights):
     options = {**SMALL, "weights": weights, "saliency": 1.0}
@@ -57,6 +58,7 @@ def test_what_is_pruned_stays_zero_while_the_rest_trains(sd, weights):
     ("then", "eraser", "options"),
     [("uce", UCE, {"tokens": "last"}), ("salun", SalUn, {**SMALL, "weights": "x"})],
 )
+@pytest.mark.slow
 def test_without_pruning_it_is_the_other_eraser(sd, then, eraser, options):
     expected = edited(eraser(**options).fit(sd, CAT, seed=2), sd)
     found = edited(PruneThenErase(then=then, options=options, sparsity=0).fit(sd, CAT, seed=2), sd)

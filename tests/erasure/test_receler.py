@@ -60,6 +60,7 @@ def error_of(objective, batch, text):
     return float((said.output - concept.output).square().mean())
 
 
+@pytest.mark.slow
 def test_the_adversary_brings_the_student_back_and_writes_only_its_rows(model):
     objective = moved(objective_of(model, adversary_steps=40))
     batch = prepared(objective)

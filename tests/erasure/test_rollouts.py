@@ -31,6 +31,7 @@ def prepared(objective, step=0):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trajectory", ["student", "frozen"])
 def test_updates_of_a_step_share_one_sampling_each_from_its_own_part(sd, trajectory):
     options = {"sampling_steps": 6, "updates_per_rollout": 3, "trajectory": trajectory}

@@ -87,6 +87,7 @@ def test_the_retain_loss_has_every_pair_of_the_largest_concept_once(monkeypatch)
     torch.testing.assert_close(said[:, 0], F.normalize(states[0], dim=-1)[[0, 0, 1, 1]])
 
 
+@pytest.mark.slow
 def test_a_trained_pair_tells_concepts_apart_and_leaves_the_generator_alone():
     kinds = [normal(1, 4, 8, 8, seed=i) for i in range(3)]
     pictures = [

@@ -40,8 +40,8 @@ CASES = {
     "universal_token": {"max_train_steps": 2, "train_batch_size": 2, "surrogate_steps": 1},
     "word_search": {"tokens": 2, "rounds": 2, "candidates": 2, "images": 2},
 }
-SLOW = ("distillation",)
-ROWS = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
+QUICK = ("paraphrases", "textual_inversion", "word_search")
+ROWS = [pytest.param(name, marks=pytest.mark.slow) if name not in QUICK else name for name in CASES]
 
 
 class Brightness:
@@ -179,14 +179,12 @@ def test_a_case_renames_the_concept_whatever_it_is_called(model):
         case_of(model, label="bird")
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_students_are_attacked_where_they_know_enough(name, model):
-    attack, case = make_attacks([name])[0], case_of(model)
-    before = attack.out_of_place(model, case)
+def test_students_are_attacked_where_they_know_enough(model):
+    case, attacks = case_of(model), {name: make_attacks([name])[0] for name in CASES}
+    assert not any("student" in attack.out_of_place(model, case) for attack in attacks.values())
     model.defaults["steps"] = 1
-    refused = "student" in attack.out_of_place(model, case)
-    assert "student" not in before
-    assert refused == (name not in {"added_lora", "encoder_swap", "paraphrases", "seed_search", "word_search"})
+    refused = {name for name, attack in attacks.items() if "student" in attack.out_of_place(model, case)}
+    assert set(CASES) - refused == {"added_lora", "encoder_swap", "paraphrases", "seed_search", "word_search"}
 
 
 def test_seed_search_succeeds_where_any_seed_does(model):
@@ -202,6 +200,7 @@ def test_seed_search_succeeds_where_any_seed_does(model):
         assert torch.equal(image, drawn[first][i])
 
 
+@pytest.mark.slow
 def test_word_search_finds_the_best_word_of_all(model):
     case, words = case_of(model), sorted(spellable(model, case_of(model).concept))
     assert "cat" not in words and "seven" not in words and "dog" in words
@@ -224,6 +223,7 @@ def test_an_adversarial_prefix_is_written_in_words_and_never_worse_than_none(mod
         assert len(prefix) in (0, 2) and all(word in words for word in prefix)
 
 
+@pytest.mark.slow
 def test_textual_inversion_learns_what_it_is_shown(model):
     """With enough updates the learned words fit the pictures better than the words they started as."""
     case = case_of(model)
@@ -252,6 +252,7 @@ def test_classifier_guidance_raises_what_the_detector_sees(model):
     assert led > unguided
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "more"), [("universal_token", {"train_batch_size": 8}), ("latent_search", {})])
 def test_searches_by_gradient_raise_what_the_detector_sees(name, more, model):
     case = case_of(model)
@@ -292,6 +293,7 @@ def test_a_swapped_encoder_undoes_what_was_erased_there(model, tiny_sd):
     assert torch.equal(attack.run(edited, case, seed=0).images, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["relearning", "benign_tuning"])
 def test_tuning_draws_on_the_way(name, model):
     case = case_of(model)
@@ -303,6 +305,7 @@ def test_tuning_draws_on_the_way(name, model):
     assert not torch.equal(outcome.images, generate(model, case.prompts, seed=0))
 
 
+@pytest.mark.slow
 def test_relearning_trains_on_the_concept_and_benign_tuning_does_not(model):
     case = case_of(model)
     captions, pictures = attack_of("relearning").lessons(case, 0)

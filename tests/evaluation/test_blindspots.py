@@ -39,6 +39,7 @@ def strongest(atoms, shows):
     return max((atom for atom in atoms if atom.shows == shows), key=lambda atom: atom.before + atom.after)
 
 
+@pytest.mark.slow
 def test_what_is_gone_is_suppressed_and_what_took_its_place_exaggerated(atoms):
     seven, one = strongest(atoms, "digit seven"), strongest(atoms, "digit one")
     assert seven.ratio < 0.1 and seven.high < 0.5 and seven.moved
@@ -46,6 +47,7 @@ def test_what_is_gone_is_suppressed_and_what_took_its_place_exaggerated(atoms):
     assert seven.share > 0.9
 
 
+@pytest.mark.slow
 def test_what_stayed_moved_far_less(atoms):
     stayed = [strongest(atoms, label) for label in GROUP_LABELS if any(a.shows == label for a in atoms)]
     assert len(stayed) >= 3
@@ -53,6 +55,7 @@ def test_what_stayed_moved_far_less(atoms):
         assert abs(atom.ratio - 0.5) < 0.2 and atom.low <= atom.ratio <= atom.high
 
 
+@pytest.mark.slow
 def test_the_farthest_come_first_and_intervals_hold_their_ratio(atoms):
     apart = [abs(atom.ratio - 0.5) for atom in atoms]
     assert apart == sorted(apart, reverse=True)

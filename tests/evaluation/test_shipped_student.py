@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from diffusers import DiffusionPipeline
 
@@ -15,6 +16,7 @@ from sublimate.training.ink.captions import prompts
 NAME = "ink_one_step"
 
 
+@pytest.mark.slow
 def test_it_obeys_in_a_single_step():
     student, asked = open_model(NAME), ink_prompts(prompts(400, 3))
     passes = []

@@ -80,6 +80,7 @@ def test_the_record_says_how_it_was_made(tiny_sd, tmp_path):
     assert "f_distill" in card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), [("tiny_sd", "weights"), ("tiny_sd", "lora"), ("tiny_audio", "weights")])
 def test_weights_are_saved_in_the_precision_asked_for(request, tmp_path, name, kind):
     model = open_model(request.getfixturevalue(name))

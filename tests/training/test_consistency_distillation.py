@@ -127,6 +127,7 @@ def test_another_function_has_a_loss_and_its_gradient_leads_back(schedule):
 
 
 @EVERY
+@pytest.mark.slow
 def test_training_finds_the_closed_form(schedule):
     objective = oracle_objective(schedule, grid_steps=20, target_decay=0.5, loss="l2")
     with torch.no_grad():

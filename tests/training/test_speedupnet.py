@@ -149,6 +149,7 @@ def test_only_the_adapter_learns_and_it_learns(tiny_sd_v):
     assert not any(isinstance(m, SpeedUpAttention) for m in model.denoiser.modules())
 
 
+@pytest.mark.slow
 def test_some_samples_have_no_negative_prompt(tiny_sd_v):
     model, _, batch = made(tiny_sd_v, FIRST, no_negative=1.0)
     null = model.null_condition()["text"]
