@@ -114,6 +114,7 @@ def test_compress_keeps_the_product():
     torch.testing.assert_close(a @ b, left.double() @ right.double(), rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_thousand_nearly_collinear_rows_are_solved_to_rounding():
     generator = torch.Generator().manual_seed(0)
     common = 25 * torch.nn.functional.normalize(torch.randn(1, 768, generator=generator), dim=1)

@@ -102,6 +102,7 @@ def test_a_student_that_is_told_the_scale_is_told_its_own(tiny_sd):
     torch.testing.assert_close(apart.surrogate_images, found.surrogate_images, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["tiny_sd_v", "tiny_audio"])
 def test_checkpointing_changes_memory_alone_and_is_undone(request, family):
     # The prompts differ in length, so that a mask of text matters.

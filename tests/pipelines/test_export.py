@@ -36,6 +36,7 @@ ROWS, FEW_STEP_ROWS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
 def test_an_export_opens_as_a_model_that_samples_alike(request, tmp_path, name):
     t = STUDENTS[name]

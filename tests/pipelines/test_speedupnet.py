@@ -209,6 +209,7 @@ def test_it_plugs_into_a_model_with_a_lora(tiny_sd, exported):
     torch.testing.assert_close(generate(model, ["a dog"], negative_prompt="gogh"), expected)
 
 
+@pytest.mark.slow
 def test_it_follows_the_models_precision(tiny_sd_v, exported):
     model = open_model(tiny_sd_v, dtype=torch.bfloat16)
     attach_speedupnet(model, exported)

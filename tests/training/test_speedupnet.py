@@ -78,6 +78,7 @@ def long_step_by_hand(model, objective, batch):
 RANGES = [None, (1.0, 6.0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance_range", RANGES)
 def test_stage_1_is_its_formula(tiny_sd_v, guidance_range):
     model, objective, batch = made(tiny_sd_v, FIRST, guidance_range=guidance_range)
