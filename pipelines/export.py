@@ -353,12 +353,21 @@ def _write(
 ) -> Path:
     with written_aside(folder, marker) as aside:
         save(aside)
+        for file in aside.rglob("*.json"):
+            _without_place(file)
         if dtype is not None:
             for file in aside.rglob("*.safetensors"):
                 _cast(file, dtype)
         (aside / DEFAULTS_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         (aside / "README.md").write_text(card, encoding="utf-8")
     return folder
+
+
+def _without_place(file: Path) -> None:
+    """Takes out of a component's configuration where it was opened, which is nobody else's business."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
+        file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _cast(file: Path, dtype: torch.dtype) -> None:

@@ -124,6 +124,10 @@ def test_local_paths_stay_private(tiny_sd, tmp_path):
     for name in ("README.md", "sublimate.json"):
         assert str(tiny_sd) not in (folder / name).read_text()
         assert tiny_sd.name in (folder / name).read_text()
+    model.denoiser.network.register_to_config(_name_or_path=str(tiny_sd / "unet"))
+    student = export_student(model, model.denoiser, tmp_path / "student")
+    for file in student.rglob("*.json"):
+        assert str(tiny_sd) not in file.read_text() and '"_name_or_path"' not in file.read_text()
 
 
 def test_cards_inherit_the_license_and_name_a_base_on_the_hub(tmp_path):
