@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -26,7 +26,7 @@ def command(
 ) -> None:
     """Remove an object from an image and fill its place from what is around it; the model stays as it is."""
     from sublimate.pipelines.attention import set_attention
-    from sublimate.pipelines.attentive_eraser import erase_object
+    from sublimate.pipelines.attentive_eraser import Inversion, erase_object
     from sublimate.pipelines.folders import file_written_aside
     from sublimate.pipelines.model import open_model
     from sublimate.pipelines.pictures import to_png
@@ -46,7 +46,7 @@ def command(
         strength=strength,
         scale=scale,
         dilation=dilation,
-        inversion=inversion,  # type: ignore[arg-type]
+        inversion=cast(Inversion, inversion),
         seed=seed,
         progress=True,
     )

@@ -28,7 +28,7 @@ class PruneThenEraseConfig(Config):
         then: the eraser that follows, by name.
         options: its options.
         sparsity: share of the denoiser's weights that become zero: the smallest of all linear and convolutional layers
-            together. The paper's 95 % are for classifiers; Ink's generator draws worse from about 50 % on.
+            together. The paper's 95 % are for classifiers; a generator bears far less.
     """
 
     then: str

@@ -117,9 +117,9 @@ class RecelerObjective(RolloutObjective):
         return torch.where(free, rows.detach(), text)
 
     def loss(self, turn: Turn, batch: Batch, step: int) -> Loss:
-        c, adapters = self.config, [name for name in self.player.module.adapters]  # type: ignore[union-attr]
+        c, layers = self.config, cross_attentions(self.student.network)
         told = self.asked(batch).replace(text=batch["text"])
-        with tapped(self.student, [f"adapters.{name}" for name in adapters]) as said:
+        with tapped(self.student, [f"adapters.{key_of(name)}" for name in layers]) as said:
             prediction = self.student(batch["x_t"], batch["t"], told)
         target = replace(prediction, output=batch["target"])
         terms = {"erase": (1.0, targets.squared_error(prediction, target, c.space).mean())}
