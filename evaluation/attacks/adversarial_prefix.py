@@ -9,24 +9,24 @@ from pydantic import Field
 from torch import Tensor
 
 from sublimate.diffusion.conditions import Condition
-from sublimate.erasure.adversaries import SoftWords, denoising_error, minimise
-from sublimate.evaluation.attack import Attack, Box, Case, Outcome, pictured
+from sublimate.erasure.adversaries import SoftWords, denoising_error
+from sublimate.evaluation.attack import Case, Outcome, pictured
+from sublimate.evaluation.search_attack import SearchAttack, SearchConfig
 from sublimate.evaluation.words import spellable
 from sublimate.pipelines.generate import generate
 from sublimate.pipelines.model import Model
-from sublimate.training.config import Config
 from sublimate.training.randomness import SampleRandom
 
 
-class AdversarialPrefixConfig(Config):
+class AdversarialPrefixConfig(SearchConfig):
     """Options of the prefix search; the published attack searches one for every prompt, this one for all together.
 
     Attributes:
         tokens: words of the prefix.
         pictures: of the concept that judge a prefix.
-        max_train_steps: updates.
         train_batch_size: pictures per update.
-        learning_rate: of Adam.
+
+    The others are `SearchConfig`'s.
     """
 
     tokens: int = Field(default=3, ge=1)
@@ -36,7 +36,7 @@ class AdversarialPrefixConfig(Config):
     learning_rate: float = Field(default=0.01, gt=0)
 
 
-class AdversarialPrefix(Attack):
+class AdversarialPrefix(SearchAttack):
     """min_w E |eps - eps_theta(x_t, w + c, t)|^2 over words w before the prompt c: the model is its own classifier.
 
     Words are whole tokens of letters that are not among the concept's names. The gradient is taken at the words
@@ -46,8 +46,6 @@ class AdversarialPrefix(Attack):
 
     Config = AdversarialPrefixConfig
     paper: ClassVar[str] = "2310.11868"
-    box: ClassVar[Box] = "white box"
-    every_level: ClassVar[bool] = True
 
     @property
     def budget(self) -> str:
@@ -91,16 +89,7 @@ class AdversarialPrefix(Attack):
             with soft.spoken():
                 return error(placeholder, random)
 
-        minimise(
-            loss,
-            [free],
-            steps=c.max_train_steps,
-            learning_rate=c.learning_rate,
-            batch_size=c.train_batch_size,
-            seed=seed,
-            name=self.name(),
-            progress=progress,
-        )
+        self.search(loss, [free], seed=seed, progress=progress)
         best = min(losses, key=losses.__getitem__)
         prompts = tuple(f"{best} {prompt}".strip() for prompt in case.prompts)
         images = generate(model, prompts, seed=seed, progress=progress)

@@ -8,24 +8,24 @@ from pydantic import Field
 from torch import Tensor
 
 from sublimate.diffusion.conditions import Condition
-from sublimate.erasure.adversaries import SoftWords, denoising_error, minimise
-from sublimate.evaluation.attack import Attack, Box, Case, Outcome, pictured
+from sublimate.erasure.adversaries import SoftWords, denoising_error
+from sublimate.evaluation.attack import Case, Outcome, pictured
+from sublimate.evaluation.search_attack import SearchAttack, SearchConfig
 from sublimate.pipelines.generate import generate
 from sublimate.pipelines.model import Model
-from sublimate.training.config import Config
 from sublimate.training.randomness import SampleRandom
 
 
-class TextualInversionConfig(Config):
+class TextualInversionConfig(SearchConfig):
     """Options of textual inversion; the rate and the number of vectors are recalled (not verified).
 
     Attributes:
         tokens: how many embeddings are learned.
         start: the word whose embedding they start from; it also stands for them in prompts.
         pictures: of the concept that are learned from.
-        max_train_steps: updates.
         train_batch_size: pictures per update.
-        learning_rate: of Adam.
+
+    The others are `SearchConfig`'s.
     """
 
     tokens: int = Field(default=1, ge=1)
@@ -36,7 +36,7 @@ class TextualInversionConfig(Config):
     learning_rate: float = Field(default=5e-3, gt=0)
 
 
-class TextualInversion(Attack):
+class TextualInversion(SearchAttack):
     """min_v E |eps - eps_theta(x_t, c(v), t)|^2 over word embeddings v that stand in the concept's place in prompts.
 
     Circumventing concept erasure (arXiv 2308.01508): what a model can still be told to draw, it has not forgotten.
@@ -44,8 +44,6 @@ class TextualInversion(Attack):
 
     Config = TextualInversionConfig
     paper: ClassVar[str] = "2308.01508"
-    box: ClassVar[Box] = "white box"
-    every_level: ClassVar[bool] = True
 
     @property
     def budget(self) -> str:
@@ -65,15 +63,6 @@ class TextualInversion(Attack):
             return denoising_error(model.denoiser, random, latents, told)
 
         with soft.spoken():
-            minimise(
-                loss,
-                list(soft.values.values()),
-                steps=c.max_train_steps,
-                learning_rate=c.learning_rate,
-                batch_size=c.train_batch_size,
-                seed=seed,
-                name=self.name(),
-                progress=progress,
-            )
+            self.search(loss, list(soft.values.values()), seed=seed, progress=progress)
             images = generate(model, prompts, seed=seed, progress=progress)
         return Outcome.seen(case, prompts, images)

@@ -8,24 +8,24 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sublimate.erasure.adversaries import SoftWords, minimise
-from sublimate.evaluation.attack import Attack, Box, Case, Outcome
+from sublimate.erasure.adversaries import SoftWords
+from sublimate.evaluation.attack import Case, Outcome
+from sublimate.evaluation.search_attack import SearchAttack, SearchConfig
 from sublimate.evaluation.surrogate import concept_loss
 from sublimate.pipelines.generate import generate
 from sublimate.pipelines.model import Model
-from sublimate.training.config import Config
 from sublimate.training.randomness import SampleRandom
 
 
-class UniversalTokenConfig(Config):
+class UniversalTokenConfig(SearchConfig):
     """Options of the search.
 
     Attributes:
         start: the word whose embedding it starts from; it stands for it in prompts.
-        max_train_steps: updates.
         train_batch_size: prompts per update, each with fresh noise.
-        learning_rate: of Adam.
         surrogate_steps: sampling steps that the gradient goes through.
+
+    The others are `SearchConfig`'s.
     """
 
     start: str = Field(default="a", min_length=1)
@@ -35,7 +35,7 @@ class UniversalTokenConfig(Config):
     surrogate_steps: int = Field(default=4, ge=1)
 
 
-class UniversalToken(Attack):
+class UniversalToken(SearchAttack):
     """min_v E -log p(concept | G(z, w v)) over prompts w that say the anchor in the concept's place.
 
     Naming the concept could do the work, so the prompts do not: the learned word alone has to bring it. As with every
@@ -44,8 +44,6 @@ class UniversalToken(Attack):
 
     Config = UniversalTokenConfig
     paper: ClassVar[str] = "2306.00974"
-    box: ClassVar[Box] = "white box"
-    every_level: ClassVar[bool] = True
 
     @property
     def budget(self) -> str:
@@ -64,16 +62,7 @@ class UniversalToken(Attack):
             return concept_loss(model, case, chosen, z, c.surrogate_steps).mean()
 
         with soft.spoken():
-            minimise(
-                loss,
-                list(soft.values.values()),
-                steps=c.max_train_steps,
-                learning_rate=c.learning_rate,
-                batch_size=c.train_batch_size,
-                seed=seed,
-                name=self.name(),
-                progress=progress,
-            )
+            self.search(loss, list(soft.values.values()), seed=seed, progress=progress)
             with torch.no_grad():
                 images = generate(model, prompts, seed=seed, progress=progress)
         return Outcome.seen(case, prompts, images)
