@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from sublimate.pipelines.edit import Edit
 from sublimate.pipelines.edit_attachment import EditAttachment
 from sublimate.pipelines.model import Model
 from sublimate.pipelines.versions import versions
-from sublimate.training.config import Config as Options
+from sublimate.training.method import Method
 
 
 @dataclass(frozen=True)
@@ -31,34 +31,20 @@ class Changes:
     outcome: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Eraser(ABC):
+class Eraser(Method):
     """A method of concept erasure: options in, an edit of a model out.
 
     A method reads of a request what it has a use for; parts that would change *what* is erased and that it cannot
     honour (`within`, a detector) it refuses. `uses_anchor` and `uses_images` say whether it reads what takes a
     concept's place and pictures of it, `attaches` that its edits carry an attachment, which stock diffusers cannot
     hold. An eraser made of another has the other's answers.
-
-    Args:
-        config: the method's options.
-        options: the same by name, instead of `config`.
-
-    Raises:
-        TypeError: when both are given.
     """
 
-    Config: ClassVar[type[Options]]
-    paper: ClassVar[str]
     handles_within: bool = False
     uses_detector: bool = False
     uses_anchor: bool = True
     uses_images: bool = False
     attaches: bool = False
-
-    def __init__(self, config: Options | None = None, /, **options: Any) -> None:
-        if config is not None and options:
-            raise TypeError(f"Give the options of {self.name()} as a config or by name, not both.")
-        self.config: Any = self.Config(**options) if config is None else config
 
     def fit(
         self,
@@ -105,8 +91,3 @@ class Eraser(ABC):
         self, model: Model, request: Request, *, seed: int, detector: Detector | None, progress: bool
     ) -> Changes:
         """What `fit` puts into its edit; must leave the model as it is."""
-
-    @classmethod
-    def name(cls) -> str:
-        """The method's name: that of its file."""
-        return cls.__module__.rsplit(".", 1)[-1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -17,7 +17,7 @@ from sublimate.evaluation.agreement import check_label, read
 from sublimate.evaluation.intervals import Rate
 from sublimate.pipelines.detector import Detector
 from sublimate.pipelines.model import Model
-from sublimate.training.config import Config as Options
+from sublimate.training.method import Method
 
 Box = Literal["black box", "white box", "persistence"]
 """What the attacker has: the model's images alone, its weights and gradients, or leave to train it further."""
@@ -115,29 +115,15 @@ class Outcome:
         return cls(tuple(prompts), images.cpu(), case.shows(images), **more)
 
 
-class Attack(ABC):
+class Attack(Method):
     """A way of bringing a concept back: options in, images out.
 
     An attack gets one model at a time, and never changes it. The audit runs it on the base first: what cannot draw the
     concept there proves nothing. `every_level` says that it needs a model which denoises at every noise level.
-
-    Args:
-        config: the attack's options.
-        options: the same by name, instead of `config`.
-
-    Raises:
-        TypeError: when both are given.
     """
 
-    Config: ClassVar[type[Options]]
-    paper: ClassVar[str]
     box: ClassVar[Box]
     every_level: ClassVar[bool] = False
-
-    def __init__(self, config: Options | None = None, /, **options: Any) -> None:
-        if config is not None and options:
-            raise TypeError(f"Give the options of {self.name()} as a config or by name, not both.")
-        self.config: Any = self.Config(**options) if config is None else config
 
     @property
     @abstractmethod
@@ -160,11 +146,6 @@ class Attack(ABC):
             seed: all randomness derives from it.
             progress: show bars.
         """
-
-    @classmethod
-    def name(cls) -> str:
-        """The attack's name: that of its file."""
-        return cls.__module__.rsplit(".", 1)[-1]
 
 
 def pictured(model: Model, images: Tensor) -> Tensor:

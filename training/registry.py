@@ -64,7 +64,12 @@ def load(package: str, name: str, base: type[Base]) -> type[Base]:
         names = ", ".join(classes.values()) or "none"
         raise TypeError(f"{module.__name__} must define exactly one public {base.__name__}, and defines {names}.")
     found = next(iter(classes))
-    declared = [name for name, kind in inspect.get_annotations(base).items() if "ClassVar" in str(kind)]
+    declared = [
+        name
+        for kind in reversed(base.__mro__)
+        for name, annotation in inspect.get_annotations(kind).items()
+        if "ClassVar" in str(annotation)
+    ]
     if missing := [name for name in declared if not hasattr(found, name)]:
         raise TypeError(f"{module.__name__}.{found.__name__} must define {' and '.join(missing)}.")
     return found
