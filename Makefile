@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test quick check lint format demo benchmark-demo benchmark-erasure benchmark-ink benchmark-teacher wheel clean
+.PHONY: help venv test quick check lint format demo benchmark-demo benchmark-erasure benchmark-ink benchmark-teacher grid wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -59,6 +59,9 @@ benchmark-ink: $(INSTALLED)  ## train every objective from Ink's teacher with on
 
 benchmark-teacher: $(INSTALLED)  ## measure Ink's teacher: agreement, Ink-FID, precision, recall
 	@$(BIN)/sublimate evaluate ink --out benchmarks/results/teacher.json
+
+grid: $(INSTALLED)  ## run both property matrices on every family, and write the README's grid; an hour or two
+	@$(BIN)/python benchmarks/grid.py
 
 # sdist first: a wheel built in the tree would ship whatever an old build/ still holds.
 wheel: $(INSTALLED)  ## build the source distribution and, from it, the wheel
