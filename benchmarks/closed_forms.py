@@ -10,19 +10,17 @@ come to what was asked of them, not what a model draws.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import random
 import resource
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from tokenizers import pre_tokenizers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from full_size import CONSONANTS, LENGTH, SYLLABLES, sd15
 
 from sublimate.erasure.methods import uce
 from sublimate.erasure.request import Concept, Request
@@ -31,59 +29,6 @@ from sublimate.evaluation.hardware import hardware_line
 from sublimate.pipelines.model import Model
 
 RESULTS = Path(__file__).parent / "results"
-VOCABULARY, LENGTH = 49_408, 77
-CONSONANTS, VOWELS = "bcdfghjklmnpqrstvwxz", "aeiou"
-SYLLABLES = [c + v for c in CONSONANTS for v in VOWELS]
-
-
-def tokenizer() -> CLIPTokenizer:
-    """CLIP's layout and size: characters, the same at the end of a word, merges into made-up words, start, end."""
-    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pairs = itertools.product(SYLLABLES, SYLLABLES)
-    words = ((a + b, c + "</w>") for a, b in itertools.product(SYLLABLES, SYLLABLES) for c in CONSONANTS)
-    merges = itertools.chain(((c, v) for c, v in SYLLABLES), pairs, words)
-    merges = list(itertools.islice(merges, VOCABULARY - 2 * len(characters) - 2))
-    tokens = [*characters, *(c + "</w>" for c in characters), *("".join(pair) for pair in merges)]
-    vocabulary = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH)
-
-
-def build() -> Model:
-    """Stable Diffusion 1.5's networks with random weights."""
-    torch.manual_seed(0)
-    words = tokenizer()
-    text = CLIPTextConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        max_position_embeddings=LENGTH,
-        hidden_act="quick_gelu",
-        bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
-    )
-    autoencoder = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        latent_channels=4,
-        sample_size=512,
-    )
-    pipeline = StableDiffusionPipeline(
-        vae=autoencoder,
-        text_encoder=CLIPTextModel(text),
-        tokenizer=words,
-        # The class's defaults are Stable Diffusion's, but for the width of the text.
-        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
-        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    return Model(pipeline, "random weights of Stable Diffusion 1.5's size")
 
 
 def names(count: int) -> list[str]:
@@ -182,7 +127,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.folder.mkdir(exist_ok=True)
-    model = build()
+    torch.manual_seed(0)
+    model = sd15(nullcontext())
     print("built", round(time.process_time(), 1), flush=True)
     called = names(options.concepts + options.preserve + 1)
     anchor, erase, preserve = called[0], called[1 : options.concepts + 1], called[options.concepts + 1 :]

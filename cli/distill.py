@@ -26,11 +26,15 @@ def command(
     resolved = load_config(DistillConfig, config, overrides or (), kind="distill")
     passes = resolved.passes()
     if dry_run:
+        from sublimate.training.plan import plan_distillation
+
         typer.echo(dump_config(resolved), nl=False)
         typer.echo(
             f"# {passes:,.0f} network passes of one sample to train (a backward pass counts 2, to inputs alone 1); "
             "the teacher's own samples, where the data ask for them, come on top"
         )
+        for line in plan_distillation(resolved).lines():
+            typer.echo(f"# {line}")
         return
     typer.echo(f"Wrote {distill(resolved)}; how to load it stands in its README.md.")
     # A process that leaves while the group's threads run may be aborted by them.

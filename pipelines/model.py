@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -256,15 +257,31 @@ def open_model(
             raise ValueError(f"{path} is one file: it has no revision and no variant.")
         pipeline, defaults = _open_file(path, dtype, token), {}
     else:
-        folder = _folder(path, name, revision, variant, token)
+        folder = checkpoint_folder(name, revision=revision, variant=variant, token=token)
         pipeline = _open_folder(folder, variant, dtype)
         defaults = read_json(folder / DEFAULTS_FILE) if (folder / DEFAULTS_FILE).is_file() else {}
     # transformers keeps the precision of a text encoder's file; a mixed pipeline would fail at its first step.
     return Model(pipeline, name, defaults).to(device, dtype)
 
 
-def _folder(path: Path, name: str, revision: str | None, variant: str | None, token: str | bool | None) -> Path:
-    """The folder on disk that a source stands for, downloaded if need be."""
+def checkpoint_folder(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    token: str | bool | None = None,
+    weights: bool = True,
+) -> Path:
+    """The folder on disk that a source stands for, downloaded if need be.
+
+    Args:
+        source, revision, variant, token: as in `open_model`.
+        weights: download the weights too, not only what describes them.
+
+    Raises:
+        ValueError: when there is no such checkpoint.
+    """
+    path, name = Path(source).expanduser(), str(source)
     packaged = packaged_folder(name)
     local = path if path.is_dir() and ((path / "model_index.json").exists() or packaged is None) else packaged
     if local is not None:
@@ -277,7 +294,7 @@ def _folder(path: Path, name: str, revision: str | None, variant: str | None, to
             f"There is no checkpoint {name}: give a diffusers folder, a .safetensors file, a hub id like owner/name "
             f"or the name of a packaged model ({', '.join(packaged_names()) or 'none is installed'})."
         )
-    return _download(name, revision, variant, token)
+    return _download(name, revision, variant, token) if weights else _download_descriptions(name, revision, token)
 
 
 def weights_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -307,6 +324,15 @@ def _download(name: str, revision: str | None, variant: str | None, token: str |
                 name, revision=revision, variant=variant, token=token, use_safetensors=True
             )
         )
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:
+        raise ValueError(_hub_problem(name, revision, error)) from error
+
+
+def _download_descriptions(name: str, revision: str | None, token: str | bool | None) -> Path:
+    """Configurations and tokenizers alone."""
+    files = ["*.json", "*.txt", "*.model"]
+    try:
+        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=files))
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         raise ValueError(_hub_problem(name, revision, error)) from error
 

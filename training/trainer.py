@@ -124,7 +124,8 @@ class Trainer:
         objective.mean_over_processes = lambda tensor: self.accelerator.reduce(tensor, "mean")
         self.players = objective.players()
         for player in self.players.values():
-            player.module.to(self.accelerator.device)
+            if any(p.device != self.accelerator.device for p in player.module.parameters()):
+                player.module.to(self.accelerator.device)
             if config.gradient_checkpointing:
                 enable_gradient_checkpointing(player.module)
         self.optimizers = {name: player.optimizer() for name, player in self.players.items()}
@@ -178,6 +179,13 @@ class Trainer:
 
     def _take(self, turn: Turn) -> dict[str, Tensor]:
         """One optimiser step of the players that `turn` trains."""
+        logs = self.accumulate(turn)
+        self._clip(turn)
+        self.update(turn)
+        return logs
+
+    def accumulate(self, turn: Turn) -> dict[str, Tensor]:
+        """Gives the turn's players the gradients of its loss, over micro-batches and processes; returns the logs."""
         for name, player in self.players.items():
             player.set_trainable(name in turn.trains)
             player.module.train(name in turn.trains)
@@ -197,21 +205,28 @@ class Trainer:
                 part_of_mean = share * value.detach()
                 logs[name] = logs[name] + part_of_mean if name in logs else part_of_mean
 
-        parameters = [p for name in turn.trains for p in self.players[name].trainable().values()]
-        self._average_gradients(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        self._average_gradients(self._training(turn))
+        return logs
+
+    def _clip(self, turn: Turn) -> None:
+        norm = torch.nn.utils.clip_grad_norm_(self._training(turn), self.config.max_grad_norm)
         if not torch.isfinite(norm):
             raise Diverged(
                 f"The gradient of turn {turn.name!r} is not finite at step {self.step}: "
                 "lower the learning rate or resume from an earlier checkpoint."
             )
+
+    def update(self, turn: Turn) -> None:
+        """Moves the turn's players along their gradients, which are then gone."""
         for name in turn.trains:
             optimizer, multiplier = self.optimizers[name], self.multipliers[name](self.step)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * multiplier
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return logs
+
+    def _training(self, turn: Turn) -> list[torch.nn.Parameter]:
+        return [p for name in turn.trains for p in self.players[name].trainable().values()]
 
     def _autocast(self) -> torch.autocast:
         enabled = self.config.mixed_precision == "bf16"

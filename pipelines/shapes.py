@@ -1,0 +1,79 @@
+"""Checkpoints without their weights: every tensor has a shape and a precision, and no storage."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers import ModelMixin
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from transformers import PreTrainedModel
+
+from sublimate.pipelines.backbones.base import backbone_for
+from sublimate.pipelines.checkpoints import read_json
+from sublimate.pipelines.model import DEFAULTS_FILE, Model, checkpoint_folder
+from sublimate.pipelines.progress import without_bars
+
+
+def open_shapes(source: str | Path) -> Model:
+    """Opens a checkpoint's shapes: what a run would cost can be counted before anything large is read or downloaded.
+
+    The weights are torch's fake tensors, in float32: operations with them give fake tensors, at once, whatever their
+    size. Of a hub id only the configurations and tokenizers are fetched.
+
+    Args:
+        source: a diffusers folder, the name of a packaged model, or a hub id.
+
+    Raises:
+        ValueError: when the checkpoint is missing or of an unknown family, or one file, which holds no configuration.
+    """
+    if Path(source).is_file():
+        raise ValueError(f"{source} is one file, whose shapes cannot be known without opening it: give a folder.")
+    folder = checkpoint_folder(source, weights=False)
+    index = read_json(folder / "model_index.json")
+    kind = str(index.get("_class_name"))
+    backbone_for(kind)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with without_bars():
+        # Components are [library, class]; anything else is an option of the pipeline's.
+        components = {
+            name: _component(folder / name, *value, mode) if isinstance(value, list) else value
+            for name, value in index.items()
+            if not name.startswith("_")
+        }
+    pipeline = getattr(diffusers, kind)(**components)
+    defaults = read_json(folder / DEFAULTS_FILE) if (folder / DEFAULTS_FILE).is_file() else {}
+    return Model(pipeline, str(source), defaults)
+
+
+def _component(folder: Path, library: str | None, name: str | None, mode: FakeTensorMode) -> Any:
+    if library is None or name is None:
+        return None
+    # A pipeline's own classes are recorded by the name of its folder in diffusers.
+    own = getattr(diffusers.pipelines, library, None)
+    cls = getattr(own if own is not None else importlib.import_module(library), name)
+    if not issubclass(cls, nn.Module):
+        return cls.from_pretrained(folder)
+    if issubclass(cls, ModelMixin):
+        return _without_values(cls.from_config, cls.load_config(folder), mode)
+    if issubclass(cls, PreTrainedModel):
+        return _without_values(cls, cls.config_class.from_pretrained(folder), mode)
+    raise ValueError(f"{folder} is a {name}, of which no shapes can be made without its weights.")
+
+
+def _without_values(make: Callable[[Any], nn.Module], config: Any, mode: FakeTensorMode) -> nn.Module:
+    try:
+        with mode:
+            return make(config)
+    except DataDependentOutputException:  # some compute with values while they are made: those values go afterwards
+        network = make(config)
+    for module in network.modules():
+        for key, parameter in module._parameters.items():
+            module._parameters[key] = None if parameter is None else nn.Parameter(mode.from_tensor(parameter.detach()))
+        for key, buffer in module._buffers.items():
+            module._buffers[key] = None if buffer is None else mode.from_tensor(buffer)
+    return network

@@ -1,0 +1,149 @@
+"""The counted plan of a run against the same step taken with real tensors."""
+
+import itertools
+
+import pytest
+import torch
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
+
+from sublimate.diffusion.conditions import Condition
+from sublimate.pipelines.model import open_model
+from sublimate.pipelines.shapes import open_shapes
+from sublimate.training import registry
+from sublimate.training.config import validate_section
+from sublimate.training.data import ModelSource
+from sublimate.training.distill import OBJECTIVES, DistillConfig
+from sublimate.training.objective import Objective
+from sublimate.training.plan import LiveBytes, plan_distillation
+from sublimate.training.trainer import Trainer
+
+LORA = {"kind": "lora", "rank": 4}
+SMALL = {"critic_updates": 1, "discriminator_width": 8}
+
+
+def configured(folder, tmp_path, method="f_distill", objective=None, **trainer):
+    return DistillConfig(
+        model=str(folder),
+        method=method,
+        objective=SMALL if objective is None else objective,
+        trainer={"output_dir": tmp_path, "train_batch_size": 2, "ema_decay": 0.9, **trainer},
+    )
+
+
+def real_trainer(config):
+    model = open_model(config.model)
+    method = registry.load(OBJECTIVES, config.method, Objective)
+    objective = method(model, validate_section(method.Config, config.objective))
+    source = ModelSource(model, ["a"], torch.zeros(1, *model.latent_shape))
+    return model, Trainer(objective, source, config.trainer, progress=False)
+
+
+def test_shapes_know_sizes_and_no_values(tiny_sd):
+    shapes, model = open_shapes(tiny_sd), open_model(tiny_sd)
+    told = {key: (p.shape, p.dtype) for key, p in shapes.parameters().items()}
+    assert told == {key: (p.shape, p.dtype) for key, p in model.parameters().items()}
+    assert shapes.latent_shape == model.latent_shape and shapes.schedule.t_max == model.schedule.t_max
+    x0 = shapes.denoiser(torch.zeros(3, *shapes.latent_shape), 500.0, shapes.encode_prompts(["a cat"])).x0
+    assert x0.shape == (3, *model.latent_shape)
+    with pytest.raises(Exception, match="_local_scalar_dense"):
+        float(x0.sum())
+
+
+@pytest.mark.parametrize("family", ["tiny_sd3", "tiny_unconditional", "tiny_audio"])
+def test_shapes_of_other_families(request, family):
+    folder = request.getfixturevalue(family)
+    shapes, model = open_shapes(folder), open_model(folder)
+    assert {k: p.shape for k, p in shapes.parameters().items()} == {k: p.shape for k, p in model.parameters().items()}
+
+
+def test_one_file_has_no_shapes(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="give a folder"):
+        open_shapes(tmp_path / "model.safetensors")
+
+
+def test_a_storage_counts_once_and_until_it_is_freed():
+    with LiveBytes() as live:
+        a = torch.zeros(1000)
+        b = a[10:].view(-1, 10)
+        assert live.now == live.peak == 4000
+        c = a + 1
+        assert live.now == 8000
+        del a, c
+        assert (live.now, live.peak) == (4000, 8000)
+        del b
+        assert live.now == 0
+        live.reset_peak()
+        assert live.peak == 0
+
+
+def test_players_cost_what_they_do_not_share(tiny_sd_v, tmp_path):
+    found = plan_distillation(configured(tiny_sd_v, tmp_path, objective={**SMALL, "student": LORA}))
+    model, trainer = real_trainer(configured(tiny_sd_v, tmp_path, objective={**SMALL, "student": LORA}))
+    assert found.base == sum(p.numel() * 4 for p in model.parameters().values())
+    network = sum(p.numel() * 4 for p in model.denoiser.parameters())
+    trained = sum(p.numel() * 4 for p in trainer.players["student"].trainable().values())
+    student, critic = found.players["student"], found.players["critic"]
+    assert student.weights == student.gradients == student.average == trained < network
+    assert critic.weights == critic.gradients == network and critic.average == 0
+    # Two moments, and a count of steps for each tensor.
+    steps = 4 * len(trainer.players["critic"].trainable())
+    assert critic.optimizer == 2 * network + steps
+
+
+CASES = {
+    "full": {},
+    "lora": {"objective": {**SMALL, "student": LORA, "critic": LORA}},
+    "checkpointed": {"gradient_checkpointing": True},
+    "bf16": {"mixed_precision": "bf16"},
+    "accumulated": {"gradient_accumulation_steps": 2},
+    "consistency": {"method": "consistency_distillation", "objective": {"guidance_input": False}},
+}
+
+
+def allocated(events):
+    """(time, bytes) of everything that was allocated, and minus as many when it was freed."""
+    for event in events:
+        if event.typed[0] == _EventType.Allocation:
+            yield event.start_time_ns, event.typed[1].alloc_size
+        yield from allocated(event.children)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_the_peak_is_what_torchs_allocator_reports_of_a_real_step(tiny_sd_v, tmp_path, case):
+    config = configured(tiny_sd_v, tmp_path, **CASES[case])
+    found = plan_distillation(config)
+    model, trainer = real_trainer(config)
+    for turn in trainer.objective.turns(0):  # Adam's moments
+        trainer.accumulate(turn)
+        trainer.update(turn)
+    kept = list(model.parameters().values())
+    for name, player in trainer.players.items():
+        kept += player.module.parameters()
+        kept += [value for state in trainer.optimizers[name].state.values() for value in state.values()]
+        kept += trainer.averages[name].values.values() if name in trainer.averages else []
+    before = sum(t.numel() * t.element_size() for t in {id(t): t for t in kept}.values())
+    for turn in trainer.objective.turns(1):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            trainer.accumulate(turn)
+            trainer.update(turn)
+        events = sorted(allocated(profiled.profiler.kineto_results.experimental_event_tree()))
+        peak = before + max(itertools.accumulate(size for _, size in events))
+        assert found.turns[turn.name].peak == pytest.approx(peak, rel=0.15)
+
+
+def test_operations_of_a_pass_are_counted_with_attention(tiny_sd_v, tmp_path):
+    one = plan_distillation(configured(tiny_sd_v, tmp_path)).flops
+    two = plan_distillation(configured(tiny_sd_v, tmp_path, train_batch_size=4)).flops
+    assert two == 2 * one > 0
+    written = configured(tiny_sd_v, tmp_path).model_copy(update={"attention": "math"})
+    # Scores written out are two products of matrices for each of the fused kernel's, and take memory besides.
+    assert plan_distillation(written).flops == pytest.approx(one, rel=0.02)
+
+
+def test_a_condition_without_text_is_planned_too(tiny_unconditional, tmp_path):
+    config = configured(tiny_unconditional, tmp_path, objective={**SMALL, "guidance_scale": 1.0})
+    assert plan_distillation(config).peak > 0
+    assert open_shapes(tiny_unconditional).null_condition() == Condition()

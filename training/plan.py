@@ -1,0 +1,195 @@
+"""What a training run will need, counted before it starts: a step with tensors that have shapes but no storage."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from sublimate.pipelines.attention import attention_chosen
+from sublimate.pipelines.model import Model
+from sublimate.pipelines.shapes import open_shapes
+from sublimate.training import registry
+from sublimate.training.config import validate_section
+from sublimate.training.data import ModelSource
+from sublimate.training.distill import OBJECTIVES, DistillConfig
+from sublimate.training.objective import Objective
+from sublimate.training.trainer import Trainer
+
+# Torch counts the fused kernels of GPUs, not that of CPUs, which stands for them here.
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda gradient, q, k, v, *_, **__: (
+        sdpa_backward_flop_count(gradient, q, k, v)
+    ),
+}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows the bytes of all storages that exist while it is on, and their peak.
+
+    A storage counts from the first operation that shows it until it is freed, once however many tensors share it.
+
+    Attributes:
+        now: bytes alive.
+        peak: the most there were since `reset_peak`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.see(tree_iter(result))
+        return result
+
+    def see(self, tensors: Iterable[Any]) -> None:
+        """Counts storages that were there before."""
+        for tensor in tensors:
+            if not isinstance(tensor, Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            name, size = storage._cdata, storage.nbytes()
+            if name in self._known:
+                continue
+            self._known.add(name)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._forget, name, size)
+
+    def reset_peak(self) -> None:
+        """Starts the peak anew from what is alive."""
+        self.peak = self.now
+
+    def _forget(self, name: int, size: int) -> None:
+        self._known.discard(name)
+        self.now -= size
+
+
+@dataclass(frozen=True)
+class PlayerCost:
+    """Bytes of one player beyond what it shares: weights of its own, gradients, Adam's moments and the average."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+
+
+@dataclass(frozen=True)
+class TurnCost:
+    """One turn: floating-point operations, and the most bytes alive at any moment of it."""
+
+    flops: int
+    peak: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step of a run costs on one process.
+
+    Attributes:
+        base: bytes of the model that players share: denoiser, text encoders, autoencoder.
+        players: by name.
+        turns: by name.
+    """
+
+    base: int
+    players: Mapping[str, PlayerCost]
+    turns: Mapping[str, TurnCost]
+
+    @property
+    def flops(self) -> int:
+        """Of one training step."""
+        return sum(turn.flops for turn in self.turns.values())
+
+    @property
+    def peak(self) -> int:
+        """The most bytes alive at any moment."""
+        return max(turn.peak for turn in self.turns.values())
+
+    def lines(self) -> list[str]:
+        """The plan as text, a line for each part."""
+        players = [
+            f"{name}: weights {_gib(c.weights)}, gradients {_gib(c.gradients)}, Adam {_gib(c.optimizer)}, average "
+            f"{_gib(c.average)}"
+            for name, c in self.players.items()
+        ]
+        turns = [
+            f"turn {name}: {turn.flops / 1e12:,.4g} TFLOP, peak {_gib(turn.peak)}" for name, turn in self.turns.items()
+        ]
+        return [f"shared weights: {_gib(self.base)}", *players, *turns]
+
+
+def plan_distillation(config: DistillConfig, model: Model | None = None) -> Plan:
+    """What a distillation will need, from the shapes of its teacher alone.
+
+    Args:
+        config: the run.
+        model: the teacher's shapes, where they are open already.
+
+    Raises:
+        ValueError: when the teacher's shapes cannot be known, or the method does not fit it.
+    """
+    method = registry.load(OBJECTIVES, config.method, Objective)
+    model = open_shapes(config.model) if model is None else model
+    # Only what writes scores out takes other memory than the kernel that is there.
+    kernel = config.attention if config.attention in ("math", "eager") else None
+    with attention_chosen(model, kernel):
+        objective = method(model, validate_section(method.Config, config.objective))
+        prompts, x0 = ["a"] if model.null_condition() else [], torch.zeros(1, *model.latent_shape)
+        source = ModelSource(model, prompts, x0, prompts if "negatives" in objective.needs else (), x0)
+        return plan(Trainer(objective, source, config.trainer, progress=False), model.parameters().values())
+
+
+def plan(trainer: Trainer, base: Iterable[Tensor]) -> Plan:
+    """Takes a trainer's first step, without clipping but with Adam's moments already there, and counts.
+
+    What is counted are tensors: a device's libraries and its allocator's gaps come on top.
+
+    Args:
+        trainer: of a model opened by `open_shapes`; a real one would be trained.
+        base: the model's parameters, which the players may share.
+    """
+    held = {id(p): p for p in base}
+    with LiveBytes() as live:
+        live.see(held.values())
+        shared = live.now
+        for name, optimizer in trainer.optimizers.items():
+            for parameter in trainer.players[name].trainable().values():
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        turns = {}
+        for turn in trainer.objective.turns(0):
+            live.reset_peak()
+            with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+                trainer.accumulate(turn)
+                trainer.update(turn)
+            turns[turn.name] = TurnCost(counter.get_total_flops(), live.peak)
+    players = {}
+    for name, player in trainer.players.items():
+        trains = player.trainable().values()
+        own = {id(p): p for p in player.module.parameters() if id(p) not in held}
+        held |= own
+        average = trainer.averages[name].values.values() if name in trainer.averages else ()
+        moments = [v for state in trainer.optimizers[name].state.values() for v in state.values()]
+        players[name] = PlayerCost(_bytes(own.values()), _bytes(trains), _bytes(moments), _bytes(average))
+    return Plan(shared, players, turns)
+
+
+def _bytes(tensors: Iterable[Any]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.3g} GiB"
