@@ -89,7 +89,8 @@ def generate(
         start: the schedule's time at which pure noise is put in, for a single step; the checkpoint's own default,
             else the schedule's end.
         discriminator: corrects the score of "ddim" and "heun"; its own guidance scale is then the default.
-        shown: what `model.show` makes of pictures, for models that see some; of batch size 1 or one per prompt.
+        shown: what `model.show` makes of pictures, for models that see some, or other sizes than those that are drawn
+            for models that are told some; of batch size 1 or one per prompt.
         height, width: of images in pixels, of spectrograms in frames and bins; the checkpoint's own size unless
             given.
         progress: show a bar.
@@ -156,7 +157,8 @@ def generate_latents(
         raise ValueError(f"There is nothing to draw: {len(texts)} prompts in batches of {batch_size}.")
     if z is not None and len(z) != len(texts):
         raise ValueError(f"{len(texts)} samples need as many initial noises, not {len(z)}.")
-    shown = Condition() if shown is None else shown.expand(len(texts))
+    sizes = model.backbone.sizes(model.pipeline, height, width).expand(len(texts))
+    shown = sizes if shown is None else sizes.replace(**shown.expand(len(texts)))
     few = _few_steps(model, sampler, steps, start, eta=eta, clipped_calls=clipped_calls)
     network = model.denoiser.network
     adapter = attached_speedupnet(network)
