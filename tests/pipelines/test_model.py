@@ -25,7 +25,7 @@ from sublimate.pipelines.checkpoints import single_file_family
 from sublimate.pipelines.export import export_student
 from sublimate.pipelines.model import Model, open_model, packaged_names
 
-FAMILIES = ("tiny_sd", "tiny_sd_v", "tiny_unconditional", "tiny_edm", "tiny_sd3")
+FAMILIES = ("tiny_sd", "tiny_sd_v", "tiny_unconditional", "tiny_edm", "tiny_sd3", "tiny_sdxl")
 
 
 @pytest.fixture
