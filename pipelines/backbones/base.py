@@ -130,6 +130,10 @@ class Backbone(ABC):
             raise ValueError(f"The scheduler's prediction_type {kind!r} is not one of {', '.join(KINDS)}.")
         return Parametrization(kind)
 
+    def published_defaults(self, pipe: Pipeline) -> dict[str, Any]:
+        """How the checkpoint wants to be sampled, as far as its stock folder says: entries of `Model.defaults`."""
+        return {}
+
     @staticmethod
     @abstractmethod
     def call(

@@ -186,7 +186,7 @@ def test_the_checkpoints_defaults_are_used(tiny_sd, tmp_path, monkeypatch):
         ({"guidance_scale": -1}, r"guidance scale cannot be -1\.0"),
         ({"guidance_scale": float("nan")}, "guidance scale cannot be nan"),
         ({"guidance_scale": 1, "negative_prompt": "a dog"}, "negative prompt needs guidance"),
-        ({"sampler": "magic"}, "no sampler 'magic'; use one of ddim, euler, heun, one_step"),
+        ({"sampler": "magic"}, "no sampler 'magic'; use one of ddim, euler, heun, ancestral, one_step"),
         ({"sampler": "trajectory"}, "target_time"),
         ({"sampler": "one_step", "steps": 2}, "takes 1 step, not 2"),
         ({"batch_size": 0}, "nothing to draw"),

@@ -10,6 +10,7 @@ from typing import ClassVar
 import diffusers
 import pytest
 import torch
+from checkpoints.sdxl import sdxl
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -19,10 +20,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors.torch import load_file, save_file
+from single_files import save_single_file
 
 from sublimate.pipelines import model as model_module
 from sublimate.pipelines.checkpoints import single_file_family
 from sublimate.pipelines.export import export_student
+from sublimate.pipelines.generate import generate
 from sublimate.pipelines.model import Model, open_model, packaged_names
 
 FAMILIES = ("tiny_sd", "tiny_sd_v", "tiny_unconditional", "tiny_edm", "tiny_sd3", "tiny_sdxl")
@@ -111,23 +114,26 @@ def test_a_t5_opens_in_one_precision(tiny_sd3):
     assert dtypes(open_model(tiny_sd3, dtype=torch.float16)) == {torch.float16}
 
 
-def test_variants(tiny_sd, tmp_path):
-    pipeline = DiffusionPipeline.from_pretrained(tiny_sd)
-    pipeline.save_pretrained(tmp_path / "v", variant="fp16")
-    assert open_model(tmp_path / "v", variant="fp16").content_hash() == open_model(tiny_sd).content_hash()
+@pytest.mark.parametrize("name", ["tiny_sd", "tiny_sdxl"])
+def test_variants(request, tmp_path, name):
+    folder = request.getfixturevalue(name)
+    DiffusionPipeline.from_pretrained(folder).save_pretrained(tmp_path / "v", variant="fp16")
+    assert open_model(tmp_path / "v", variant="fp16").content_hash() == open_model(folder).content_hash()
     with pytest.raises(ValueError, match=r"are missing \(it has .*fp16.safetensors: pass their variant"):
         open_model(tmp_path / "v")
 
 
-def test_shards(tiny_sd, tmp_path):
-    pipeline = DiffusionPipeline.from_pretrained(tiny_sd)
-    pipeline.save_pretrained(tmp_path / "s", max_shard_size="40KB")
+@pytest.mark.parametrize(("name", "variant"), [("tiny_sd", None), ("tiny_sdxl", None), ("tiny_sdxl", "fp16")])
+def test_shards(request, tmp_path, name, variant):
+    folder = request.getfixturevalue(name)
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.save_pretrained(tmp_path / "s", max_shard_size="40KB", variant=variant)
     shards = sorted((tmp_path / "s" / "unet").glob("*-of-*.safetensors"))
     assert len(shards) > 1
-    assert open_model(tmp_path / "s").content_hash() == open_model(tiny_sd).content_hash()
+    assert open_model(tmp_path / "s", variant=variant).content_hash() == open_model(folder).content_hash()
     shards[1].unlink()
     with pytest.raises(ValueError, match=f"{shards[1].name} is missing.*half written"):
-        open_model(tmp_path / "s")
+        open_model(tmp_path / "s", variant=variant)
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".pth", ".bin", ".PT"])
@@ -353,6 +359,7 @@ def test_a_checkpoints_own_defaults(broken):
     assert model.defaults["steps"] == 12
 
 
+SDXL_MARK = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"
 SD3_MARK = "model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias"
 
 
@@ -367,6 +374,7 @@ SD3_MARK = "model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.
         ({"model.diffusion_model.input_blocks.0.0.weight": (8, 9, 3, 3)}, "StableDiffusionInpaint"),
         ({"model.diffusion_model.input_blocks.10.0.skip_connection.bias": (4,)}, "StableDiffusionUpscale"),
         ({SD3_MARK: (9216,), "model.diffusion_model.pos_embed": (1, 36864, 1)}, "StableDiffusion3"),
+        ({SDXL_MARK: (1280,), "model.diffusion_model.out.2.bias": (4,)}, "StableDiffusionXL"),
     ],
 )
 def test_single_files_are_recognised_by_their_header(tmp_path, monkeypatch, shapes, kind):
@@ -377,14 +385,42 @@ def test_single_files_are_recognised_by_their_header(tmp_path, monkeypatch, shap
         raise OSError("no network\nat all")
 
     monkeypatch.setattr(getattr(diffusers, f"{kind}Pipeline"), "from_single_file", offline)
-    with pytest.raises(ValueError, match=r"configuration from the hub \(no network\)"):
+    with pytest.raises(ValueError, match=r"which the hub gives, or a diffusers folder as config \(no network\)"):
         open_model(tmp_path / "model.safetensors")
 
 
-@pytest.mark.parametrize(
-    "name", ["conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias", "weight", SD3_MARK]
-)
+@pytest.mark.parametrize("name", [SDXL_MARK, SDXL_MARK.replace("embedders.1", "embedders.0"), "weight", SD3_MARK])
 def test_single_files_of_other_families_are_refused(tmp_path, name):
     save_file({name: torch.zeros(9216)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="not a whole Stable Diffusion 1, 2 or 3 checkpoint"):
+    with pytest.raises(ValueError, match="not a whole Stable Diffusion 1, 2, 3 or XL checkpoint"):
         open_model(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["tiny_sd", "tiny_sdxl"])
+def test_a_single_file_opens_without_the_hub(request, tmp_path, name):
+    folder = request.getfixturevalue(name)
+    pipeline = open_model(folder).pipeline
+    if name == "tiny_sdxl":
+        # Real ones are recognised by the tenth layer of their second encoder.
+        pipeline = sdxl(pipeline.scheduler, layers=10)
+        pipeline.save_pretrained(folder := tmp_path / "folder")
+    file = save_single_file(pipeline, tmp_path / "model.safetensors")
+    whole = open_model(folder)
+    # The configuration and the tokenizers are enough.
+    for weights in folder.rglob("*.safetensors") if name == "tiny_sdxl" else ():
+        weights.unlink()
+    model = open_model(file, config=folder)
+    assert model.content_hash() == whole.content_hash()
+    drawn = generate(model, ["a cat"], steps=2)
+    torch.testing.assert_close(drawn, generate(whole, ["a cat"], steps=2), atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="no diffusers folder"):
+        open_model(file, config=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="leave out config"):
+        open_model(folder, config=folder)
+
+
+def test_a_single_file_of_another_architecture_is_one_sentence(tiny_sd, tiny_sd3, tmp_path):
+    file = save_single_file(open_model(tiny_sd).pipeline, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"configuration, not that of {tiny_sd3}") as caught:
+        open_model(file, config=tiny_sd3)
+    assert "\n" not in str(caught.value)

@@ -12,10 +12,11 @@ from diffusers import (
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from checkpoints.parts import autoencoder, clip_config, clip_tokenizer
+from checkpoints.stable_diffusion import NOISE
 
 
-def sdxl(scheduler: Any, *, force_zeros: bool = True, **unet: Any) -> StableDiffusionXLPipeline:
-    """A pipeline with this scheduler; `unet` are further options of the UNet."""
+def sdxl(scheduler: Any, *, force_zeros: bool = True, layers: int = 2, **unet: Any) -> StableDiffusionXLPipeline:
+    """A pipeline with this scheduler and `layers` in its second encoder; `unet` are further options of the UNet."""
     tokenizer = clip_tokenizer()
     network = UNet2DConditionModel(
         sample_size=8,
@@ -26,20 +27,22 @@ def sdxl(scheduler: Any, *, force_zeros: bool = True, **unet: Any) -> StableDiff
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=(1, 2),
-        cross_attention_dim=32,
+        cross_attention_dim=16 + 24,
         attention_head_dim=(1, 2),
         use_linear_projection=True,
         norm_num_groups=4,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=24 + 6 * 8,
+        projection_class_embeddings_input_dim=20 + 6 * 8,
         **unet,
     )
     return StableDiffusionXLPipeline(
         vae=autoencoder(scaling_factor=0.13025),
         text_encoder=CLIPTextModel(clip_config(tokenizer)),
         tokenizer=tokenizer,
-        text_encoder_2=CLIPTextModelWithProjection(clip_config(tokenizer, projection_dim=24)),
+        text_encoder_2=CLIPTextModelWithProjection(
+            clip_config(tokenizer, hidden_size=24, num_hidden_layers=layers, projection_dim=20)
+        ),
         tokenizer_2=clip_tokenizer(),
         unet=network,
         scheduler=scheduler,
@@ -50,8 +53,7 @@ def sdxl(scheduler: Any, *, force_zeros: bool = True, **unet: Any) -> StableDiff
 
 def euler(**options: Any) -> EulerDiscreteScheduler:
     """The scheduler that Stable Diffusion XL is published with."""
-    own = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-    return EulerDiscreteScheduler(**{**own, "timestep_spacing": "leading", **options})
+    return EulerDiscreteScheduler(**NOISE, timestep_spacing="leading", **options)
 
 
 def tiny_sdxl() -> StableDiffusionXLPipeline:
