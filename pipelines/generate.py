@@ -171,7 +171,6 @@ def generate_latents(
     default = defaults["guidance_scale"] if discriminator is None else discriminator.guidance_scale
     scale = float(default) if guidance_scale is None else float(guidance_scale)
     name = sampler or defaults.get("sampler", model.backbone.sampler)
-    noise_scale = float(defaults.get("noise_scale", 1.0))
     if discriminator is not None and (few or name not in ("ddim", "heun")):
         raise ValueError(f"A discriminator corrects the samplers ddim and heun, not {few.sampler if few else name}.")
     if discriminator is not None and start is not None:
@@ -216,7 +215,7 @@ def generate_latents(
 
             # Drawn even where it is replaced: what comes next is a sampler's fresh noise.
             own = _draw(shape, generators)
-            start_noise = noise_scale * (own if z is None else z[first : first + len(part)])
+            start_noise = model.noise_scale * (own if z is None else z[first : first + len(part)])
             start_noise = start_noise.to(model.device, model.dtype)
             if discriminator is None:
                 drawn.append(run(denoise, start_noise, noise))

@@ -87,6 +87,11 @@ class Model:
         return float(self.defaults.get("guidance_scale", self.backbone.guidance_scale))
 
     @property
+    def noise_scale(self) -> float:
+        """What the initial noise is multiplied by before the schedule scales it: 1 unless its scheduler differs."""
+        return float(self.defaults.get("noise_scale", 1.0))
+
+    @property
     def is_student(self) -> bool:
         """Whether it was trained to be drawn in one or few steps, and so knows few noise levels."""
         return "few_steps" in self.defaults or self.defaults.get("steps") == 1

@@ -1,4 +1,4 @@
-"""Latent consistency models and Turbo, from folders that nobody made for this library, against their stock pipelines."""
+"""Latent consistency models and Turbo, in folders that nobody made for this library, against stock pipelines."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler
 
 from sublimate.erasure.methods.one_step import OneStep
 from sublimate.erasure.request import Concept, Request
+from sublimate.pipelines import controls
+from sublimate.pipelines.ditto import ditto
 from sublimate.pipelines.export import export_student, save_model
 from sublimate.pipelines.generate import generate, image_generator
 from sublimate.pipelines.model import Model, open_model
@@ -57,6 +59,12 @@ def test_a_latent_consistency_model_draws_as_stock_does(models, name, options):
 def test_turbo_draws_as_stock_does(models, name, steps):
     expected = stock(models[name], num_inference_steps=steps or 1, guidance_scale=0.0)
     torch.testing.assert_close(generate(models[name], PROMPTS, steps=steps), expected, atol=1e-4, rtol=0)
+
+
+def test_a_surrogate_starts_from_the_noise_that_is_drawn_from(models):
+    model = models["tiny_sd_turbo"]
+    found = ditto(model, PROMPTS, controls.colour((0.5, 0.5, 0.5)), iterations=0)
+    torch.testing.assert_close(model.bounded(found.surrogate), found.images, atol=1e-5, rtol=0)
 
 
 def test_turbo_can_be_guided(models):

@@ -10,13 +10,16 @@ from students import with_lora
 from sublimate.diffusion.conditions import Condition
 from sublimate.erasure.eraser import Eraser
 from sublimate.erasure.request import Concept, Request
+from sublimate.pipelines import controls
 from sublimate.pipelines.backbones.sdxl import POOLED, TIME_IDS
+from sublimate.pipelines.ditto import ditto
 from sublimate.pipelines.export import export_lora
 from sublimate.pipelines.generate import generate, image_generator
 from sublimate.pipelines.model import Model, open_model
 from sublimate.training import registry
 
 PROMPTS = ["a red cat", "a painting of van gogh"]
+ONE = {"sampler": "one_step", "guidance_scale": 1.0}
 LAYER = "unet/add_embedding.linear_1.weight"
 
 
@@ -48,6 +51,11 @@ def test_other_sizes_can_be_told(model):
     told = {"original_size": (64, 48), "crops_coords_top_left": (3, 5)}
     torch.testing.assert_close(ours, stock(model, **told), atol=2e-5, rtol=0)
     assert not torch.allclose(ours, generate(model, PROMPTS, steps=2), atol=1e-4)
+
+
+def test_a_surrogate_is_told_the_size_that_is_drawn(model):
+    found = ditto(model, PROMPTS, controls.colour((0.5, 0.5, 0.5)), iterations=0, height=24, **ONE)
+    torch.testing.assert_close(model.bounded(found.surrogate), found.images, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("negative", ["", "a dog"])
