@@ -64,7 +64,7 @@ def test_turbo_draws_as_stock_does(models, name, steps):
 def test_a_surrogate_starts_from_the_noise_that_is_drawn_from(models):
     model = models["tiny_sd_turbo"]
     found = ditto(model, PROMPTS, controls.colour((0.5, 0.5, 0.5)), iterations=0)
-    torch.testing.assert_close(model.bounded(found.surrogate), found.images, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.bounded(found.surrogate_images), found.images, atol=1e-5, rtol=0)
 
 
 def test_turbo_can_be_guided(models):

@@ -55,7 +55,7 @@ def test_other_sizes_can_be_told(model):
 
 def test_a_surrogate_is_told_the_size_that_is_drawn(model):
     found = ditto(model, PROMPTS, controls.colour((0.5, 0.5, 0.5)), iterations=0, height=24, **ONE)
-    torch.testing.assert_close(model.bounded(found.surrogate), found.images, atol=2e-5, rtol=0)
+    torch.testing.assert_close(model.bounded(found.surrogate_images), found.images, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("negative", ["", "a dog"])
