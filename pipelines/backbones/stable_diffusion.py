@@ -31,9 +31,9 @@ class StableDiffusion(Backbone):
     `LatentConsistencyModelPipeline` is the same with a UNet that is told the guidance scale and `LCMScheduler`.
     """
 
-    pipeline_classes = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
+    pipeline_classes: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
     network_attribute = "unet"
-    text_components = ("text_encoder",)
+    text_components: ClassVar[tuple[str, ...]] = ("text_encoder",)
     guidance_scale = 7.5
     no_guidance: ClassVar[Mapping[str, Any]] = {"guidance_scale": 1.0}
 
