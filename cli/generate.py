@@ -22,7 +22,9 @@ def command(
     ] = None,
     sampler: Annotated[
         str | None,
-        typer.Option(help="ddim, euler, heun, one_step, consistency, target_driven, trajectory; the model's own."),
+        typer.Option(
+            help="ddim, euler, heun, ancestral, one_step, consistency, target_driven, trajectory; the model's own."
+        ),
     ] = None,
     eta: Annotated[
         float | None, typer.Option(min=0, max=1, help="Noise of the few-step samplers but consistency; 0 is none.")

@@ -9,7 +9,9 @@ import typer
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="A Stable Diffusion 1.x or 2.x checkpoint: folder, file, hub id, ink.")],
+    model: Annotated[
+        str, typer.Argument(help="A Stable Diffusion 1.x, 2.x or XL checkpoint: folder, file, hub id, ink.")
+    ],
     image: Annotated[Path, typer.Argument(help="The image, of a size that the model can draw.")],
     mask: Annotated[Path, typer.Argument(help="An image of the same size: white on the object, black elsewhere.")],
     out: Annotated[Path, typer.Option(help="The PNG file to write.")] = Path("runs/removed.png"),

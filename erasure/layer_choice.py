@@ -69,12 +69,16 @@ def scored_layers(
 
 
 def pareto_front(layers: Sequence[Layer]) -> list[Layer]:
-    """The layers than which no other is both more important and less aligned, the deepest first."""
+    """The layers than which no other is both more important and less aligned, the deepest first.
+
+    What G_f is zero on is no candidate, as an encoder that the loss does not read.
+    """
 
     def beaten(layer: Layer) -> bool:
         return any(o.importance > layer.importance and o.alignment < layer.alignment for o in layers)
 
-    return sorted((layer for layer in layers if not beaten(layer)), key=lambda layer: layer.depth, reverse=True)
+    front = [layer for layer in layers if layer.importance > 0 and not beaten(layer)]
+    return sorted(front, key=lambda layer: layer.depth, reverse=True)
 
 
 def _flat(values: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:

@@ -58,7 +58,7 @@ def erase_object(
     hole is filled with what is seen elsewhere in the image.
 
     Args:
-        model: a Stable Diffusion 1.x or 2.x checkpoint, not an inpainting one.
+        model: a Stable Diffusion 1.x, 2.x or XL checkpoint, not an inpainting one.
         images: (N, 3, height, width) in [0, 1]; a multiple of the autoencoder's factor in size, square or not.
         masks: (N, 1, height, width) or (1, 1, height, width) in [0, 1]; the object is where it is at least 0.5.
         steps: of the whole schedule, of which `strength` is run.
@@ -97,7 +97,7 @@ def erase_object(
         (scale if i >= round(first_step * steps) else 0.0, similarity if i < round(suppressed * steps) else 1.0)
         for i in range(len(grid) - 1)
     ]
-    null, found = model.null_condition(), []
+    null, found = model.null_condition().replace(**model.backbone.sizes(model.pipeline, *images.shape[-2:])), []
     around: Callable[[int], Tensor]
     with (
         redirected(network, first=first_layer) as redirection,
@@ -164,8 +164,8 @@ def _network(model: Model) -> Any:
     network = model.denoiser.network
     if not isinstance(network, UNet2DConditionModel) or model.backbone.shown or not self_attention(network):
         raise ValueError(
-            f"{model.source} has no self-attention that can be redirected: open a Stable Diffusion 1.x or 2.x "
-            "checkpoint, not an inpainting one."
+            f"{model.source} has no self-attention that can be redirected: open a Stable Diffusion 1.x, 2.x or "
+            "XL checkpoint, not an inpainting one."
         )
     if model.is_student:
         raise ValueError(f"{model.source} is a student of one or few steps: open its teacher, which takes many.")

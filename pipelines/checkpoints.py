@@ -19,6 +19,7 @@ _SINGLE_FILE_FAMILIES = {
     "inpainting": "StableDiffusionInpaintPipeline",
     "inpainting_v2": "StableDiffusionInpaintPipeline",
     "upscale": "StableDiffusionUpscalePipeline",
+    "xl_base": "StableDiffusionXLPipeline",
     "sd3": "StableDiffusion3Pipeline",
     "sd35_large": "StableDiffusion3Pipeline",
     "sd35_medium": "StableDiffusion3Pipeline",
@@ -108,10 +109,10 @@ def single_file_family(path: Path) -> str:
     except (KeyError, IndexError, NameError):
         # diffusers relies on tensors that go with the ones it recognises a family by.
         family = None
-    # Files that match nothing are reported as "v1" by diffusers.
-    if family not in _SINGLE_FILE_FAMILIES or (family == "v1" and not any(_is_unet(name) for name in names)):
+    # Files that match nothing are reported as "v1" by diffusers, and text encoders alone as what they belong to.
+    if family not in _SINGLE_FILE_FAMILIES or (family in ("v1", "xl_base") and not any(map(_is_unet, names))):
         raise ValueError(
-            f"{path} is not a whole Stable Diffusion 1, 2 or 3 checkpoint: give one, or a diffusers folder "
+            f"{path} is not a whole Stable Diffusion 1, 2, 3 or XL checkpoint: give one, or a diffusers folder "
             "(LoRA files and edits are applied to an open model)."
         )
     return _SINGLE_FILE_FAMILIES[family]

@@ -97,7 +97,7 @@ def ditto(
     with saving, tqdm(total=len(texts) * iterations, unit="update", desc="ditto", disable=not progress) as bar:
         for first in range(0, len(texts), batch_size):
             part = slice(first, first + batch_size)
-            condition = _condition(model, texts[part], scale)
+            condition = _condition(model, texts[part], scale, height, width)
             z, history, media = _optimised(model, condition, control, noise[part], iterations, learning_rate, bar)
             found.append(z)
             losses.append(history)
@@ -127,9 +127,12 @@ def surrogate(model: Model, z: Tensor, prompts: Sequence[str]) -> Tensor:
 
 
 @torch.no_grad()
-def _condition(model: Model, prompts: Sequence[str], scale: float | None) -> Condition:
+def _condition(
+    model: Model, prompts: Sequence[str], scale: float | None, height: int | None = None, width: int | None = None
+) -> Condition:
     """What the surrogate is told."""
-    condition = model.encode_prompts(prompts)
+    sizes = model.backbone.sizes(model.pipeline, height, width)
+    condition = model.encode_prompts(prompts).replace(**sizes.expand(len(prompts)))
     few = model.defaults.get("few_steps") or {}
     # A trajectory student's number is the time to jump to, which is clean data unless it is told otherwise.
     if few.get("sampler") == "trajectory" or not model.backbone.reads_guidance(model.denoiser.network):
@@ -141,7 +144,7 @@ def _condition(model: Model, prompts: Sequence[str], scale: float | None) -> Con
 def _media(model: Model, z: Tensor, condition: Condition) -> Tensor:
     schedule = model.schedule
     start = float(model.defaults.get("start", schedule.t_max))
-    x_t = (schedule.start_scale(start) * z).to(model.dtype)
+    x_t = (schedule.start_scale(start) * model.noise_scale * z).to(model.dtype)
     return model.decode(model.denoiser(x_t, start, condition).x0)
 
 

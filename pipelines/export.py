@@ -31,6 +31,8 @@ from sublimate.pipelines.versions import versions
 
 INDEX = "model_index.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
+_AS_BASE = ("steps", "guidance_scale", "few_steps", "sampler", "noise_scale")
+"""How a base is sampled, and what was tuned from it."""
 
 
 def export_student(
@@ -232,7 +234,7 @@ def _merged(network: nn.Module) -> nn.Module:
 
 def _stock_sampling(model: Model, t: float | None, few_steps: FewSteps | None, as_base: bool) -> StockSampling:
     if as_base:
-        return StockSampling(type(model.pipeline).__name__, model.pipeline.scheduler, {})
+        return StockSampling(type(model.pipeline).__name__, model.pipeline.scheduler, model.defaults.get("call", {}))
     if few_steps is None:
         return model.backbone.one_step(model.pipeline, t)
     if t is not None and t != few_steps.call_times(model.schedule)[0]:
@@ -287,7 +289,7 @@ def _record(
         "start": float(model.schedule.t_max if t is None else t),
     }
     if as_base:
-        sampling = {key: model.defaults[key] for key in ("steps", "guidance_scale") if key in model.defaults}
+        sampling = {key: model.defaults[key] for key in _AS_BASE if key in model.defaults}
     elif few is not None:
         times = few.call_times(model.schedule)
         sampling = {

@@ -23,7 +23,7 @@ from sublimate.pipelines.model import Model
 from sublimate.pipelines.negative_attention import NEGATIVE, STRENGTH, negative_attention
 from sublimate.pipelines.speedupnet import attached_speedupnet, told_guidance
 
-SAMPLERS = ("ddim", "euler", "heun", "one_step", *FEW_STEP_SAMPLERS)
+SAMPLERS = ("ddim", "euler", "heun", "ancestral", "one_step", *FEW_STEP_SAMPLERS)
 STEPS = 25
 
 Run = Callable[[DenoiseTowards, Tensor, samplers.Noise], Tensor]
@@ -82,14 +82,16 @@ def generate(
         negative_strength: of negative attention, for students that are not guided; about 0.1 to 0.5, 0 is none.
         seed: keys the noise, together with each image's place in `prompts`.
         batch_size: images at once.
-        sampler: "ddim", "euler", "heun", "one_step", or a few-step student's "consistency", "target_driven" or
-            "trajectory" (see `FewSteps`); the checkpoint's own default, else its family's.
+        sampler: "ddim", "euler", "heun", "ancestral" (DDPM's, with fresh noise in every step), "one_step", or a
+            few-step student's "consistency", "target_driven" or "trajectory" (see `FewSteps`); the checkpoint's own
+            default, else its family's.
         eta: of "target_driven" and "trajectory": 0 is deterministic; the checkpoint's own default.
         clipped_calls: of the few-step samplers: how many of the first calls clip their x0; the checkpoint's default.
         start: the schedule's time at which pure noise is put in, for a single step; the checkpoint's own default,
             else the schedule's end.
         discriminator: corrects the score of "ddim" and "heun"; its own guidance scale is then the default.
-        shown: what `model.show` makes of pictures, for models that see some; of batch size 1 or one per prompt.
+        shown: what `model.show` makes of pictures, for models that see some, or other sizes than those that are drawn
+            for models that are told some; of batch size 1 or one per prompt.
         height, width: of images in pixels, of spectrograms in frames and bins; the checkpoint's own size unless
             given.
         progress: show a bar.
@@ -156,7 +158,8 @@ def generate_latents(
         raise ValueError(f"There is nothing to draw: {len(texts)} prompts in batches of {batch_size}.")
     if z is not None and len(z) != len(texts):
         raise ValueError(f"{len(texts)} samples need as many initial noises, not {len(z)}.")
-    shown = Condition() if shown is None else shown.expand(len(texts))
+    sizes = model.backbone.sizes(model.pipeline, height, width).expand(len(texts))
+    shown = sizes if shown is None else sizes.replace(**shown.expand(len(texts)))
     few = _few_steps(model, sampler, steps, start, eta=eta, clipped_calls=clipped_calls)
     network = model.denoiser.network
     adapter = attached_speedupnet(network)
@@ -167,7 +170,7 @@ def generate_latents(
         raise ValueError(f"Sampling needs at least 1 step, not {steps}.")
     default = defaults["guidance_scale"] if discriminator is None else discriminator.guidance_scale
     scale = float(default) if guidance_scale is None else float(guidance_scale)
-    name = sampler or model.backbone.sampler
+    name = sampler or defaults.get("sampler", model.backbone.sampler)
     if discriminator is not None and (few or name not in ("ddim", "heun")):
         raise ValueError(f"A discriminator corrects the samplers ddim and heun, not {few.sampler if few else name}.")
     if discriminator is not None and start is not None:
@@ -212,7 +215,8 @@ def generate_latents(
 
             # Drawn even where it is replaced: what comes next is a sampler's fresh noise.
             own = _draw(shape, generators)
-            start_noise = (own if z is None else z[first : first + len(part)]).to(model.device, model.dtype)
+            start_noise = model.noise_scale * (own if z is None else z[first : first + len(part)])
+            start_noise = start_noise.to(model.device, model.dtype)
             if discriminator is None:
                 drawn.append(run(denoise, start_noise, noise))
             else:
@@ -266,8 +270,12 @@ def _walk(model: Model, name: str, steps: int, start: float | None) -> Run:
                 f"The one_step sampler, and any start before the schedule's end, takes 1 step, not {steps}."
             )
         return lambda denoise, z, noise: samplers.one_step(_plain(denoise), z, schedule, start)
-    walk = {"ddim": samplers.ddim, "euler": samplers.euler, "heun": samplers.heun}[name]
     grid = schedule.grid(steps, model.backbone.grid_spacing)
+    if name == "ancestral":
+        return lambda denoise, z, noise: samplers.ddim(
+            _plain(denoise), schedule.noise_scale * z, schedule, grid, eta=1.0, noise=noise
+        )
+    walk = {"ddim": samplers.ddim, "euler": samplers.euler, "heun": samplers.heun}[name]
     return lambda denoise, z, noise: walk(_plain(denoise), schedule.noise_scale * z, schedule, grid)
 
 

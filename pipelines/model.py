@@ -45,8 +45,8 @@ class Model:
         denoiser: its network as (x_t, t, condition) -> Prediction.
         schedule: the noise schedule it was trained with.
         source: what it was opened from.
-        defaults: "guidance_scale", "steps", "start" and "few_steps" from the checkpoint's `sublimate.json`, as far as
-            given.
+        defaults: "guidance_scale", "steps", "start", "few_steps", "sampler" and "noise_scale" (of the initial noise)
+            from the checkpoint's `sublimate.json`, or, without that file, as far as its scheduler says them.
         attached: what applied edits carry beside the weights, in the order in which it acts.
     """
 
@@ -86,6 +86,11 @@ class Model:
     def guidance_scale(self) -> float:
         """The guidance this checkpoint is usually sampled with; 1 is none."""
         return float(self.defaults.get("guidance_scale", self.backbone.guidance_scale))
+
+    @property
+    def noise_scale(self) -> float:
+        """What the initial noise is multiplied by before the schedule scales it: 1 unless its scheduler differs."""
+        return float(self.defaults.get("noise_scale", 1.0))
 
     @property
     def is_student(self) -> bool:
@@ -234,6 +239,7 @@ def open_model(
     revision: str | None = None,
     variant: str | None = None,
     token: str | bool | None = None,
+    config: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Model:
@@ -245,6 +251,8 @@ def open_model(
         revision: branch, tag or commit of a hub id.
         variant: of the weights' files, such as "fp16".
         token: for gated or private repositories of the hub.
+        config: a diffusers folder with the configuration and tokenizers of a single file's architecture, for which
+            weights are not needed; from the hub unless given.
         dtype: precision of all weights.
         device: where to put them.
 
@@ -255,11 +263,15 @@ def open_model(
     if path.is_file():
         if revision or variant:
             raise ValueError(f"{path} is one file: it has no revision and no variant.")
-        pipeline, defaults = _open_file(path, dtype, token), {}
+        pipeline, file = _open_file(path, dtype, token, config), None
+    elif config is not None:
+        raise ValueError(f"{name} is no single file and has its own configuration: leave out config.")
     else:
         folder = checkpoint_folder(name, revision=revision, variant=variant, token=token)
         pipeline = _open_folder(folder, variant, dtype)
-        defaults = read_json(folder / DEFAULTS_FILE) if (folder / DEFAULTS_FILE).is_file() else {}
+        file = folder / DEFAULTS_FILE if (folder / DEFAULTS_FILE).is_file() else None
+    backbone = backbone_for(type(pipeline).__name__)
+    defaults = backbone.published_defaults(pipeline) if file is None else read_json(file)
     # transformers keeps the precision of a text encoder's file; a mixed pipeline would fail at its first step.
     return Model(pipeline, name, defaults).to(device, dtype)
 
@@ -372,16 +384,21 @@ def _open_folder(folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
 
 
 @without_bars()
-def _open_file(path: Path, dtype: torch.dtype, token: str | bool | None) -> Any:
+def _open_file(path: Path, dtype: torch.dtype, token: str | bool | None, config: str | Path | None) -> Any:
     refuse_pickle(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} is not a checkpoint: give a .safetensors file or a diffusers folder.")
     kind = single_file_family(path)
+    if config is not None and not (Path(config) / "model_index.json").is_file():
+        raise ValueError(f"{config} is no diffusers folder: config has to be one, of the file's architecture.")
     try:
-        return getattr(diffusers, kind).from_single_file(path, dtype=dtype, token=token)
+        return getattr(diffusers, kind).from_single_file(
+            path, dtype=dtype, token=token, config=None if config is None else str(config)
+        )
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        source = "which the hub gives, or a diffusers folder as config" if config is None else f"not that of {config}"
         raise ValueError(
-            f"{path} cannot be opened as a {kind}: a single file needs its family's configuration from the hub "
+            f"{path} cannot be opened as a {kind}: a single file needs its architecture's configuration, {source} "
             f"({_first_line(error)})"
         ) from error
 

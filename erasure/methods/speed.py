@@ -27,7 +27,8 @@ class SPEEDConfig(Config):
         tokens: which rows are a concept's, see `erasure/token_rows.py`; the authors take the "last" token, for nudity
             all.
         templates: prompts with `{}` in which concepts, erased and preserved, are encoded.
-        layers: "values" of cross-attention alone (the authors'), or "all" layers through which text enters.
+        layers: "values" of cross-attention (the authors'), with the pooled path where there is one beside them, or
+            "all" layers through which text enters.
         threshold: directions on which preserved rows have a smaller mean square may change.
         lam: pull towards the old weights, per erased row.
         influence_filter: preserve only rows that an unconfined edit would move more than the average one (influence-
@@ -68,11 +69,11 @@ class SPEED(Eraser):
         config: SPEEDConfig = self.config
         layers = text_layers(model)
         if config.layers == "values":
-            layers = [layer for layer in layers if layer.key.endswith(".to_v.weight")]
-            if not layers:
+            if not any(layer.key.endswith(".to_v.weight") for layer in layers):
                 raise ValueError(
                     f"Text enters {model.source} through no values of cross-attention: set layers to all."
                 )
+            layers = [layer for layer in layers if not layer.key.endswith(".to_k.weight")]
         by_key = request_rows(model, request, config.templates, config.tokens)
         null = model.null_condition().to("cpu", torch.float64)
         fixed = {name: _fixed_rows(null[name][0]) for name in {layer.reads for layer in layers}}

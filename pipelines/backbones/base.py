@@ -130,6 +130,10 @@ class Backbone(ABC):
             raise ValueError(f"The scheduler's prediction_type {kind!r} is not one of {', '.join(KINDS)}.")
         return Parametrization(kind)
 
+    def published_defaults(self, pipe: Pipeline) -> dict[str, Any]:
+        """How the checkpoint wants to be sampled, as far as its stock folder says: entries of `Model.defaults`."""
+        return {}
+
     @staticmethod
     @abstractmethod
     def call(
@@ -185,6 +189,13 @@ class Backbone(ABC):
     @abstractmethod
     def null_condition(self, pipe: Pipeline) -> Condition:
         """The condition, of batch size 1, that stands for no text; without keys for an unconditional model."""
+
+    def sizes(self, pipe: Pipeline, height: int | None = None, width: int | None = None) -> Condition:
+        """What the network is told of the size it draws, of batch size 1; without keys where it is told none.
+
+        `encode_prompts` tells it the checkpoint's own size; height and width are as in `latent_shape`.
+        """
+        return Condition()
 
     def show(self, pipe: Pipeline, *args: Any, **pictures: Any) -> Condition:
         """What the network is told of pictures, beside the text; the family's class says which it takes.

@@ -17,6 +17,7 @@ from sublimate.pipelines.few_steps import FewSteps
 from sublimate.pipelines.negative_attention import NEGATIVE, STRENGTH, negative_arguments
 from sublimate.pipelines.one_step import flow_at
 from sublimate.pipelines.stock_few_steps import flow_sampling
+from sublimate.pipelines.text_encoders import penultimate_states
 from sublimate.pipelines.tokens import TokenSpan, concept_span, prompt_span, tokenize
 
 T5_LENGTH = 256
@@ -81,8 +82,8 @@ class StableDiffusion3(Backbone):
         )
 
     def encode_prompts(self, pipe: Pipeline, prompts: Sequence[str]) -> Condition:
-        first, pooled_first = _clip(pipe.tokenizer, pipe.text_encoder, prompts)
-        second, pooled_second = _clip(pipe.tokenizer_2, pipe.text_encoder_2, prompts)
+        first, pooled_first = penultimate_states(pipe.tokenizer, pipe.text_encoder, prompts)
+        second, pooled_second = penultimate_states(pipe.tokenizer_2, pipe.text_encoder_2, prompts)
         clip = torch.cat([first, second], dim=-1)
         width = pipe.transformer.config.joint_attention_dim
         if pipe.text_encoder_3 is None:
@@ -142,10 +143,3 @@ def _parts(pipe: Pipeline) -> list[tuple[Any, int, int]]:
     clip = pipe.tokenizer.model_max_length
     parts = [(pipe.tokenizer, clip, 0)]
     return parts if pipe.text_encoder_3 is None else [*parts, (pipe.tokenizer_3, T5_LENGTH, clip)]
-
-
-def _clip(tokenizer: Any, encoder: Any, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """The states before the last layer (batch, tokens, width) and the projected pooled state (batch, width)."""
-    ids, _ = tokenize(tokenizer, prompts)
-    states = encoder(ids.to(encoder.device), output_hidden_states=True)
-    return states.hidden_states[-2], states.text_embeds

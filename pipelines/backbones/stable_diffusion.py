@@ -17,6 +17,7 @@ from sublimate.pipelines.features import tapped, unet_taps
 from sublimate.pipelines.few_steps import FewSteps
 from sublimate.pipelines.negative_attention import NEGATIVE, STRENGTH, negative_arguments
 from sublimate.pipelines.one_step import ddim_at
+from sublimate.pipelines.published_students import published_defaults
 from sublimate.pipelines.stock_few_steps import table_sampling
 from sublimate.pipelines.tokens import TokenSpan, concept_span, prompt_span, tokenize
 
@@ -25,13 +26,19 @@ NUMBER_WIDTH = 256
 
 
 class StableDiffusion(Backbone):
-    """`StableDiffusionPipeline`. Text enters through the keys and values of every cross-attention layer."""
+    """`StableDiffusionPipeline`. Text enters through the keys and values of every cross-attention layer.
 
-    pipeline_classes = ("StableDiffusionPipeline",)
+    `LatentConsistencyModelPipeline` is the same with a UNet that is told the guidance scale and `LCMScheduler`.
+    """
+
+    pipeline_classes: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
     network_attribute = "unet"
-    text_components = ("text_encoder",)
+    text_components: ClassVar[tuple[str, ...]] = ("text_encoder",)
     guidance_scale = 7.5
     no_guidance: ClassVar[Mapping[str, Any]] = {"guidance_scale": 1.0}
+
+    def published_defaults(self, pipe: Pipeline) -> dict[str, Any]:
+        return published_defaults(pipe.scheduler, self.schedule(pipe), told_guidance=self.reads_guidance(pipe.unet))
 
     @staticmethod
     def call(

@@ -147,7 +147,9 @@ def test_the_front_holds_what_no_other_layer_beats_the_deepest_first():
         layer("aligned", 0.4, 1.0, 0.1),
         layer("as important", 0.8, 5.0, 0.95),  # worse in one, equal in the other: not beaten
     ]
-    assert [found.name for found in pareto_front(layers)] == ["as important", "between", "aligned", "important"]
+    unread = layer("of an encoder that no loss reads", 0.95, 0.0, 0.0)
+    expected = ["as important", "between", "aligned", "important"]
+    assert [found.name for found in pareto_front([*layers, unread])] == expected
 
 
 SEARCH = {"max_left": 0.0, "min_kept": 0.9}

@@ -11,7 +11,7 @@ import torch
 from sublimate.pipelines.attention import KERNELS, _attention, attention_report, set_attention
 from sublimate.pipelines.model import Model, open_model
 
-FAMILIES = ("tiny_sd", "tiny_unconditional", "tiny_sd3")
+FAMILIES = ("tiny_sd", "tiny_unconditional", "tiny_sd3", "tiny_sdxl")
 
 
 @pytest.fixture

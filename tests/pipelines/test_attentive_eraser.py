@@ -26,7 +26,7 @@ MASKS[1, 0, 13, 20] = 1
 FEW = {"steps": 5, "first_layer": 0.0, "first_step": 0.0}
 
 
-@pytest.fixture(params=("tiny_sd", "tiny_sd_v"))
+@pytest.fixture(params=("tiny_sd", "tiny_sd_v", "tiny_sdxl_v"))
 def model(request):
     return open_model(request.getfixturevalue(request.param))
 
@@ -34,6 +34,11 @@ def model(request):
 @pytest.fixture
 def plain_model(tiny_sd):
     return open_model(tiny_sd)
+
+
+def untold(model):
+    """No text, and the size of the images."""
+    return model.null_condition().replace(**model.backbone.sizes(model.pipeline, 16, 24))
 
 
 def hole():
@@ -52,7 +57,7 @@ def blended(model, grid, step):
 
 
 def test_without_guidance_it_is_plain_sampling_within_the_mask(model):
-    null, grid = model.null_condition(), model.schedule.grid(5)[1:]
+    null, grid = untold(model), model.schedule.grid(5)[1:]
 
     def step(x, t, to):
         return ddim(lambda x_t, t: model.denoiser(x_t, t, null), x, model.schedule, [t, to])
@@ -63,7 +68,7 @@ def test_without_guidance_it_is_plain_sampling_within_the_mask(model):
 
 def test_guidance_leads_from_plain_to_redirected_attention(model):
     """Each branch in a pass of its own, eps put together as the paper has it."""
-    null, grid = model.null_condition(), model.schedule.grid(5)[1:]
+    null, grid = untold(model), model.schedule.grid(5)[1:]
     places = iter(range(4))
 
     def step(x, t, to):
@@ -198,7 +203,7 @@ def test_bad_input_is_one_sentence(plain_model, change, sentence):
 
 @pytest.mark.parametrize("family", ("tiny_unconditional", "tiny_inpainting", "tiny_sd3"))
 def test_other_families_are_refused(request, family):
-    with pytest.raises(ValueError, match=r"Stable Diffusion 1.x or 2.x"):
+    with pytest.raises(ValueError, match=r"Stable Diffusion 1\.x, 2\.x or XL"):
         erase_object(open_model(request.getfixturevalue(family)), IMAGES, MASKS)
 
 

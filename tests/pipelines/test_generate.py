@@ -14,7 +14,7 @@ from sublimate.diffusion.denoisers import Denoiser
 from sublimate.pipelines.generate import SAMPLERS, generate, generate_latents, image_generator, initial_noise
 from sublimate.pipelines.model import Model, open_model
 
-FAMILIES = ("tiny_sd", "tiny_sd_v", "tiny_unconditional", "tiny_edm", "tiny_sd3")
+FAMILIES = ("tiny_sd", "tiny_sd_v", "tiny_unconditional", "tiny_edm", "tiny_sd3", "tiny_sdxl")
 PROMPTS = ["a red cat", "a dog", "the style of van gogh", "a painting in red", ""]
 
 
@@ -72,13 +72,13 @@ def test_noise_leaves_the_global_random_state_alone(models):
 
 @torch.no_grad()
 @pytest.mark.parametrize("scale", [1.0, 4.0])
-@pytest.mark.parametrize("name", ["tiny_sd", "tiny_sd_v"])
-def test_ddim_agrees_with_the_stock_pipeline(tiny_sd, tiny_sd_v, name, scale):
-    model = open_model({"tiny_sd": tiny_sd, "tiny_sd_v": tiny_sd_v}[name])
+@pytest.mark.parametrize("name", ["tiny_sd", "tiny_sd_v", "tiny_sdxl", "tiny_sdxl_v"])
+def test_ddim_agrees_with_the_stock_pipeline(request, name, scale):
+    model = open_model(request.getfixturevalue(name))
     ours = generate(model, PROMPTS, steps=4, guidance_scale=scale, seed=9)
     pipeline = model.pipeline
     pipeline.scheduler = DDIMScheduler.from_config(
-        pipeline.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True
+        pipeline.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
     )
     pipeline.set_progress_bar_config(disable=True)
     generators = [image_generator(9, i) for i in range(len(PROMPTS))]
@@ -186,7 +186,7 @@ def test_the_checkpoints_defaults_are_used(tiny_sd, tmp_path, monkeypatch):
         ({"guidance_scale": -1}, r"guidance scale cannot be -1\.0"),
         ({"guidance_scale": float("nan")}, "guidance scale cannot be nan"),
         ({"guidance_scale": 1, "negative_prompt": "a dog"}, "negative prompt needs guidance"),
-        ({"sampler": "magic"}, "no sampler 'magic'; use one of ddim, euler, heun, one_step"),
+        ({"sampler": "magic"}, "no sampler 'magic'; use one of ddim, euler, heun, ancestral, one_step"),
         ({"sampler": "trajectory"}, "target_time"),
         ({"sampler": "one_step", "steps": 2}, "takes 1 step, not 2"),
         ({"batch_size": 0}, "nothing to draw"),

@@ -21,11 +21,10 @@ from huggingface_hub.errors import (
 from safetensors.torch import load_file, save_file
 
 from sublimate.pipelines import model as model_module
-from sublimate.pipelines.checkpoints import single_file_family
 from sublimate.pipelines.export import export_student
 from sublimate.pipelines.model import Model, open_model, packaged_names
 
-FAMILIES = ("tiny_sd", "tiny_sd_v", "tiny_unconditional", "tiny_edm", "tiny_sd3")
+FAMILIES = ("tiny_sd", "tiny_sd_v", "tiny_unconditional", "tiny_edm", "tiny_sd3", "tiny_sdxl")
 
 
 @pytest.fixture
@@ -111,23 +110,26 @@ def test_a_t5_opens_in_one_precision(tiny_sd3):
     assert dtypes(open_model(tiny_sd3, dtype=torch.float16)) == {torch.float16}
 
 
-def test_variants(tiny_sd, tmp_path):
-    pipeline = DiffusionPipeline.from_pretrained(tiny_sd)
-    pipeline.save_pretrained(tmp_path / "v", variant="fp16")
-    assert open_model(tmp_path / "v", variant="fp16").content_hash() == open_model(tiny_sd).content_hash()
+@pytest.mark.parametrize("name", ["tiny_sd", "tiny_sdxl"])
+def test_variants(request, tmp_path, name):
+    folder = request.getfixturevalue(name)
+    DiffusionPipeline.from_pretrained(folder).save_pretrained(tmp_path / "v", variant="fp16")
+    assert open_model(tmp_path / "v", variant="fp16").content_hash() == open_model(folder).content_hash()
     with pytest.raises(ValueError, match=r"are missing \(it has .*fp16.safetensors: pass their variant"):
         open_model(tmp_path / "v")
 
 
-def test_shards(tiny_sd, tmp_path):
-    pipeline = DiffusionPipeline.from_pretrained(tiny_sd)
-    pipeline.save_pretrained(tmp_path / "s", max_shard_size="40KB")
+@pytest.mark.parametrize(("name", "variant"), [("tiny_sd", None), ("tiny_sdxl", None), ("tiny_sdxl", "fp16")])
+def test_shards(request, tmp_path, name, variant):
+    folder = request.getfixturevalue(name)
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.save_pretrained(tmp_path / "s", max_shard_size="40KB", variant=variant)
     shards = sorted((tmp_path / "s" / "unet").glob("*-of-*.safetensors"))
     assert len(shards) > 1
-    assert open_model(tmp_path / "s").content_hash() == open_model(tiny_sd).content_hash()
+    assert open_model(tmp_path / "s", variant=variant).content_hash() == open_model(folder).content_hash()
     shards[1].unlink()
     with pytest.raises(ValueError, match=f"{shards[1].name} is missing.*half written"):
-        open_model(tmp_path / "s")
+        open_model(tmp_path / "s", variant=variant)
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".pth", ".bin", ".PT"])
@@ -351,40 +353,3 @@ def test_a_checkpoints_own_defaults(broken):
     model = open_model(broken)
     assert model.guidance_scale == 3
     assert model.defaults["steps"] == 12
-
-
-SD3_MARK = "model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias"
-
-
-@pytest.mark.parametrize(
-    ("shapes", "kind"),
-    [
-        ({"model.diffusion_model.out.2.bias": (4,)}, "StableDiffusion"),
-        (
-            {"model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight": (2, 1024)},
-            "StableDiffusion",
-        ),
-        ({"model.diffusion_model.input_blocks.0.0.weight": (8, 9, 3, 3)}, "StableDiffusionInpaint"),
-        ({"model.diffusion_model.input_blocks.10.0.skip_connection.bias": (4,)}, "StableDiffusionUpscale"),
-        ({SD3_MARK: (9216,), "model.diffusion_model.pos_embed": (1, 36864, 1)}, "StableDiffusion3"),
-    ],
-)
-def test_single_files_are_recognised_by_their_header(tmp_path, monkeypatch, shapes, kind):
-    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
-    assert single_file_family(tmp_path / "model.safetensors") == f"{kind}Pipeline"
-
-    def offline(*_args, **_options):
-        raise OSError("no network\nat all")
-
-    monkeypatch.setattr(getattr(diffusers, f"{kind}Pipeline"), "from_single_file", offline)
-    with pytest.raises(ValueError, match=r"configuration from the hub \(no network\)"):
-        open_model(tmp_path / "model.safetensors")
-
-
-@pytest.mark.parametrize(
-    "name", ["conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias", "weight", SD3_MARK]
-)
-def test_single_files_of_other_families_are_refused(tmp_path, name):
-    save_file({name: torch.zeros(9216)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="not a whole Stable Diffusion 1, 2 or 3 checkpoint"):
-        open_model(tmp_path / "model.safetensors")

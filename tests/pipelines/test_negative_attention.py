@@ -150,7 +150,7 @@ def test_adapters_of_the_output_projection_are_part_of_it(family, request):
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["tiny_sd_v", "tiny_sd3"])
+@pytest.mark.parametrize("family", ["tiny_sd_v", "tiny_sd3", "tiny_sdxl"])
 def test_it_survives_recomputation_in_the_backward_pass(family, request):
     """Two calls with different negatives before either is differentiated: each must recompute with its own."""
 

@@ -36,6 +36,8 @@ STUDENTS = {
     "tiny_edm@2.5": 2.5,
     "tiny_sd3": None,
     "tiny_sd3@0.75": 0.75,
+    "tiny_sdxl": None,
+    "tiny_sdxl_v@750": 750,
     "tiny_audio": None,
     "tiny_audio@399": 399,
 }
@@ -55,6 +57,8 @@ FEW_STEP_STUDENTS = {
     "tiny_edm#one": FewSteps("consistency", steps=1),
     "tiny_sd3#deterministic": FewSteps("target_driven", steps=3, grid_steps=50, guidance_scale=2.0),
     "tiny_sd3#consistency": FewSteps("consistency", steps=3),
+    "tiny_sdxl#told": FewSteps("consistency", steps=2, grid_steps=50, guidance_scale=8.0),
+    "tiny_sdxl_v#times": FewSteps("target_driven", steps=3, eta=0.2, times=(999, 875, 251), guidance_scale=2.0),
     "tiny_audio#consistency": FewSteps("consistency", steps=3, grid_steps=50),
     "tiny_audio#target_driven": FewSteps("target_driven", eta=0.3, grid_steps=250),
 }

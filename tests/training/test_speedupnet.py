@@ -196,3 +196,8 @@ def test_it_trains_exports_and_draws(tiny_sd_v, tmp_path):
     plain = generate(model, ["a dog"], steps=4, guidance_scale=1.0)
     attach_speedupnet(model, folder)
     assert not torch.equal(generate(model, ["a dog"], negative_prompt="gogh"), plain)
+
+
+def test_a_teacher_that_reads_more_than_tokens_is_refused(tiny_sdxl):
+    with pytest.raises(ValueError, match=r"cannot be told a negative prompt's text\.pooled"):
+        SpeedUpNet(open_model(tiny_sdxl), SpeedUpNet.Config())

@@ -95,7 +95,7 @@ class SpeedUpNet(SoloObjective):
         config: options.
 
     Raises:
-        ValueError: for a family without cross-attention.
+        ValueError: for a family without cross-attention, or with more to its text than the tokens that it reads.
     """
 
     Config = SpeedUpNetConfig
@@ -107,6 +107,11 @@ class SpeedUpNet(SoloObjective):
         self.null, self.shape = self.solver.null, tuple(model.latent_shape)
         adapted = cast(Denoiser, shared_copy(self.teacher))
         install_speedupnet(adapted.network, positive=config.positive, initial_scale=config.initial_scale)
+        if besides := [key for key in self.null.text_keys if key != "text"]:
+            raise ValueError(
+                f"SpeedUpNet cannot be told a negative prompt's {', '.join(besides)}, by which this teacher is guided "
+                "too: distil its guidance with another objective."
+            )
         names = [name for name, _ in adapted.named_parameters() if ".processor." in name]
         super().__init__(model, config, "adapter", make_player(adapted, config.adapter, names=names, ema=True))
 

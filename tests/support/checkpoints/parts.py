@@ -37,13 +37,15 @@ def t5_tokenizer(length: int = 512) -> T5Tokenizer:
     return T5Tokenizer(vocab=special + pieces, extra_ids=0, model_max_length=length)
 
 
-def clip_config(tokenizer: CLIPTokenizer, **options: int) -> CLIPTextConfig:
+def clip_config(
+    tokenizer: CLIPTokenizer, *, hidden_size: int = 16, num_hidden_layers: int = 2, **options: int
+) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         max_position_embeddings=MODEL_MAX_LENGTH,
-        hidden_size=16,
+        hidden_size=hidden_size,
         intermediate_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=num_hidden_layers,
         num_attention_heads=2,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -18,9 +18,17 @@ from transformers import CLIPTextModel
 
 from checkpoints.parts import autoencoder, clip_config, clip_tokenizer
 
+NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+"""The noise levels of Stable Diffusion, as its schedulers are told them."""
 
-def _stable_diffusion(
-    prediction_type: str, kind: Any = StableDiffusionPipeline, *, vae: AutoencoderKL | None = None, **options: Any
+
+def stable_diffusion(
+    prediction_type: str,
+    kind: Any = StableDiffusionPipeline,
+    *,
+    vae: AutoencoderKL | None = None,
+    scheduler: Any = None,
+    **options: Any,
 ) -> Any:
     """A pipeline of `kind`; `options` are the UNet's, where it has such, and the pipeline's."""
     tokenizer = clip_tokenizer()
@@ -36,16 +44,10 @@ def _stable_diffusion(
         attention_head_dim=2,
         norm_num_groups=4,
         num_class_embeds=options.pop("num_class_embeds", None),
+        time_cond_proj_dim=options.pop("time_cond_proj_dim", None),
     )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type=prediction_type,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        clip_sample=False,
-    )
+    if scheduler is None:
+        scheduler = DDIMScheduler(**NOISE, prediction_type=prediction_type, set_alpha_to_one=False, clip_sample=False)
     if kind is not StableDiffusionUpscalePipeline:
         options["requires_safety_checker"] = False
     return kind(
@@ -62,12 +64,12 @@ def _stable_diffusion(
 
 def tiny_sd() -> StableDiffusionPipeline:
     """Stable Diffusion 1.x: noise prediction, 4x8x8 latents, 16x16 images, 16 tokens of width 16."""
-    return _stable_diffusion("epsilon")
+    return stable_diffusion("epsilon")
 
 
 def tiny_sd_v() -> StableDiffusionPipeline:
     """Stable Diffusion 2.x: the same with v-prediction."""
-    return _stable_diffusion("v_prediction")
+    return stable_diffusion("v_prediction")
 
 
 def tiny_inpainting() -> StableDiffusionInpaintPipeline:
@@ -77,12 +79,12 @@ def tiny_inpainting() -> StableDiffusionInpaintPipeline:
     with torch.no_grad():
         vae.quant_conv.weight[4:] = 0
         vae.quant_conv.bias[4:] = -30
-    return _stable_diffusion("v_prediction", StableDiffusionInpaintPipeline, vae=vae, in_channels=9)
+    return stable_diffusion("v_prediction", StableDiffusionInpaintPipeline, vae=vae, in_channels=9)
 
 
 def tiny_upscaling() -> StableDiffusionUpscalePipeline:
     """Stable Diffusion's upscaler: 7 channels, 8x8 small images, noise levels from 0 to 35, v-prediction."""
-    return _stable_diffusion(
+    return stable_diffusion(
         "v_prediction",
         StableDiffusionUpscalePipeline,
         vae=autoencoder(scaling_factor=0.08333),

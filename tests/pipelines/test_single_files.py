@@ -1,0 +1,80 @@
+"""Checkpoints of one file: which family they are of, and opening them without the hub."""
+
+from __future__ import annotations
+
+import diffusers
+import pytest
+import torch
+from checkpoints.sdxl import sdxl
+from safetensors.torch import save_file
+from single_files import save_single_file
+
+from sublimate.pipelines.checkpoints import single_file_family
+from sublimate.pipelines.generate import generate
+from sublimate.pipelines.model import open_model
+
+SDXL_MARK = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"
+SD3_MARK = "model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias"
+
+
+@pytest.mark.parametrize(
+    ("shapes", "kind"),
+    [
+        ({"model.diffusion_model.out.2.bias": (4,)}, "StableDiffusion"),
+        (
+            {"model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight": (2, 1024)},
+            "StableDiffusion",
+        ),
+        ({"model.diffusion_model.input_blocks.0.0.weight": (8, 9, 3, 3)}, "StableDiffusionInpaint"),
+        ({"model.diffusion_model.input_blocks.10.0.skip_connection.bias": (4,)}, "StableDiffusionUpscale"),
+        ({SD3_MARK: (9216,), "model.diffusion_model.pos_embed": (1, 36864, 1)}, "StableDiffusion3"),
+        ({SDXL_MARK: (1280,), "model.diffusion_model.out.2.bias": (4,)}, "StableDiffusionXL"),
+    ],
+)
+def test_single_files_are_recognised_by_their_header(tmp_path, monkeypatch, shapes, kind):
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
+    assert single_file_family(tmp_path / "model.safetensors") == f"{kind}Pipeline"
+
+    def offline(*_args, **_options):
+        raise OSError("no network\nat all")
+
+    monkeypatch.setattr(getattr(diffusers, f"{kind}Pipeline"), "from_single_file", offline)
+    with pytest.raises(ValueError, match=r"which the hub gives, or a diffusers folder as config \(no network\)"):
+        open_model(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", [SDXL_MARK, SDXL_MARK.replace("embedders.1", "embedders.0"), "weight", SD3_MARK])
+def test_single_files_of_other_families_are_refused(tmp_path, name):
+    save_file({name: torch.zeros(9216)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="not a whole Stable Diffusion 1, 2, 3 or XL checkpoint"):
+        open_model(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["tiny_sd", "tiny_sdxl"])
+def test_a_single_file_opens_without_the_hub(request, tmp_path, name):
+    folder = request.getfixturevalue(name)
+    pipeline = open_model(folder).pipeline
+    if name == "tiny_sdxl":
+        # Real ones are recognised by the tenth layer of their second encoder.
+        pipeline = sdxl(pipeline.scheduler, layers=10)
+        pipeline.save_pretrained(folder := tmp_path / "folder")
+    file = save_single_file(pipeline, tmp_path / "model.safetensors")
+    whole = open_model(folder)
+    # The configuration and the tokenizers are enough.
+    for weights in folder.rglob("*.safetensors") if name == "tiny_sdxl" else ():
+        weights.unlink()
+    model = open_model(file, config=folder)
+    assert model.content_hash() == whole.content_hash()
+    drawn = generate(model, ["a cat"], steps=2)
+    torch.testing.assert_close(drawn, generate(whole, ["a cat"], steps=2), atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="no diffusers folder"):
+        open_model(file, config=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="leave out config"):
+        open_model(folder, config=folder)
+
+
+def test_a_single_file_of_another_architecture_is_one_sentence(tiny_sd, tiny_sd3, tmp_path):
+    file = save_single_file(open_model(tiny_sd).pipeline, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"configuration, not that of {tiny_sd3}") as caught:
+        open_model(file, config=tiny_sd3)
+    assert "\n" not in str(caught.value)
