@@ -248,7 +248,7 @@ def fine_tune(
         )
         kept = config.model_dump(mode="json", exclude={"output_dir", "checkpointing_steps", "max_train_steps"})
         identity = fingerprint(model.content_hash(), request.to_dict(paths=False), _digests(request), kept, *prompts)
-        trainer = Trainer(objective, source or _NoData(), options, fingerprint=identity, progress=progress)
+        trainer = Trainer(objective, source or NoData(), options, fingerprint=identity, progress=progress)
         try:
             trainer.run()
         except Interrupted as stopped:
@@ -263,7 +263,7 @@ def _digests(request: Request) -> list[str]:
     return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
 
 
-class _NoData:
+class NoData:
     """A source of nothing but random streams."""
 
     provides: frozenset[str] = frozenset()

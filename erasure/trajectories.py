@@ -49,18 +49,18 @@ def rollout(
     schedule, condition = denoiser.schedule, condition.expand(len(z))
     grid = schedule.grid(steps)
     x, t = at_start(schedule, z, float(grid[0]))
-    own = stops.to(x.device).reshape(-1, len(z))
+    own = stops.cpu().reshape(-1, len(z))
     found = x.expand(len(own), *x.shape).clone()
     for i in range(int(stops.max())):
-        active = (own > i).any(0)
+        active = (own > i).any(0).nonzero().squeeze(1).to(x.device)
         told = condition.index(active)
 
         def denoise(x_t: Tensor, t: Tensor, told: Condition = told) -> Prediction:
             return guided(denoiser, x_t, t, told, null, guidance_scale)
 
         x[active] = ddim(denoise, x[active], schedule, grid[i : i + 2]).to(x.dtype)
-        arrived = own == i + 1
-        found[arrived] = x.expand_as(found)[arrived]
+        places, arrived = (own == i + 1).nonzero(as_tuple=True)
+        found[places, arrived] = x[arrived]
     return found.reshape(*stops.shape, *x.shape[1:]), grid.to(t.device)[stops.to(t.device)]
 
 
