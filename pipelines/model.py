@@ -45,7 +45,7 @@ class Model:
         schedule: the noise schedule it was trained with.
         source: what it was opened from.
         defaults: "guidance_scale", "steps", "start" and "few_steps" from the checkpoint's `sublimate.json`, as far as
-            given.
+            given, else what its family knows of such checkpoints.
         attached: what applied edits carry beside the weights, in the order in which it acts.
     """
 
@@ -53,7 +53,7 @@ class Model:
         self.pipeline = pipeline
         self.backbone: Backbone = backbone_for(type(pipeline).__name__)
         self.source = source
-        self.defaults = dict(defaults or {})
+        self.defaults = {**self.backbone.defaults(pipeline), **(defaults or {})}
         self.attached: list[InstalledAttachment] = []
         for module in self.components().values():
             module.requires_grad_(False).eval()
@@ -63,6 +63,7 @@ class Model:
             self.backbone.call,
             self.schedule,
             self.backbone.parametrization(pipeline),
+            reads_guidance=self._reads_guidance(),
         )
         self._hash: tuple[Any, str] | None = None
 
@@ -177,7 +178,7 @@ class Model:
         """
         ours = self.denoiser
         network = self.backbone.with_number_input(ours.network)
-        return Denoiser(network, ours.call, ours.schedule, ours.parametrization)
+        return Denoiser(network, ours.call, ours.schedule, ours.parametrization, reads_guidance=True)
 
     def feature_taps(self) -> tuple[str, ...]:
         """The modules whose outputs serve a discriminator by default; `backbone.feature_taps` knows more."""
@@ -214,6 +215,17 @@ class Model:
             return self._hash[1]
         digests = (installed.attachment.digest for installed in self.attached)
         return hashlib.sha256(":".join([self._hash[1], *digests]).encode()).hexdigest()
+
+    def schedule_at(self, latent_shape: tuple[int, int, int]) -> Schedule:
+        """The schedule for x_t of this shape: where it depends on the size, times of grids and of training move."""
+        own = latent_shape == self.latent_shape
+        return self.schedule if own else self.backbone.schedule(self.pipeline, latent_shape)
+
+    def _reads_guidance(self) -> bool:
+        """Whether the number its network is told, if any, is the guidance scale and not the time of a jump's end."""
+        network = self.component(self.backbone.network_attribute)
+        sampler = (self.defaults.get("few_steps") or {}).get("sampler")
+        return sampler != "trajectory" and self.backbone.reads_guidance(network)
 
     def _tensors(self) -> dict[str, Tensor]:
         """Every parameter by its full key, sorted; independent of the wrapper that some releases of transformers

@@ -106,8 +106,7 @@ def few_step_images_of(model: Model, student, few: FewSteps) -> torch.Tensor:
     def noise(x):
         return torch.randn(x.shape) if isinstance(model.schedule, RectifiedFlow) else draw(x.shape[1:])
 
-    reads = model.backbone.reads_guidance(student.network)
-    denoise = telling(student, condition, model.null_condition(), few.guidance_scale, reads_guidance=reads)
+    denoise = telling(student, condition, model.null_condition(), few.guidance_scale)
     return displayed(model, sample_few_steps(few, denoise, z, model.schedule, noise))
 
 
@@ -115,7 +114,7 @@ def few_step_student_of(model: Model, name: str):
     """A student with other weights; "told" ones have a number input whose layer is not zero."""
     student = student_of(model)
     if name.endswith("#told"):
-        student.network = model.backbone.with_number_input(student.network)
+        student.network, student.reads_guidance = model.backbone.with_number_input(student.network), True
         torch.nn.init.normal_(
             student.network.time_embedding.cond_proj.weight, generator=torch.Generator().manual_seed(7)
         )
