@@ -35,7 +35,7 @@ def guided(
     Raises:
         ValueError: as in `extrapolated`.
     """
-    if not denoiser.reads_guidance or "target_time" in condition:
+    if "target_time" in condition or not denoiser.reads_guidance:
         return extrapolated(denoiser, x_t, t, condition, null, scale, features=features)
     told = torch.as_tensor(scale, dtype=torch.float32, device=x_t.device).expand(len(x_t))
     return denoiser(x_t, t, condition.expand(len(x_t)).replace(guidance=told), features=features)

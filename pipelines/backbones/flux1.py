@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers.models.embeddings import CombinedTimestepGuidanceTextProjEmbeddings
-from torch import Tensor, nn
+from torch import Tensor
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.predictions import Parametrization
@@ -149,19 +147,8 @@ class Flux1(Backbone):
         return network.config.guidance_embeds
 
     def with_number_input(self, network: Network) -> Network:
-        if self.reads_guidance(network):
-            return network
-        twin = copy.deepcopy(network, {id(p): p for p in (*network.parameters(), *network.buffers())})
-        own = twin.time_text_embed
-        width = twin.inner_dim
-        told = CombinedTimestepGuidanceTextProjEmbeddings(width, twin.config.pooled_projection_dim)
-        told.timestep_embedder, told.text_embedder = own.timestep_embedder, own.text_embedder
-        told.guidance_embedder.to(twin.x_embedder.weight)
-        nn.init.zeros_(told.guidance_embedder.linear_2.weight)
-        nn.init.zeros_(told.guidance_embedder.linear_2.bias)
-        twin.time_text_embed = told.train(own.training)
-        twin.register_to_config(guidance_embeds=True)
-        return twin
+        """A network that is told the guidance scale, which no layer is added for; its answer depends on that."""
+        return network if self.reads_guidance(network) else super().with_number_input(network)
 
     def feature_taps(self, network: Network) -> tuple[str, ...]:
         doubles = [f"transformer_blocks.{i}" for i in range(len(network.transformer_blocks))]

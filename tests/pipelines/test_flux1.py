@@ -140,21 +140,6 @@ def test_prompts_are_as_long_as_t5_reads(dev):
 
 
 @torch.no_grad()
-def test_an_input_for_the_guidance_scale_starts_out_ignored(schnell):
-    x_t, t, condition = draws(schnell)
-    own = set(map(id, schnell.denoiser.parameters()))
-    told = schnell.denoiser_with_number_input()
-    assert told.reads_guidance and not schnell.denoiser.reads_guidance
-    assert own <= set(map(id, told.parameters()))
-    expected = schnell.denoiser(x_t, t, condition).output
-    for more in ({}, {"guidance": torch.tensor([2.0, 9.0])}, {"target_time": torch.tensor([0.2, 0.0])}):
-        assert torch.equal(told(x_t, t, condition.replace(**more)).output, expected)
-    stock = type(told.network).from_config(told.network.config)
-    assert stock.state_dict().keys() == told.network.state_dict().keys()
-    assert not schnell.denoiser.network.config.guidance_embeds
-
-
-@torch.no_grad()
 def test_one_number_is_told_at_a_time(dev, schnell):
     x_t, t, condition = draws(dev)
     s = torch.tensor([0.0, 0.5])
@@ -165,6 +150,9 @@ def test_one_number_is_told_at_a_time(dev, schnell):
         dev.denoiser(x_t, t, condition.replace(target_time=s, guidance=s))
     with pytest.raises(ValueError, match=r"cannot use the condition's \['guidance'\]"):
         schnell.denoiser(x_t, t, condition.replace(guidance=s))
+    assert dev.denoiser_with_number_input().network is dev.denoiser.network
+    with pytest.raises(ValueError, match="cannot be told the guidance scale"):
+        schnell.denoiser_with_number_input()
 
 
 def test_sizes(dev):

@@ -36,6 +36,9 @@ STUDENTS = {
     "tiny_edm@2.5": 2.5,
     "tiny_sd3": None,
     "tiny_sd3@0.75": 0.75,
+    "tiny_flux": None,
+    "tiny_flux@0.75": 0.75,
+    "tiny_flux_schnell": None,
     "tiny_audio": None,
     "tiny_audio@399": 399,
 }
@@ -55,6 +58,9 @@ FEW_STEP_STUDENTS = {
     "tiny_edm#one": FewSteps("consistency", steps=1),
     "tiny_sd3#deterministic": FewSteps("target_driven", steps=3, grid_steps=50, guidance_scale=2.0),
     "tiny_sd3#consistency": FewSteps("consistency", steps=3),
+    "tiny_flux#told": FewSteps("target_driven", steps=3, grid_steps=50, guidance_scale=4.5),
+    "tiny_flux#consistency": FewSteps("consistency", steps=3),
+    "tiny_flux_schnell#deterministic": FewSteps("target_driven", steps=2),
     "tiny_audio#consistency": FewSteps("consistency", steps=3, grid_steps=50),
     "tiny_audio#target_driven": FewSteps("target_driven", eta=0.3, grid_steps=250),
 }
@@ -111,13 +117,13 @@ def few_step_images_of(model: Model, student, few: FewSteps) -> torch.Tensor:
 
 
 def few_step_student_of(model: Model, name: str):
-    """A student with other weights; "told" ones have a number input whose layer is not zero."""
+    """A student with other weights; "told" ones have a number input, in which nothing is zero."""
     student = student_of(model)
     if name.endswith("#told"):
         student.network, student.reads_guidance = model.backbone.with_number_input(student.network), True
-        torch.nn.init.normal_(
-            student.network.time_embedding.cond_proj.weight, generator=torch.Generator().manual_seed(7)
-        )
+        for parameter in student.network.parameters():
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(7))
     return student
 
 

@@ -51,10 +51,15 @@ class SwiftBrushConfig(MatchingConfig):
 
     @property
     def teacher_passes(self) -> int:
-        return 2 if self.guidance_range is not None else super().teacher_passes
+        """Network passes of one guided prediction; a network that is told the scale has no negative prompts."""
+        return 2 if self.negative_attention else self._guided_passes
+
+    @property
+    def _guided_passes(self) -> int:
+        return self.guided_passes(self.guidance_range is not None or self.guidance_scale != 1)
 
     def student_passes(self, step: int = 0) -> float:
-        return 3 + self.teacher_passes + (self.teacher_passes if self.guide_critic else 1)
+        return 3 + self.teacher_passes + (self._guided_passes if self.guide_critic else 1)
 
 
 class SwiftBrush(Matching):
