@@ -287,7 +287,9 @@ def _record(
         "start": float(model.schedule.t_max if t is None else t),
     }
     if as_base:
-        sampling = {key: model.defaults[key] for key in ("steps", "guidance_scale") if key in model.defaults}
+        sampling = {
+            key: model.defaults[key] for key in ("steps", "guidance_scale", "few_steps") if key in model.defaults
+        }
     elif few is not None:
         times = few.call_times(model.schedule)
         sampling = {

@@ -45,7 +45,7 @@ class Model:
         schedule: the noise schedule it was trained with.
         source: what it was opened from.
         defaults: "guidance_scale", "steps", "start" and "few_steps" from the checkpoint's `sublimate.json`, as far as
-            given, else what its family knows of such checkpoints.
+            given; what its family knows of such checkpoints where that says no steps.
         attached: what applied edits carry beside the weights, in the order in which it acts.
     """
 
@@ -53,7 +53,8 @@ class Model:
         self.pipeline = pipeline
         self.backbone: Backbone = backbone_for(type(pipeline).__name__)
         self.source = source
-        self.defaults = {**self.backbone.defaults(pipeline), **(defaults or {})}
+        own = dict(defaults or {})
+        self.defaults = own if own.keys() & {"steps", "few_steps"} else {**self.backbone.defaults(pipeline), **own}
         self.attached: list[InstalledAttachment] = []
         for module in self.components().values():
             module.requires_grad_(False).eval()

@@ -116,7 +116,7 @@ class Backbone(ABC):
         return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
 
     def defaults(self, pipe: Pipeline) -> Mapping[str, Any]:
-        """How such a checkpoint is sampled where it does not say so itself, as in `Model.defaults`."""
+        """How such a checkpoint is sampled where it says no steps itself, as in `Model.defaults`."""
         return {}
 
     def schedule(self, pipe: Pipeline, latent_shape: tuple[int, int, int] | None = None) -> Schedule:

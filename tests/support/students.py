@@ -10,6 +10,7 @@ from pictures import shown_to
 
 from sublimate.diffusion.samplers import one_step
 from sublimate.diffusion.schedules import RectifiedFlow
+from sublimate.pipelines.backbones.flux1 import Flux1, packed, unpacked
 from sublimate.pipelines.few_steps import FewSteps, sample_few_steps
 from sublimate.pipelines.generate import telling
 from sublimate.pipelines.model import Model
@@ -110,6 +111,8 @@ def few_step_images_of(model: Model, student, few: FewSteps) -> torch.Tensor:
     torch.manual_seed(GLOBAL_SEED)
 
     def noise(x):
+        if isinstance(model.backbone, Flux1):  # whose stock pipeline adds noise to the packed latents
+            return unpacked(torch.randn(packed(x).shape), *x.shape[2:])
         return torch.randn(x.shape) if isinstance(model.schedule, RectifiedFlow) else draw(x.shape[1:])
 
     denoise = telling(student, condition, model.null_condition(), few.guidance_scale)
