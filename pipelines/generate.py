@@ -80,7 +80,8 @@ def generate(
         guidance_scale: 1 is none; the checkpoint's own default, else its family's. An attached SpeedUpNet is told it,
             and has a default of its own.
         negative_prompt: what guidance leads away from, instead of no text; or, with a strength, negative attention.
-        negative_strength: of negative attention, for students that are not guided; about 0.1 to 0.5, 0 is none.
+        negative_strength: of negative attention, for networks that are called once a step; about 0.1 to 0.5, 0 is
+            none.
         seed: keys the noise, together with each image's place in `prompts`.
         batch_size: images at once.
         sampler: "ddim", "euler", "heun", "one_step", or a few-step student's "consistency", "target_driven" or
@@ -277,7 +278,10 @@ def _null(model: Model, scale: float, negative_prompt: str | None, reads_guidanc
         raise ValueError("A negative prompt needs guidance: set guidance_scale above 1.")
     if reads_guidance:
         if negative_prompt is not None:
-            raise ValueError(f"{model.source} is told the guidance scale and has no use for a negative prompt.")
+            raise ValueError(
+                f"{model.source} is told the guidance scale and has no other use for a negative prompt than negative "
+                "attention: give negative_strength."
+            )
         return Condition()
     if scale == 1:
         return Condition()
@@ -291,7 +295,7 @@ def _negative(model: Model, scale: float, prompt: str | None, strength: float) -
     """What negative attention is told, of batch size 1."""
     if prompt is None:
         raise ValueError("negative_strength is of a negative prompt: give one, or leave it out.")
-    if scale != 1:
+    if scale != 1 and not model.denoiser.reads_guidance:
         raise ValueError(f"Negative attention stands in for guidance: set guidance_scale to 1, not {scale}.")
     if not 0 <= strength < float("inf"):
         raise ValueError(f"The strength of a negative prompt cannot be {strength}: 0 is none, larger is stronger.")

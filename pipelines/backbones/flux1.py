@@ -72,9 +72,8 @@ class Flux1(Backbone):
         text, steering = condition["text"], None
         if (told := negative_arguments(network, condition)) is not None:
             # The negative prompt's tokens follow the prompt's.
-            steering = {"tokens": text.shape[1], "strength": told["strength"]}
-            text = torch.cat([text, told["negative"]], dim=1)
-            steering["text"] = text.shape[1]
+            tokens, text = text.shape[1], torch.cat([text, told["negative"]], dim=1)
+            steering = {"tokens": tokens, "text": text.shape[1], "strength": told["strength"]}
         height, width = x_in.shape[-2:]
         # Double and single blocks alike return (text tokens, image tokens).
         with tapped(network, features, item=1) as taps:

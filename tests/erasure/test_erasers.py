@@ -88,8 +88,9 @@ CASES = {
 
 # Why a method may refuse a family.
 REASONS = (
-    "has text_encoder, text_encoder_2, text_encoder_3",
+    "works in a single text encoder of CLIP",
     "has no cross-attention",
+    "is shown no pictures",
 )
 
 # What is tested to be refused even where not all families are.

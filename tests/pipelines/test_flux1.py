@@ -132,6 +132,17 @@ def test_guidance_of_a_told_network_is_one_pass(dev):
 
 
 @torch.no_grad()
+def test_features_are_the_images_tokens(dev):
+    x_t, t, condition = draws(dev)
+    taps = dev.backbone.feature_taps(dev.denoiser.network)
+    assert sorted(taps) == [
+        f"{kind}.{i}" for kind in ("single_transformer_blocks", "transformer_blocks") for i in (0, 1)
+    ]
+    features = dev.denoiser(x_t, t, condition, features=taps).features
+    assert {tuple(feature.shape) for feature in features.values()} == {(2, 16, 16)}
+
+
+@torch.no_grad()
 def test_prompts_are_as_long_as_t5_reads(dev):
     long = "a photo of the red dog in the style of a van gogh painting of a cat"
     text, pooled, _ = dev.pipeline.encode_prompt([long], device="cpu", max_sequence_length=24)
@@ -155,6 +166,16 @@ def test_one_number_is_told_at_a_time(dev, schnell):
         schnell.denoiser_with_number_input()
 
 
+def test_a_negative_prompt_is_read_in_attention_and_beside_the_scale(dev):
+    plain = generate(dev, PROMPTS, steps=1)
+    steered = generate(dev, PROMPTS, steps=1, negative_prompt="gogh", negative_strength=0.5)
+    assert not torch.equal(plain, steered)
+    other = generate(dev, PROMPTS, steps=1, guidance_scale=1, negative_prompt="gogh", negative_strength=0.5)
+    assert not torch.equal(steered, other)
+    with pytest.raises(ValueError, match=r"told the guidance scale and has no other use .* give negative_strength"):
+        generate(dev, PROMPTS, steps=1, negative_prompt="gogh")
+
+
 def test_sizes(dev):
     assert dev.latent_shape == (4, 8, 8)
     assert dev.backbone.latent_shape(dev.pipeline, 24, 32) == (4, 12, 16)
@@ -169,6 +190,13 @@ def test_what_the_stock_pipeline_cannot_do_is_refused(dev, schnell):
     ):
         with pytest.raises(ValueError, match="set guidance_scale to 1"):
             model.backbone.few_steps(model.pipeline, few)
+
+
+def test_a_stock_pipeline_jumps_to_clean_data_where_it_cannot_say_where_to(dev):
+    stock = dev.backbone.few_steps(dev.pipeline, FewSteps("trajectory", steps=2))
+    assert stock.scheduler.config.stochastic_sampling and stock.call["guidance_scale"] == 1
+    told = dev.backbone.few_steps(dev.pipeline, FewSteps("target_driven", steps=2, guidance_scale=3.0))
+    assert not told.scheduler.config.stochastic_sampling and told.call["guidance_scale"] == 3
 
 
 def test_noise_is_the_stock_pipelines(dev):
