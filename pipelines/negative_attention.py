@@ -92,7 +92,7 @@ class NegativeJointAttention:
                 attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs
             )
         single = encoder_hidden_states is None
-        if single:
+        if encoder_hidden_states is None:
             words, image = hidden_states[:, :text], hidden_states[:, text:]
         else:
             words, image = encoder_hidden_states, hidden_states

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.predictions import Parametrization
@@ -75,13 +76,15 @@ class Flux1(Backbone):
             tokens, text = text.shape[1], torch.cat([text, told["negative"]], dim=1)
             steering = {"tokens": tokens, "text": text.shape[1], "strength": told["strength"]}
         height, width = x_in.shape[-2:]
+        # As the stock pipeline rounds it; the network multiplies by 1000.
+        t = t_net.to(x_in.dtype) / 1000
+        number = _number(condition, x_in) if numbers else None
         # Double and single blocks alike return (text tokens, image tokens).
-        with tapped(network, features, item=1) as taps:
+        with tapped(network, features, item=1) as taps, _unrounded(network, t, number):
             y = network(
                 hidden_states=packed(x_in),
-                # As the stock pipeline rounds it; the network multiplies by 1000.
-                timestep=t_net.to(x_in.dtype) / 1000,
-                guidance=_number(condition, x_in) if numbers else None,
+                timestep=t,
+                guidance=number,
                 encoder_hidden_states=text,
                 pooled_projections=condition["text.pooled"],
                 txt_ids=torch.zeros(text.shape[1], 3, device=x_in.device, dtype=x_in.dtype),
@@ -187,6 +190,25 @@ def _positions(rows: int, columns: int) -> Tensor:
     """(0, row, column) of each patch, (rows * columns, 3) float32."""
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     return torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1).float()
+
+
+@contextmanager
+def _unrounded(network: Network, t: Tensor, number: Tensor | None) -> Iterator[None]:
+    """Within this context the network embeds these numbers as they are, in the precision that they have.
+
+    It rounds them to that of its first layer's output, which under bf16 autocast is coarser than the distance between
+    neighbouring times of a grid.
+    """
+
+    def exact(_module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        numbers = (t,) if number is None else (t, number.to(t.dtype))
+        return (*(value * 1000 for value in numbers), arguments[-1])
+
+    handle = network.time_text_embed.register_forward_pre_hook(exact)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _number(condition: Condition, x_in: Tensor) -> Tensor:

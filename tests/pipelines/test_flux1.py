@@ -73,6 +73,27 @@ def test_the_prediction_is_the_networks_velocity(request, name):
     torch.testing.assert_close(found.x0, x_t - t.float().view(-1, 1, 1, 1) * velocity, atol=1e-6, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_half_precision_rounds_the_time_as_stock_does_and_autocast_does_not(tiny_flux, dev):
+    half = open_model(tiny_flux, dtype=torch.bfloat16)
+    x_t, t, condition = draws(half)
+    velocity = half.pipeline.transformer(
+        hidden_states=packed(x_t.bfloat16()),
+        timestep=(1000 * t).bfloat16() / 1000,
+        guidance=torch.full((2,), 3.3),
+        encoder_hidden_states=condition["text"],
+        pooled_projections=condition["text.pooled"],
+        txt_ids=torch.zeros(24, 3),
+        img_ids=half.pipeline._prepare_latent_image_ids(2, 4, 4, "cpu", torch.bfloat16),
+    ).sample
+    found = half.denoiser(x_t.bfloat16(), t, condition.replace(guidance=torch.full((2,), 3.3))).output
+    assert torch.equal(packed(found), velocity)
+    x_t, _, condition = draws(dev)
+    with torch.autocast("cpu", torch.bfloat16):
+        near, end = (dev.denoiser(x_t, t, condition).output for t in (0.9985, 0.9995))  # 1 in bf16
+    assert not torch.equal(near, end)
+
+
 @pytest.mark.parametrize("scale", [1.0, 3.5])
 def test_dev_draws_as_the_stock_pipeline(dev, scale):
     found = generate(dev, PROMPTS, steps=3, guidance_scale=scale, seed=4)
