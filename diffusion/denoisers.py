@@ -46,13 +46,21 @@ class Denoiser(nn.Module):
         call: how to call it.
         schedule: what t means.
         parametrization: what the output means.
+        reads_guidance: the network is told the guidance scale, as the condition's "guidance", instead of being guided;
+            1 where it is not told.
 
     Raises:
         ValueError: if the output does not determine x0 and eps at every time of the schedule.
     """
 
     def __init__(
-        self, network: nn.Module, call: NetworkCall, schedule: Schedule, parametrization: Parametrization
+        self,
+        network: nn.Module,
+        call: NetworkCall,
+        schedule: Schedule,
+        parametrization: Parametrization,
+        *,
+        reads_guidance: bool = False,
     ) -> None:
         super().__init__()
         parametrization.check(schedule)
@@ -60,6 +68,7 @@ class Denoiser(nn.Module):
         self.call = call
         self.schedule = schedule
         self.parametrization = parametrization
+        self.reads_guidance = reads_guidance
 
     def forward(
         self, x_t: Tensor, t: Tensor | float, condition: Condition | None = None, *, features: Sequence[str] = ()

@@ -1,4 +1,4 @@
-"""Classifier-free guidance with one convention: scale 1 is no guidance."""
+"""Guidance with one convention: scale 1 is none; networks are guided, or told the scale."""
 
 from __future__ import annotations
 
@@ -14,6 +14,34 @@ from sublimate.diffusion.predictions import Prediction, per_sample
 
 
 def guided(
+    denoiser: Denoiser,
+    x_t: Tensor,
+    t: Tensor | float,
+    condition: Condition,
+    null: Condition,
+    scale: float | Tensor,
+    *,
+    features: Sequence[str] = (),
+) -> Prediction:
+    """The prediction with guidance: of a network that is told the scale one pass, else `extrapolated` from two.
+
+    A network that is told the scale (guidance distillation, Meng et al. 2023, arXiv 2210.03142) knows one null
+    condition, its own, whatever `null` is. Where its number is the time it jumps to, it is guided like any other.
+
+    Args:
+        denoiser: called once.
+        x_t, t, condition, null, scale, features: as in `extrapolated`.
+
+    Raises:
+        ValueError: as in `extrapolated`.
+    """
+    if "target_time" in condition or not denoiser.reads_guidance:
+        return extrapolated(denoiser, x_t, t, condition, null, scale, features=features)
+    told = torch.as_tensor(scale, dtype=torch.float32, device=x_t.device).expand(len(x_t))
+    return denoiser(x_t, t, condition.expand(len(x_t)).replace(guidance=told), features=features)
+
+
+def extrapolated(
     denoiser: Denoiser,
     x_t: Tensor,
     t: Tensor | float,

@@ -50,7 +50,7 @@ class RolloutConfig(StudentConfig):
     def rollout_passes(self) -> float:
         """Network passes of one sampling, on average: it ends with the last x_t that is taken."""
         part = self.sampling_steps // self.updates_per_rollout
-        return (self.sampling_steps - part + (part - 1) / 2) * (1 if self.start_guidance == 1 else 2)
+        return (self.sampling_steps - part + (part - 1) / 2) * self.guided_passes(self.start_guidance != 1)
 
     def passes(self, step: int = 0) -> float:
         """For a request with preserved concepts, if `retain` is set."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -83,10 +84,11 @@ class ChosenProcessor:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
+        temb: Any = None,
         **kwargs: Any,
     ) -> Any:
-        # The parameters are spelled out because diffusers drops what it does not find in this signature.
+        # The parameters are spelled out because diffusers drops what it does not find in this signature. The fifth is
+        # a rotary embedding where a network has that.
         with self._context():
             result = self.run(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **kwargs)
         # The forward-mode derivative of the group norms that follow fails on the transposed result.
@@ -200,7 +202,14 @@ def _original(processor: Any) -> Any:
 
 def _processor(current: Any, kernel: str, network: str) -> Any:
     original = _original(current)
-    if kernel in ("auto", "sdpa"):
+    if kernel == "auto":
+        return original
+    if hasattr(original, "_attention_backend"):
+        # It runs whichever of diffusers' backends it was told of, and the kernels of torch through "native" alone.
+        run = copy.copy(original)
+        run._attention_backend = "xformers" if kernel == "xformers" else "native"
+        return ChosenProcessor(run, original, kernel)
+    if kernel == "sdpa":
         return original
     if kernel != "xformers":
         return ChosenProcessor(original, original, kernel)

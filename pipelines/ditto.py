@@ -133,9 +133,8 @@ def _condition(
     """What the surrogate is told."""
     sizes = model.backbone.sizes(model.pipeline, height, width)
     condition = model.encode_prompts(prompts).replace(**sizes.expand(len(prompts)))
-    few = model.defaults.get("few_steps") or {}
     # A trajectory student's number is the time to jump to, which is clean data unless it is told otherwise.
-    if few.get("sampler") == "trajectory" or not model.backbone.reads_guidance(model.denoiser.network):
+    if not model.denoiser.reads_guidance:
         return condition
     told = model.guidance_scale if scale is None else scale
     return condition.replace(guidance=torch.full((len(prompts),), float(told), device=model.device))

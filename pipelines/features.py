@@ -64,6 +64,15 @@ def _end(features: dict[str, Tensor], count: int) -> Any:
     return hook
 
 
+def spread(names: Sequence[str], count: int) -> tuple[str, ...]:
+    """All names, first `count` of them at even distances up to the last.
+
+    A discriminator looks at blocks spread over the whole depth (LADD, Sauer et al. 2024, arXiv 2403.12015).
+    """
+    places = [round((i + 1) * (len(names) - 1) / count) for i in range(count)]
+    return tuple(dict.fromkeys([*(names[place] for place in places), *names]))
+
+
 def unet_taps(network: Any) -> tuple[str, ...]:
     """A UNet's blocks, by name: the middle first, whose output sees the whole picture."""
     downs = tuple(f"down_blocks.{i}" for i in range(len(network.down_blocks)))

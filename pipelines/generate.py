@@ -17,6 +17,7 @@ from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.denoisers import Denoiser
 from sublimate.diffusion.guidance import guided
 from sublimate.diffusion.predictions import Prediction
+from sublimate.diffusion.schedules import Schedule
 from sublimate.pipelines.discriminator_guidance import DiscriminatorGuidance
 from sublimate.pipelines.few_steps import FEW_STEP_SAMPLERS, DenoiseTowards, FewSteps, sample_few_steps
 from sublimate.pipelines.model import Model
@@ -79,7 +80,8 @@ def generate(
         guidance_scale: 1 is none; the checkpoint's own default, else its family's. An attached SpeedUpNet is told it,
             and has a default of its own.
         negative_prompt: what guidance leads away from, instead of no text; or, with a strength, negative attention.
-        negative_strength: of negative attention, for students that are not guided; about 0.1 to 0.5, 0 is none.
+        negative_strength: of negative attention, for networks that are called once a step; about 0.1 to 0.5, 0 is
+            none.
         seed: keys the noise, together with each image's place in `prompts`.
         batch_size: images at once.
         sampler: "ddim", "euler", "heun", "ancestral" (DDPM's, with fresh noise in every step), "one_step", or a
@@ -175,16 +177,17 @@ def generate_latents(
         raise ValueError(f"A discriminator corrects the samplers ddim and heun, not {few.sampler if few else name}.")
     if discriminator is not None and start is not None:
         raise ValueError("A discriminator corrects whole trajectories: leave out start.")
-    run = _few_step_run(model, few) if few else _walk(model, name, steps, start)
+    shape = model.backbone.latent_shape(model.pipeline, height, width)
+    schedule = model.schedule_at(shape)
+    run = _few_step_run(schedule, few) if few else _walk(model, schedule, name, steps, start)
     reads_target = few is not None and few.sampler == "trajectory"
-    reads_guidance = not reads_target and model.backbone.reads_guidance(network)
+    reads_guidance = not reads_target and model.denoiser.reads_guidance
     if negative_strength is not None:
         null, negative = Condition(), _negative(model, scale, negative_prompt, negative_strength)
     elif adapter is not None:
         null, negative, scale = Condition(), told_guidance(model, scale, negative_prompt), 1.0
     else:
         null, negative = _null(model, scale, negative_prompt, reads_guidance), Condition()
-    shape = model.backbone.latent_shape(model.pipeline, height, width)
     if z is not None and tuple(z.shape[1:]) != shape:
         raise ValueError(f"Initial noise of {tuple(z.shape[1:])} does not fit latents of {shape}.")
     calls = 2 * steps - 1 if name == "heun" and few is None else steps
@@ -197,14 +200,7 @@ def generate_latents(
             condition = model.encode_prompts(part)
             seen = shown.index(slice(first, first + len(part)))
             condition = condition.replace(**seen, **negative.expand(len(part)))
-            told = telling(
-                model.denoiser,
-                condition,
-                null,
-                scale,
-                reads_guidance=reads_guidance,
-                reads_target=reads_target,
-            )
+            told = telling(model.denoiser, condition, null, scale, reads_target=reads_target)
 
             def denoise(x_t: Tensor, t: Tensor, s: Tensor, told: DenoiseTowards = told) -> Prediction:
                 bar.update(len(x_t))
@@ -220,7 +216,7 @@ def generate_latents(
             if discriminator is None:
                 drawn.append(run(denoise, start_noise, noise))
             else:
-                grid = model.schedule.grid(steps, model.backbone.grid_spacing)
+                grid = schedule.grid(steps, model.backbone.grid_spacing)
                 drawn.append(discriminator.sample(_plain(denoise), start_noise, condition, grid, noise, sampler=name))
     return torch.cat(drawn)
 
@@ -254,13 +250,12 @@ def _few_steps(
     return few
 
 
-def _few_step_run(model: Model, few: FewSteps) -> Run:
-    return lambda denoise, z, noise: sample_few_steps(few, denoise, z, model.schedule, noise)
+def _few_step_run(schedule: Schedule, few: FewSteps) -> Run:
+    return lambda denoise, z, noise: sample_few_steps(few, denoise, z, schedule, noise)
 
 
-def _walk(model: Model, name: str, steps: int, start: float | None) -> Run:
+def _walk(model: Model, schedule: Schedule, name: str, steps: int, start: float | None) -> Run:
     """The samplers of the probability-flow ODE, and of one step."""
-    schedule = model.schedule
     if name not in SAMPLERS:
         raise ValueError(f"There is no sampler {name!r}; use one of {', '.join(SAMPLERS)}.")
     start = float(model.defaults.get("start", schedule.t_max)) if start is None else start
@@ -291,7 +286,10 @@ def _null(model: Model, scale: float, negative_prompt: str | None, reads_guidanc
         raise ValueError("A negative prompt needs guidance: set guidance_scale above 1.")
     if reads_guidance:
         if negative_prompt is not None:
-            raise ValueError(f"{model.source} is told the guidance scale and has no use for a negative prompt.")
+            raise ValueError(
+                f"{model.source} is told the guidance scale and has no other use for a negative prompt than negative "
+                "attention: give negative_strength."
+            )
         return Condition()
     if scale == 1:
         return Condition()
@@ -305,7 +303,7 @@ def _negative(model: Model, scale: float, prompt: str | None, strength: float) -
     """What negative attention is told, of batch size 1."""
     if prompt is None:
         raise ValueError("negative_strength is of a negative prompt: give one, or leave it out.")
-    if scale != 1:
+    if scale != 1 and not model.denoiser.reads_guidance:
         raise ValueError(f"Negative attention stands in for guidance: set guidance_scale to 1, not {scale}.")
     if not 0 <= strength < float("inf"):
         raise ValueError(f"The strength of a negative prompt cannot be {strength}: 0 is none, larger is stronger.")
@@ -321,7 +319,6 @@ def telling(
     null: Condition,
     scale: float,
     *,
-    reads_guidance: bool = False,
     reads_target: bool = False,
 ) -> DenoiseTowards:
     """A denoiser with condition and guidance chosen.
@@ -331,16 +328,11 @@ def telling(
         condition: of batch size 1 or batch.
         null: what guidance leads away from; not used for scale 1 or where the scale is told.
         scale: 1 is none.
-        reads_guidance: the network is told the scale instead of being guided.
-        reads_target: it is told the time a jump ends at, and guided.
+        reads_target: the network is told the time a jump ends at, and guided.
     """
 
     def denoise(x_t: Tensor, t: Tensor, s: Tensor) -> Prediction:
-        if reads_target:
-            return guided(denoiser, x_t, t, condition.expand(len(x_t)).replace(target_time=s), null, scale)
-        if reads_guidance:
-            told = torch.full((len(x_t),), scale, device=x_t.device)
-            return denoiser(x_t, t, condition.expand(len(x_t)).replace(guidance=told))
-        return guided(denoiser, x_t, t, condition, null, scale)
+        told = condition.expand(len(x_t)).replace(target_time=s) if reads_target else condition
+        return guided(denoiser, x_t, t, told, null, scale)
 
     return denoise

@@ -46,7 +46,7 @@ class Model:
         schedule: the noise schedule it was trained with.
         source: what it was opened from.
         defaults: "guidance_scale", "steps", "start", "few_steps", "sampler" and "noise_scale" (of the initial noise)
-            from the checkpoint's `sublimate.json`, or, without that file, as far as its scheduler says them.
+            from the checkpoint's `sublimate.json`, or, without that file, as far as its folder or family says them.
         attached: what applied edits carry beside the weights, in the order in which it acts.
     """
 
@@ -64,6 +64,7 @@ class Model:
             self.backbone.call,
             self.schedule,
             self.backbone.parametrization(pipeline),
+            reads_guidance=self._reads_guidance(),
         )
         self._hash: tuple[Any, str] | None = None
 
@@ -183,7 +184,7 @@ class Model:
         """
         ours = self.denoiser
         network = self.backbone.with_number_input(ours.network)
-        return Denoiser(network, ours.call, ours.schedule, ours.parametrization)
+        return Denoiser(network, ours.call, ours.schedule, ours.parametrization, reads_guidance=True)
 
     def feature_taps(self) -> tuple[str, ...]:
         """The modules whose outputs serve a discriminator by default; `backbone.feature_taps` knows more."""
@@ -220,6 +221,17 @@ class Model:
             return self._hash[1]
         digests = (installed.attachment.digest for installed in self.attached)
         return hashlib.sha256(":".join([self._hash[1], *digests]).encode()).hexdigest()
+
+    def schedule_at(self, latent_shape: tuple[int, int, int]) -> Schedule:
+        """The schedule for x_t of this shape: where it depends on the size, times of grids and of training move."""
+        own = latent_shape == self.latent_shape
+        return self.schedule if own else self.backbone.schedule(self.pipeline, latent_shape)
+
+    def _reads_guidance(self) -> bool:
+        """Whether the number its network is told, if any, is the guidance scale and not the time of a jump's end."""
+        network = self.component(self.backbone.network_attribute)
+        sampler = (self.defaults.get("few_steps") or {}).get("sampler")
+        return sampler != "trajectory" and self.backbone.reads_guidance(network)
 
     def _tensors(self) -> dict[str, Tensor]:
         """Every parameter by its full key, sorted; independent of the wrapper that some releases of transformers

@@ -64,6 +64,9 @@ class NegativeJointAttention:
     The image stream is one, so that strength 0 is the plain network. Every term comes from the processor that was
     there before: it is affine in the values, and the one taken off is its output for image values of zero, less its
     bias. Both prompts' tokens are modulated by the prompt's pooled embedding; the negative one has none of its own.
+
+    A layer of one stream, as of FLUX's single blocks, gets text and image as one sequence: `text` tokens, of which the
+    first `tokens` are the prompt's, and then the image's. Rotary embeddings have a row for each token of all.
     """
 
     reads_negatives = True
@@ -77,37 +80,71 @@ class NegativeJointAttention:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         tokens: int | None = None,
+        text: int | None = None,
         strength: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        if tokens is None or strength is None or encoder_hidden_states is None:
-            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
-        positive, negative = encoder_hidden_states[:, :tokens], encoder_hidden_states[:, tokens:]
-        image, text = self.original(attn, hidden_states, positive, attention_mask, **kwargs)
-        _, other = self.original(attn, hidden_states, negative, attention_mask, **kwargs)
-        away, _ = self.original(_ImageWithoutValues(attn), hidden_states, negative, attention_mask, **kwargs)
-        image = image - strength.to(image.dtype)[:, None, None] * _without_bias(attn, away)
-        return image, torch.cat([text, other], dim=1)
+        # The parameters are spelled out because diffusers drops what it does not find in this signature.
+        if tokens is None or strength is None or (encoder_hidden_states is None and text is None):
+            return self.original(
+                attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs
+            )
+        single = encoder_hidden_states is None
+        if encoder_hidden_states is None:
+            words, image = hidden_states[:, :text], hidden_states[:, text:]
+        else:
+            words, image = encoder_hidden_states, hidden_states
+
+        def attend(layer: Any, part: slice) -> tuple[Tensor, Tensor]:
+            """The image's output and that of a part of the text, for which the rest of the text is not there."""
+            rotary = _rows_of(image_rotary_emb, part, words.shape[1])
+            chosen = words[:, part]
+            if not single:
+                return self.original(layer, image, chosen, attention_mask, rotary, **kwargs)
+            joined = self.original(layer, torch.cat([chosen, image], 1), None, attention_mask, rotary, **kwargs)
+            return joined[:, chosen.shape[1] :], joined[:, : chosen.shape[1]]
+
+        positive, negative = slice(0, tokens), slice(tokens, words.shape[1])
+        seen, own = attend(attn, positive)
+        _, other = attend(attn, negative)
+        away, _ = attend(_ImageWithoutValues(attn, image.shape[1]), negative)
+        seen = seen - strength.to(seen.dtype)[:, None, None] * _without_bias(attn, away)
+        if single:
+            return torch.cat([own, other, seen], dim=1)
+        return seen, torch.cat([own, other], dim=1)
 
 
 class _ImageWithoutValues:
-    """A joint attention layer whose image tokens are attended to and contribute nothing."""
+    """A joint attention layer whose image tokens, the last of its stream, are attended to and contribute nothing."""
 
-    def __init__(self, attn: Any) -> None:
-        self.attn = attn
+    def __init__(self, attn: Any, image: int) -> None:
+        self.attn, self.image = attn, image
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.attn, name)
 
-    def to_v(self, image: Tensor) -> Tensor:
-        return torch.zeros_like(self.attn.to_v(image))
+    def to_v(self, stream: Tensor) -> Tensor:
+        values = self.attn.to_v(stream)
+        words = values.shape[1] - self.image
+        return torch.cat([values[:, :words], torch.zeros_like(values[:, words:])], dim=1)
+
+
+def _rows_of(rotary: tuple[Tensor, Tensor] | None, part: slice, text: int) -> tuple[Tensor, Tensor] | None:
+    """The rotary embedding's rows of a part of the text's tokens and of the image's, which come after all `text`."""
+    if rotary is None:
+        return None
+    cos, sin = (torch.cat([rows[part], rows[text:]]) for rows in rotary)
+    return cos, sin
 
 
 def _without_bias(attn: Any, output: Tensor) -> Tensor:
     """The linear part of an attention's output; an adapter on the output projection is part of it."""
-    bias = attn.to_out[0].bias
-    return output if bias is None else output - bias / attn.rescale_output_factor
+    # Where a block projects what attention returns together with something else, the layer does not.
+    projections = getattr(attn, "to_out", None)
+    bias = None if projections is None else projections[0].bias
+    return output if bias is None else output - bias / getattr(attn, "rescale_output_factor", 1.0)
 
 
 _PROCESSORS = (NegativeAttention, NegativeJointAttention)

@@ -36,7 +36,7 @@ def open_shapes(source: str | Path) -> Model:
     folder = checkpoint_folder(source, weights=False)
     index = read_json(folder / "model_index.json")
     kind = str(index.get("_class_name"))
-    backbone_for(kind)
+    backbone = backbone_for(kind)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with without_bars():
         # Components are [library, class]; anything else is an option of the pipeline's.
@@ -46,7 +46,8 @@ def open_shapes(source: str | Path) -> Model:
             if not name.startswith("_")
         }
     pipeline = getattr(diffusers, kind)(**components)
-    defaults = read_json(folder / DEFAULTS_FILE) if (folder / DEFAULTS_FILE).is_file() else {}
+    file = folder / DEFAULTS_FILE
+    defaults = read_json(file) if file.is_file() else backbone.published_defaults(pipeline)
     return Model(pipeline, str(source), defaults)
 
 

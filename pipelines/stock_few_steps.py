@@ -73,6 +73,8 @@ def flow_sampling(
 ) -> tuple[FlowMatchEulerDiscreteScheduler, dict[str, Any]]:
     """A flow scheduler that samples like `few`: Euler's steps for eta = 0, `stochastic_sampling` for eta = 1.
 
+    A "trajectory" cannot be told its target, except clean data, and is sampled with gamma = 1.
+
     Args:
         scheduler: a `FlowMatchEulerDiscreteScheduler`.
         schedule: what it means.
@@ -84,7 +86,7 @@ def flow_sampling(
     _refuse_clipping(few)
     if not isinstance(schedule, RectifiedFlow):
         raise ValueError(f"{type(scheduler).__name__} is no scheduler of a flow.")
-    fresh = few.sampler == "consistency" or few.eta == 1
+    fresh = few.sampler != "target_driven" or few.eta == 1
     if not fresh and few.eta > 0 and few.steps > 1:
         raise ValueError(f"No stock flow scheduler jumps with eta {few.eta}: set eta to 0 or 1.")
     stock = FlowMatchEulerDiscreteScheduler.from_config(

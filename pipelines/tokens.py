@@ -41,13 +41,16 @@ class TokenSpan:
         return slice(self.start, self.last)
 
 
-def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, Tensor]:
-    """Token ids padded to one length; nothing is ever cut off.
+def tokenize(
+    tokenizer: Tokenizer, prompts: Sequence[str], length: int | None = None, *, beginning: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Token ids padded to one length; nothing is ever cut off, unless a prompt's beginning is asked for.
 
     Args:
         tokenizer: of the model.
         prompts: what to tokenise, at least one.
         length: tokens per prompt; the tokenizer's limit unless given.
+        beginning: of a prompt that is too long, take as many tokens as fit.
 
     Returns:
         ids and attention mask, both int64 (prompts, length).
@@ -62,9 +65,11 @@ def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], length: int | None = 
         raise ValueError("There is no prompt to encode: give at least one, '' for the empty one.")
     limit = tokenizer.model_max_length if length is None else length
     for prompt, ids in zip(prompts, tokenizer(list(prompts), verbose=False).input_ids, strict=True):
-        if len(ids) > limit:
+        if len(ids) > limit and not beginning:
             raise ValueError(f"The prompt {prompt!r} has {len(ids)} tokens but the model reads {limit}: shorten it.")
-    encoded = tokenizer(list(prompts), padding="max_length", max_length=limit, return_tensors="pt")
+    encoded = tokenizer(
+        list(prompts), padding="max_length", max_length=limit, truncation=beginning, return_tensors="pt"
+    )
     return encoded.input_ids, encoded.attention_mask
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sublimate.diffusion.conditions import Condition
-from sublimate.diffusion.guidance import guided
+from sublimate.diffusion.guidance import extrapolated, guided
 from sublimate.diffusion.predictions import Prediction, per_sample
 from sublimate.diffusion.schedules import Schedule
 from sublimate.training.ema import Average
@@ -77,8 +77,9 @@ class GuidedSolver:
         Guidance leads away from `null`, the model's own unless given.
         """
         c = self.schedule.at(to)
-        null = self.null if null is None else null
-        return guided(self.teacher, x_t, t, condition, null, scale).combine(c.alpha, c.sigma)
+        if null is None:
+            return guided(self.teacher, x_t, t, condition, self.null, scale).combine(c.alpha, c.sigma)
+        return extrapolated(self.teacher, x_t, t, condition, null, scale).combine(c.alpha, c.sigma)
 
 
 def target_state(average: Average | None) -> dict[str, Tensor]:

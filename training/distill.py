@@ -265,7 +265,6 @@ def _drawn(model: Model, artefact: Artefact, condition: Condition, z: Tensor, se
         condition,
         model.null_condition(),
         few.guidance_scale,
-        reads_guidance=model.backbone.reads_guidance(student.network),
         reads_target=few.sampler == "trajectory",
     )
     generator = torch.Generator().manual_seed(seed + 1)

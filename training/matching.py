@@ -49,7 +49,7 @@ class MatchingConfig(ObjectiveConfig):
     @property
     def teacher_passes(self) -> int:
         """Network passes of one guided prediction."""
-        return 1 if self.guidance_scale == 1 else 2
+        return self.guided_passes(self.guidance_scale != 1)
 
     def passes(self, step: int = 0) -> float:
         # The sample, the critic's update, and the teacher's features of a real and a generated sample.

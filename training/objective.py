@@ -5,11 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
+from pydantic import PrivateAttr
 from torch import Tensor, nn
 
 from sublimate.diffusion.conditions import Condition
+from sublimate.diffusion.denoisers import Denoiser
 from sublimate.pipelines.few_steps import FewSteps
 from sublimate.training.config import Config
 from sublimate.training.players import Player
@@ -18,6 +20,8 @@ from sublimate.training.randomness import SampleRandom
 
 class ObjectiveConfig(Config, ABC):
     """Base of every objective's options; defaults are the paper's."""
+
+    _teacher_is_told: bool = PrivateAttr(default=False)
 
     @property
     def sample_guidance(self) -> float:
@@ -31,6 +35,20 @@ class ObjectiveConfig(Config, ABC):
 
         A pass that ends with the features it is made for counts as a whole one.
         """
+
+    def guided_passes(self, guided: bool) -> int:
+        """Network passes of one prediction, guided or not.
+
+        An objective's own `config` knows whether its teacher is told the scale, which takes one; other options do not,
+        and count two.
+        """
+        return 2 if guided and not self._teacher_is_told else 1
+
+    def told(self) -> Self:
+        """These options, for a teacher that is told the guidance scale."""
+        twin = self.model_copy()
+        twin._teacher_is_told = True
+        return twin
 
 
 @dataclass(frozen=True)
@@ -122,7 +140,8 @@ class Objective(ABC):
     paper: ClassVar[str]
 
     def __init__(self, model: Any, config: Any) -> None:
-        self.config = config
+        denoiser = getattr(model, "denoiser", None)  # not all that trains is one
+        self.config = config.told() if isinstance(denoiser, Denoiser) and denoiser.reads_guidance else config
         self.mean_over_processes: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
     @property

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.denoisers import Denoiser
+from sublimate.diffusion.guidance import guided
 from sublimate.diffusion.predictions import Prediction, add_noise
 from sublimate.erasure.fine_tuning import FineTuningConfig, FineTuningEraser, StudentObjective
 from sublimate.erasure.prompt_bank import PromptBank, anchor_bank
 from sublimate.erasure.request import Request
 from sublimate.erasure.trajectories import at_start
 from sublimate.pipelines.few_steps import FewSteps
-from sublimate.pipelines.generate import telling
 from sublimate.pipelines.model import Model
 from sublimate.training.losses import squared_loss
 from sublimate.training.objective import Batch, Loss, Turn
@@ -60,14 +60,11 @@ class OneStepObjective(StudentObjective):
     def __init__(self, model: Model, config: OneStepConfig, request: Request, *, seed: int = 0) -> None:
         super().__init__(model, config, request, seed=seed)
         self.times, self.scale = _calls(model, config)
-        self.reads_guidance = model.backbone.reads_guidance(model.denoiser.network)
         self.anchors = anchor_bank(model, request.erase, config.templates)
 
     def predict(self, network: Denoiser, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
         """A network's prediction with the guidance that belongs to it."""
-        null = self.null.to(x_t.device)
-        told = telling(network, condition, null, self.scale, reads_guidance=self.reads_guidance)
-        return told(x_t, t, t)
+        return guided(network, x_t, t, condition, self.null.to(x_t.device), self.scale)
 
     def prepare(self, turn: Turn, batch: Batch, step: int) -> Batch:
         rows = self.erased.draw(batch.random)

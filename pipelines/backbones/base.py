@@ -115,9 +115,9 @@ class Backbone(ABC):
         found = {name: getattr(pipe, name, None) for name in names}
         return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
 
-    def schedule(self, pipe: Pipeline) -> Schedule:
-        """The noise schedule the network was trained with."""
-        return from_scheduler(pipe.scheduler, self.latent_shape(pipe))
+    def schedule(self, pipe: Pipeline, latent_shape: tuple[int, int, int] | None = None) -> Schedule:
+        """The noise schedule the network was trained with, for x_t of a shape; the checkpoint's own unless given."""
+        return from_scheduler(pipe.scheduler, latent_shape or self.latent_shape(pipe))
 
     def parametrization(self, pipe: Pipeline) -> Parametrization:
         """What the network predicts.
@@ -131,7 +131,7 @@ class Backbone(ABC):
         return Parametrization(kind)
 
     def published_defaults(self, pipe: Pipeline) -> dict[str, Any]:
-        """How the checkpoint wants to be sampled, as far as its stock folder says: entries of `Model.defaults`."""
+        """How the checkpoint wants to be sampled, as far as folder and family say: entries of `Model.defaults`."""
         return {}
 
     @staticmethod
@@ -287,6 +287,17 @@ class Backbone(ABC):
             ValueError: for a prompt that does not fit or does not mention the concept.
         """
         return ()
+
+
+def joint_entry_points(transformer: Network) -> list[EntryPoint]:
+    """Where text enters a joint-attention transformer: its keys and values see mixed states, what is projected first
+    does not."""
+    names = {"context_embedder": "text", "time_text_embed.text_embedder.linear_1": "text.pooled"}
+    layers = {name: transformer.get_submodule(name) for name in names}
+    return [
+        EntryPoint("transformer", name, names[name], slice(0, layer.in_features), layer.bias is not None)
+        for name, layer in layers.items()
+    ]
 
 
 def refuse_unknown(condition: Condition, known: Sequence[str], network: Network) -> None:

@@ -11,8 +11,16 @@ from torch import Tensor, nn
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.predictions import Parametrization
 from sublimate.pipelines.autoencoders import decode_latents, encode_images
-from sublimate.pipelines.backbones.base import Backbone, EntryPoint, Network, Pipeline, StockSampling, refuse_unknown
-from sublimate.pipelines.features import tapped
+from sublimate.pipelines.backbones.base import (
+    Backbone,
+    EntryPoint,
+    Network,
+    Pipeline,
+    StockSampling,
+    joint_entry_points,
+    refuse_unknown,
+)
+from sublimate.pipelines.features import spread, tapped
 from sublimate.pipelines.few_steps import FewSteps
 from sublimate.pipelines.negative_attention import NEGATIVE, STRENGTH, negative_arguments
 from sublimate.pipelines.one_step import flow_at
@@ -114,22 +122,11 @@ class StableDiffusion3(Backbone):
         return StockSampling("StableDiffusion3Pipeline", scheduler, call, few)
 
     def feature_taps(self, network: Network) -> tuple[str, ...]:
-        # A discriminator looks at blocks spread over the whole depth (LADD, Sauer et al. 2024, arXiv 2403.12015).
-        count = len(network.transformer_blocks)
-        spread = [round((i + 1) * (count - 1) / self.discriminator_taps) for i in range(self.discriminator_taps)]
-        order = dict.fromkeys([*spread, *range(count)])
-        return tuple(f"transformer_blocks.{i}" for i in order)
+        names = [f"transformer_blocks.{i}" for i in range(len(network.transformer_blocks))]
+        return spread(names, self.discriminator_taps)
 
     def text_entry_points(self, pipe: Pipeline) -> list[EntryPoint]:
-        sequence = pipe.transformer.context_embedder
-        pooled = pipe.transformer.time_text_embed.text_embedder.linear_1
-        return [
-            EntryPoint("transformer", name, key, slice(0, layer.in_features), layer.bias is not None)
-            for name, key, layer in (
-                ("context_embedder", "text", sequence),
-                ("time_text_embed.text_embedder.linear_1", "text.pooled", pooled),
-            )
-        ]
+        return joint_entry_points(pipe.transformer)
 
     def prompt_rows(self, pipe: Pipeline, prompt: str) -> tuple[TokenSpan, ...]:
         return tuple(prompt_span(tokenizer, prompt, n, offset=at) for tokenizer, n, at in _parts(pipe))

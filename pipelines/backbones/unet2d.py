@@ -98,7 +98,7 @@ class PreconditionedUNet2D(UNet2D):
     pipeline_classes: ClassVar[tuple[str, ...]] = ("ConsistencyModelPipeline",)
     sampler = "heun"
 
-    def schedule(self, pipe: Pipeline) -> Schedule:
+    def schedule(self, pipe: Pipeline, latent_shape: tuple[int, int, int] | None = None) -> Schedule:
         config = pipe.scheduler.config
         # A student of ours says sigma_min = 0, which is no noise level to call a network at: the paper's is used.
         # The network is told 1000 times c_noise = ln(sigma) / 4.

@@ -26,6 +26,11 @@ def sd3(tiny_sd3):
     return open_model(tiny_sd3)
 
 
+@pytest.fixture(scope="module")
+def flux(tiny_flux):
+    return open_model(tiny_flux)
+
+
 def bits(model):
     return {key: p.detach().numpy().tobytes() for key, p in model.parameters().items()}
 
@@ -141,19 +146,21 @@ def test_the_concept_is_drawn_as_its_anchor(sd):
 
 
 @pytest.mark.parametrize("tokens", ["tail", "last"])
-def test_joint_attention_is_edited_where_text_enters_with_its_bias_once(sd3, tokens):
-    edit = UCE(lam=1e-6, tokens=tokens).fit(sd3, Request(Concept("cat", "dog")))
-    rows = concept_rows(sd3, [Concept("cat", "dog")], ["{}"], tokens, anchored=True)
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_joint_attention_is_edited_where_text_enters_with_its_bias_once(family, tokens, request):
+    model = request.getfixturevalue(family)
+    edit = UCE(lam=1e-6, tokens=tokens).fit(model, Request(Concept("cat", "dog")))
+    rows = concept_rows(model, [Concept("cat", "dog")], ["{}"], tokens, anchored=True)
     layers = {
-        "text": sd3.denoiser.network.context_embedder,
-        "text.pooled": sd3.denoiser.network.time_text_embed.text_embedder.linear_1,
+        "text": model.denoiser.network.context_embedder,
+        "text.pooled": model.denoiser.network.time_text_embed.text_embedder.linear_1,
     }
     with torch.no_grad():
         for key, layer in layers.items():
             assert layer.bias is not None and layer.bias.abs().max() > 1e-3
             own, anchors = rows[key].own.float(), rows[key].anchors.float()
             before, wanted = layer(own), layer(anchors)
-            with edit.applied(sd3):
+            with edit.applied(model):
                 after = layer(own)
             assert (wanted - before).abs().max() > 1e-2
             # 271 rows in 32 dimensions cannot all follow exactly.
@@ -198,12 +205,12 @@ def test_fit_leaves_the_model_alone_and_says_where_the_edit_comes_from(sd):
     assert edit.provenance["versions"].keys() == {"sublimate", "torch", "diffusers", "transformers"}
 
 
-@pytest.mark.parametrize("family", ["sd", "sd3"])
+@pytest.mark.parametrize("family", ["sd", "sd3", "flux"])
 def test_the_edit_is_a_lora(family, tmp_path, request):
     model = request.getfixturevalue(family)
     edit = UCE(tokens="last", templates=TEMPLATES).fit(model, CAT)
     # Two templates, in each one row per tokenizer.
-    assert max(len(a) for _, a in edit.low_rank.values()) == {"sd": 2, "sd3": 4}[family]
+    assert max(len(a) for _, a in edit.low_rank.values()) == {"sd": 2, "sd3": 4, "flux": 2}[family]
     save_file(edit.to_lora(model), tmp_path / "pytorch_lora_weights.safetensors")
     pipeline = DiffusionPipeline.from_pretrained(model.source)
 
@@ -211,7 +218,8 @@ def test_the_edit_is_a_lora(family, tmp_path, request):
         pipe.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(0)
         # Without guidance, which would multiply the rounding errors.
-        return pipe("a cat", num_inference_steps=2, guidance_scale=1, output_type="latent", generator=generator).images
+        call = {"num_inference_steps": 2, "guidance_scale": 1, "height": 16, "width": 16, "output_type": "latent"}
+        return pipe("a cat", generator=generator, **call).images
 
     plain = draw(pipeline)
     with edit.applied(model):

@@ -29,7 +29,13 @@ from sublimate.pipelines.generate import generate
 from sublimate.pipelines.model import Model, open_model
 
 # The quick suite takes the students that start at the end of the schedule, and one of each few-step kind.
-QUICK = {"tiny_sd#consistency", "tiny_sd_v#target_driven", "tiny_sd#told", *(n for n in STUDENTS if "@" not in n)}
+QUICK = {
+    "tiny_sd#consistency",
+    "tiny_sd_v#target_driven",
+    "tiny_sd#told",
+    "tiny_flux#told",
+    *(n for n in STUDENTS if "@" not in n),
+}
 ROWS, FEW_STEP_ROWS = (
     [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in names]
     for names in (STUDENTS, FEW_STEP_STUDENTS)

@@ -31,6 +31,12 @@ from sublimate.pipelines.model import Model, open_model
 
 pytestmark = pytest.mark.slow
 
+# Base, a layer of another rank, start of the student.
+LORAS = {
+    "unet": ("tiny_sd_v", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k", 600),
+    "flux": ("tiny_flux", "single_transformer_blocks.1.attn.to_k", 0.6),
+}
+
 FRESH_PROCESS = """
 import json, sys
 sys.modules["sublimate"] = None
@@ -81,13 +87,15 @@ def fresh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         call = json.loads((folder / "sublimate.json").read_text())["call"]
         job(name, model, images_of(model, student, t), folder, None, call)
 
-    model = open_model(request.getfixturevalue("tiny_sd_v"))
-    student = with_lora(model, {"mid_block.attentions.0.transformer_blocks.0.attn2.to_k": 3})
-    call = {"num_inference_steps": 1, "guidance_scale": 1.0}
-    folder = export_lora(model, student, root / "lora", t=600)
-    job("lora", model, images_of(model, student, 600), request.getfixturevalue("tiny_sd_v"), folder, call)
-    folder = export_student(model, student, root / "merged")
-    job("merged", model, images_of(model, student, None), folder, None, call)
+    for name, (base, layer, t) in LORAS.items():
+        model = open_model(request.getfixturevalue(base))
+        student = with_lora(model, {layer: 3})
+        folder = export_lora(model, student, root / f"{name}-lora", t=t)
+        call = json.loads((folder / "sublimate.json").read_text())["call"]
+        job(f"{name}-lora", model, images_of(model, student, t), request.getfixturevalue(base), folder, call)
+        folder = export_student(model, student, root / f"{name}-merged")
+        call = json.loads((folder / "sublimate.json").read_text())["call"]
+        job(f"{name}-merged", model, images_of(model, student, None), folder, None, call)
 
     for name, few in FEW_STEP_STUDENTS.items():
         model = open_model(request.getfixturevalue(name.partition("#")[0]))
@@ -130,7 +138,7 @@ def fresh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return {name: (float(error), kind) for _, name, error, kind in lines}
 
 
-@pytest.mark.parametrize("name", [*STUDENTS, "lora", "merged"])
+@pytest.mark.parametrize("name", [*STUDENTS, *(f"{name}-{kind}" for name in LORAS for kind in ("lora", "merged"))])
 def test_a_fresh_process_draws_the_students_x0(fresh, name):
     error, _ = fresh[name]
     assert error < 1e-5

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxPosEmbed
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -114,8 +116,54 @@ def test_joint_attention_by_hand():
     torch.testing.assert_close(texts, torch.cat([text, other], 1))
 
 
-def test_a_joint_transformer_reads_the_condition_and_its_text_stream_stays(tiny_sd3):
-    model = open_model(tiny_sd3)
+@pytest.mark.parametrize("single", [False, True])
+def test_joint_attention_of_flux_by_hand(single):
+    """The same with rotary embeddings, in a block of two streams and in one of a single stream."""
+    torch.manual_seed(0)
+    streams = {"pre_only": True} if single else {"added_kv_proj_dim": 8, "context_pre_only": False}
+    layer = FluxAttention(8, heads=2, dim_head=4, out_dim=8, bias=True, **streams).eval()
+    image, positive, negative = draws(3, 5, 8), draws(3, 4, 8, seed=1), draws(3, 6, 8, seed=2)
+    strength = torch.tensor([0.0, 0.4, 1.2])
+    cos, sin = FluxPosEmbed(10, [4])(torch.arange(15.0)[:, None])
+
+    def rope(first, last):
+        return tuple(torch.cat([rows[first:last], rows[10:]]) for rows in (cos, sin))
+
+    def attend(text, rotary):
+        if not single:
+            return layer(image, encoder_hidden_states=text, image_rotary_emb=rotary)
+        joined = layer(torch.cat([text, image], 1), image_rotary_emb=rotary)
+        return joined[:, text.shape[1] :], joined[:, : text.shape[1]]
+
+    plain, own = attend(positive, rope(0, 4))
+    _, other = attend(negative, rope(4, 10))
+    layer.set_processor(NegativeJointAttention(layer.processor))
+    told = {"tokens": 4, "text": 10, "strength": strength, "image_rotary_emb": (cos, sin)}
+    both = torch.cat([positive, negative], 1)
+    if single:
+        texts, found = layer(torch.cat([both, image], 1), **told).split([10, 5], dim=1)
+    else:
+        found, texts = layer(image, encoder_hidden_states=both, **told)
+
+    names = ("to_k", "to_v", "norm_k") if single else ("add_k_proj", "add_v_proj", "norm_added_k")
+    to_k, to_v, norm_k = (getattr(layer, name) for name in names)
+
+    def heads(x):
+        return x.unflatten(-1, (2, 4)).transpose(1, 2)
+
+    query = apply_rotary_emb(layer.norm_q(heads(layer.to_q(image))), rope(0, 0))
+    keys = torch.cat([layer.norm_k(heads(layer.to_k(image))), norm_k(heads(to_k(negative)))], 2)
+    keys = apply_rotary_emb(keys, tuple(torch.cat([rows[10:], rows[4:10]]) for rows in (cos, sin)))
+    weights = (query @ keys.transpose(-1, -2) / 2).softmax(-1)[..., 5:]
+    away = (weights @ heads(to_v(negative))).transpose(1, 2).flatten(2)
+    away = away if single else away @ layer.to_out[0].weight.T
+    torch.testing.assert_close(found, plain - strength[:, None, None] * away, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(texts, torch.cat([own, other], 1))
+
+
+@pytest.mark.parametrize("family", ["tiny_sd3", "tiny_flux", "tiny_flux_schnell"])
+def test_a_joint_transformer_reads_the_condition_and_its_text_stream_stays(family, request):
+    model = open_model(request.getfixturevalue(family))
     install_negative_attention(model.denoiser.network)
     condition, x_t = model.encode_prompts(["red cat", "a dog"]), draws(2, 4, 8, 8)
     plain = model.denoiser(x_t, 0.7, condition).output
@@ -129,7 +177,7 @@ def test_a_joint_transformer_reads_the_condition_and_its_text_stream_stays(tiny_
     assert not torch.equal(images, generate(model, ["a dog"], **options))
 
 
-@pytest.mark.parametrize("family", ["tiny_sd_v", "tiny_sd3"])
+@pytest.mark.parametrize("family", ["tiny_sd_v", "tiny_sd3", "tiny_flux"])
 def test_adapters_of_the_output_projection_are_part_of_it(family, request):
     """A LoRA that is merged must steer as it does unmerged."""
     outputs = []
@@ -150,7 +198,7 @@ def test_adapters_of_the_output_projection_are_part_of_it(family, request):
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["tiny_sd_v", "tiny_sd3", "tiny_sdxl"])
+@pytest.mark.parametrize("family", ["tiny_sd_v", "tiny_sd3", "tiny_sdxl", "tiny_flux"])
 def test_it_survives_recomputation_in_the_backward_pass(family, request):
     """Two calls with different negatives before either is differentiated: each must recompute with its own."""
 
@@ -206,7 +254,7 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("family", ["tiny_sd", "tiny_sd3"])
+@pytest.mark.parametrize("family", ["tiny_sd", "tiny_sd3", "tiny_flux"])
 @pytest.mark.parametrize("kernel", ["math", "eager"])
 def test_it_runs_with_a_chosen_kernel_and_no_other(family, kernel, request):
     model = open_model(request.getfixturevalue(family))

@@ -10,6 +10,7 @@ from pictures import shown_to
 
 from sublimate.diffusion.samplers import one_step
 from sublimate.diffusion.schedules import RectifiedFlow
+from sublimate.pipelines.backbones.flux1 import Flux1, packed, unpacked
 from sublimate.pipelines.few_steps import FewSteps, sample_few_steps
 from sublimate.pipelines.generate import telling
 from sublimate.pipelines.model import Model
@@ -38,6 +39,9 @@ STUDENTS = {
     "tiny_sd3@0.75": 0.75,
     "tiny_sdxl": None,
     "tiny_sdxl_v@750": 750,
+    "tiny_flux": None,
+    "tiny_flux@0.75": 0.75,
+    "tiny_flux_schnell": None,
     "tiny_audio": None,
     "tiny_audio@399": 399,
 }
@@ -59,6 +63,9 @@ FEW_STEP_STUDENTS = {
     "tiny_sd3#consistency": FewSteps("consistency", steps=3),
     "tiny_sdxl#told": FewSteps("consistency", steps=2, grid_steps=50, guidance_scale=8.0),
     "tiny_sdxl_v#times": FewSteps("target_driven", steps=3, eta=0.2, times=(999, 875, 251), guidance_scale=2.0),
+    "tiny_flux#told": FewSteps("target_driven", steps=3, grid_steps=50, guidance_scale=4.5),
+    "tiny_flux#consistency": FewSteps("consistency", steps=3),
+    "tiny_flux_schnell#deterministic": FewSteps("target_driven", steps=2),
     "tiny_audio#consistency": FewSteps("consistency", steps=3, grid_steps=50),
     "tiny_audio#target_driven": FewSteps("target_driven", eta=0.3, grid_steps=250),
 }
@@ -108,21 +115,22 @@ def few_step_images_of(model: Model, student, few: FewSteps) -> torch.Tensor:
     torch.manual_seed(GLOBAL_SEED)
 
     def noise(x):
+        if isinstance(model.backbone, Flux1):  # whose stock pipeline adds noise to the packed latents
+            return unpacked(torch.randn(packed(x).shape), *x.shape[2:])
         return torch.randn(x.shape) if isinstance(model.schedule, RectifiedFlow) else draw(x.shape[1:])
 
-    reads = model.backbone.reads_guidance(student.network)
-    denoise = telling(student, condition, model.null_condition(), few.guidance_scale, reads_guidance=reads)
+    denoise = telling(student, condition, model.null_condition(), few.guidance_scale)
     return displayed(model, sample_few_steps(few, denoise, z, model.schedule, noise))
 
 
 def few_step_student_of(model: Model, name: str):
-    """A student with other weights; "told" ones have a number input whose layer is not zero."""
+    """A student with other weights; "told" ones have a number input, in which nothing is zero."""
     student = student_of(model)
     if name.endswith("#told"):
-        student.network = model.backbone.with_number_input(student.network)
-        torch.nn.init.normal_(
-            student.network.time_embedding.cond_proj.weight, generator=torch.Generator().manual_seed(7)
-        )
+        student.network, student.reads_guidance = model.backbone.with_number_input(student.network), True
+        for parameter in student.network.parameters():
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(7))
     return student
 
 

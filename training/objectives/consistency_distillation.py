@@ -60,7 +60,7 @@ class ConsistencyDistillationConfig(ObjectiveConfig):
 
     def passes(self, step: int = 0) -> float:
         # The teacher's step, the student forward and backward, the target.
-        return (1 if self.guidance_range is None and self.guidance_scale == 1 else 2) + 3 + 1
+        return self.guided_passes(self.guidance_range is not None or self.guidance_scale != 1) + 3 + 1
 
 
 class ConsistencyDistillation(SoloObjective):

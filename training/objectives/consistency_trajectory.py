@@ -66,7 +66,7 @@ class ConsistencyTrajectoryConfig(ObjectiveConfig):
     def passes(self, step: int = 0) -> float:
         # The teacher's steps and the target's two jumps; the student forward and backward; the jump to clean data
         # behind it, forward and backward to its input; the denoising term.
-        solver = self.solver_steps * (1 if self.guidance_scale == 1 else 2)
+        solver = self.solver_steps * self.guided_passes(self.guidance_scale != 1)
         return solver + 2 + 3 + 2 + 3 * (self.denoising_weight > 0)
 
 

@@ -104,7 +104,7 @@ class FlashConfig(ObjectiveConfig):
         return int(torch.multinomial(self.start_probabilities(step), 1, generator=generator))
 
     def passes(self, step: int = 0) -> float:
-        teacher = 1 if self.guidance_range == (1.0, 1.0) else 2
+        teacher = self.guided_passes(self.guidance_range != (1.0, 1.0))
         # The teacher's remaining steps, the student forward and backward.
         total = teacher * (self.teacher_steps - self.place(step)) + 3.0 + 3 * (self.distance == "features")
         total += (teacher + 1) * (self.weight(self.dmd_weights, step) > 0)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.denoisers import Denoiser
-from sublimate.diffusion.guidance import guided
+from sublimate.diffusion.guidance import extrapolated
 from sublimate.diffusion.predictions import add_noise
 from sublimate.pipelines.negative_attention import NEGATIVE, STRENGTH
 from sublimate.pipelines.speedupnet import NAME, SpeedUpAttention, install_speedupnet, negative_strength
@@ -167,7 +167,7 @@ class SpeedUpNet(SoloObjective):
         x_t = add_noise(self.schedule, batch["images"], batch["eps"], t)
         with torch.no_grad():
             null = Condition(text=batch["negative"])
-            target = guided(self.teacher, x_t, t, batch.condition, null, batch["scale"]).output
+            target = extrapolated(self.teacher, x_t, t, batch.condition, null, batch["scale"]).output
         return squared_loss(self.student(x_t, t, self.told(batch)).output, target).mean()
 
     def _consistency(self, batch: Batch) -> Tensor:

@@ -10,9 +10,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from sublimate.diffusion.conditions import Condition
-from sublimate.diffusion.denoisers import Denoiser
-from sublimate.diffusion.guidance import guided
-from sublimate.diffusion.predictions import Prediction
+from sublimate.diffusion.guidance import extrapolated, guided
 from sublimate.pipelines.negative_attention import NEGATIVE, STRENGTH, install_negative_attention
 from sublimate.training.losses import pseudo_target_loss, score_difference
 from sublimate.training.matching import Matching, MatchingConfig
@@ -53,10 +51,15 @@ class SwiftBrushConfig(MatchingConfig):
 
     @property
     def teacher_passes(self) -> int:
-        return 2 if self.guidance_range is not None else super().teacher_passes
+        """Network passes of one guided prediction; a network that is told the scale has no negative prompts."""
+        return 2 if self.negative_attention else self._guided_passes
+
+    @property
+    def _guided_passes(self) -> int:
+        return self.guided_passes(self.guidance_range is not None or self.guidance_scale != 1)
 
     def student_passes(self, step: int = 0) -> float:
-        return 3 + self.teacher_passes + (self.teacher_passes if self.guide_critic else 1)
+        return 3 + self.teacher_passes + (self._guided_passes if self.guide_critic else 1)
 
 
 class SwiftBrush(Matching):
@@ -121,17 +124,17 @@ class SwiftBrush(Matching):
         x0 = self.sample(batch)
         with torch.no_grad():
             x_t = self.noised(x0, batch)
-            null = self.null
             if self.config.negative_attention:
-                null = null.expand(len(x0)).replace(text=batch["negative"])
-            p = self._guided(self.teacher, x_t, batch, null)
+                null = self.null.expand(len(x0)).replace(text=batch["negative"])
+                p = extrapolated(self.teacher, x_t, batch["t"], batch.condition, null, self._scale(batch))
+            else:
+                p = guided(self.teacher, x_t, batch["t"], batch.condition, self.null, self._scale(batch))
             if self.config.guide_critic:
-                q = self._guided(self.critic, x_t, batch, self.null)
+                q = guided(self.critic, x_t, batch["t"], batch.condition, self.null, self._scale(batch))
             else:
                 q = self.critic(x_t, batch["t"], batch.condition)
             direction = score_difference(x0, p, q, normalized=self.config.sample_normalization)
         return Loss(pseudo_target_loss(x0, direction).mean())
 
-    def _guided(self, network: Denoiser, x_t: Tensor, batch: Batch, null: Condition) -> Prediction:
-        scale = batch["scale"] if self.config.guidance_range is not None else self.config.guidance_scale
-        return guided(network, x_t, batch["t"], batch.condition, null, scale)
+    def _scale(self, batch: Batch) -> float | Tensor:
+        return batch["scale"] if self.config.guidance_range is not None else self.config.guidance_scale

@@ -56,7 +56,7 @@ class TargetDrivenConfig(ObjectiveConfig):
 
     def passes(self, step: int = 0) -> float:
         # The teacher's step, the student forward and backward, the target.
-        return (1 if self.guidance_scale == 1 else 2) + 3 + 1
+        return self.guided_passes(self.guidance_scale != 1) + 3 + 1
 
 
 class TargetDriven(SoloObjective):
