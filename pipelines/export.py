@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sublimate.diffusion.denoisers import Denoiser
 from sublimate.pipelines.backbones.base import StockSampling
 from sublimate.pipelines.cards import inherited_license, model_card, public_name
+from sublimate.pipelines.checkpoints import keep_options
 from sublimate.pipelines.edit_attachment import refuse_attached
 from sublimate.pipelines.few_steps import FewSteps
 from sublimate.pipelines.folders import written_aside
@@ -250,7 +251,9 @@ def _stock_pipeline(model: Model, student: nn.Module, stock: StockSampling) -> A
         model.backbone.network_attribute: student,
         "scheduler": stock.scheduler,
     }
-    return cls(**{name: value for name, value in available.items() if name in accepted})
+    pipeline = cls(**{name: value for name, value in available.items() if name in accepted})
+    keep_options(pipeline, available)
+    return pipeline
 
 
 def _lora_state(network: nn.Module, component: str) -> dict[str, Tensor]:
@@ -310,9 +313,9 @@ def _with_versions(provenance: Mapping[str, Any]) -> dict[str, Any]:
 
 def _card(model: Model, record: Mapping[str, Any], usage: list[str], title: str, license: str | None) -> str:
     """The model card; `usage` makes a `pipeline`, the call that the record holds is added."""
-    prompt, medium = ['"..."'] if model.backbone.text_components else [], model.backbone.medium
+    prompt, medium = model.backbone.prompt_argument(model.pipeline), model.backbone.medium
     call = (f"{name}={value!r}" for name, value in record.get("call", {}).items())
-    arguments = ", ".join([*prompt, *model.backbone.shown_arguments, *call])
+    arguments = ", ".join([*([prompt] if prompt else []), *model.backbone.shown_arguments, *call])
     student = "start" in record
     return model_card(
         title=title,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,6 +69,15 @@ def unet_taps(network: Any) -> tuple[str, ...]:
     downs = tuple(f"down_blocks.{i}" for i in range(len(network.down_blocks)))
     ups = tuple(f"up_blocks.{i}" for i in range(len(network.up_blocks)))
     return ("mid_block", *downs, *ups)
+
+
+def block_taps(blocks: Sized, count: int, name: str = "transformer_blocks") -> tuple[str, ...]:
+    """A transformer's blocks, by name: first `count` of them that are spread over the whole depth, then the others.
+
+    A discriminator looks at such a choice (LADD, Sauer et al. 2024, arXiv 2403.12015).
+    """
+    spread = [round((i + 1) * (len(blocks) - 1) / count) for i in range(count)]
+    return tuple(f"{name}.{i}" for i in dict.fromkeys([*spread, *range(len(blocks))]))
 
 
 def unet_code(network: Any) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.predictions import Parametrization
 from sublimate.pipelines.autoencoders import decode_latents, encode_images
 from sublimate.pipelines.backbones.base import Backbone, EntryPoint, Network, Pipeline, StockSampling, refuse_unknown
-from sublimate.pipelines.features import tapped
+from sublimate.pipelines.features import block_taps, tapped
 from sublimate.pipelines.few_steps import FewSteps
 from sublimate.pipelines.negative_attention import NEGATIVE, STRENGTH, negative_arguments
 from sublimate.pipelines.one_step import flow_at
@@ -113,11 +113,7 @@ class StableDiffusion3(Backbone):
         return StockSampling("StableDiffusion3Pipeline", scheduler, call, few)
 
     def feature_taps(self, network: Network) -> tuple[str, ...]:
-        # A discriminator looks at blocks spread over the whole depth (LADD, Sauer et al. 2024, arXiv 2403.12015).
-        count = len(network.transformer_blocks)
-        spread = [round((i + 1) * (count - 1) / self.discriminator_taps) for i in range(self.discriminator_taps)]
-        order = dict.fromkeys([*spread, *range(count)])
-        return tuple(f"transformer_blocks.{i}" for i in order)
+        return block_taps(network.transformer_blocks, self.discriminator_taps)
 
     def text_entry_points(self, pipe: Pipeline) -> list[EntryPoint]:
         sequence = pipe.transformer.context_embedder
