@@ -141,7 +141,7 @@ def test_every_objective_has_a_row():
 
 
 # Why an objective may refuse a family: its network has no input for one more number, no cross-attention, no text.
-REASONS = ("cannot be told", "has no cross-attention", "the teacher is unconditional")
+REASONS = ("cannot be told", "has no cross-attention", "has no null condition to guide by")
 
 
 def pytest_generate_tests(metafunc):
