@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from grid import families, refusals
+from grid import called, families, refusals
 
 from sublimate.erasure.eraser import Eraser
 from sublimate.erasure.request import Concept, Request
@@ -90,6 +90,9 @@ CASES = {
 REASONS = (
     "has text_encoder, text_encoder_2, text_encoder_3",
     "has no cross-attention",
+    "has no CLIP text encoder",
+    "is shown no pictures",
+    "has no null condition",
 )
 
 # What is tested to be refused even where not all families are.
@@ -127,8 +130,9 @@ def fit(model, case, seed=0):
     method, options = CASES[case]
     options = options(model) if callable(options) else options
     eraser = registry.load(ERASERS, method, Eraser)(**options)
-    cat = Concept("cat", anchor="dog" if eraser.uses_anchor else "")
-    return eraser.fit(model, Request(cat, preserve=["seven", "red"]), seed=seed)
+    cat, dog, seven, red = called(model, "cat", "dog", "seven", "red")
+    concept = Concept(cat, anchor=dog if eraser.uses_anchor else "")
+    return eraser.fit(model, Request(concept, preserve=[seven, red]), seed=seed)
 
 
 def fitted(model, case, seed=0):
@@ -143,7 +147,7 @@ def bits(model):
 @torch.no_grad()
 def answer(model):
     """What the model predicts when asked for a cat: of text, weights and attachments."""
-    x_t, told = torch.ones(1, *model.latent_shape), model.encode_prompts(["cat"])
+    x_t, told = torch.ones(1, *model.latent_shape), model.encode_prompts(called(model, "cat"))
     if model.backbone.shown:
         random = SampleRandom(0, 0, "answer", [0])
         told = told.replace(**model.backbone.show_examples(model.pipeline, model.render(x_t), random))

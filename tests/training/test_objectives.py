@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from diffusers import ModelMixin
-from grid import families, refusals
+from grid import called, families, refusals
 from processes import launch
 from safetensors.torch import load_file
 
@@ -166,7 +166,7 @@ def make(model, case):
 
 def make_trainer(model, case, folder, **options):
     objective = make(model, case)
-    prompts = ["red cat", "a dog", "cat"] if model.null_condition() else []
+    prompts = called(model, "red cat", "a dog", "cat") if model.any_condition() else []
     latents = torch.randn((3, *model.latent_shape), generator=torch.Generator().manual_seed(1))
     needed = {name: latents for name in ("images", "samples") if name in objective.needs}
     if model.backbone.shown:
