@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -75,7 +75,7 @@ def export_student(
     """
     refuse_attached(model, network)
     student = _stock_network(model, network)
-    stock = _stock_sampling(model, t, few_steps, as_base)
+    stock = stock_sampling(model, "weights", t, few_steps, as_base=as_base)
     pipeline = _stock_pipeline(model, student, stock)
     record = _record("weights", model, provenance, stock, t, as_base)
     usage = [
@@ -126,9 +126,7 @@ def export_lora(
     """
     refuse_attached(model, network)
     state = _lora_state(_unwrapped(model, network), model.backbone.network_attribute)
-    stock = _stock_sampling(model, t, few_steps, as_base)
-    if not hasattr(getattr(diffusers, stock.pipeline_class), "load_lora_weights"):
-        raise ValueError(f"{stock.pipeline_class} loads no LoRA: export the student's weights instead.")
+    stock = stock_sampling(model, "lora", t, few_steps, as_base=as_base)
     record = _record("lora", model, provenance, stock, t, as_base)
     scheduler = type(stock.scheduler).__name__
     usage = [
@@ -231,14 +229,32 @@ def _merged(network: nn.Module) -> nn.Module:
     return network
 
 
-def _stock_sampling(model: Model, t: float | None, few_steps: FewSteps | None, as_base: bool) -> StockSampling:
+def stock_sampling(
+    model: Model,
+    kind: Literal["weights", "lora"],
+    t: float | None = None,
+    few_steps: FewSteps | None = None,
+    *,
+    as_base: bool = False,
+) -> StockSampling:
+    """How a stock pipeline samples a student of the model, before there is one; arguments are the exports'.
+
+    Raises:
+        ValueError: when none does it exactly, or the model carries an edit's attachment, or, for kind "lora", when the
+            stock pipeline loads none.
+    """
+    refuse_attached(model)
     if as_base:
-        return StockSampling(type(model.pipeline).__name__, model.pipeline.scheduler, {})
-    if few_steps is None:
-        return model.backbone.one_step(model.pipeline, t)
-    if t is not None and t != few_steps.call_times(model.schedule)[0]:
+        stock = StockSampling(type(model.pipeline).__name__, model.pipeline.scheduler, {})
+    elif few_steps is None:
+        stock = model.backbone.one_step(model.pipeline, t)
+    elif t is not None and t != few_steps.call_times(model.schedule)[0]:
         raise ValueError(f"A student of few steps starts at its first time, not at {t}: leave out t.")
-    return model.backbone.few_steps(model.pipeline, few_steps)
+    else:
+        stock = model.backbone.few_steps(model.pipeline, few_steps)
+    if kind == "lora" and not hasattr(getattr(diffusers, stock.pipeline_class), "load_lora_weights"):
+        raise ValueError(f"{stock.pipeline_class} loads no LoRA: train and export the student's weights instead.")
+    return stock
 
 
 def _stock_pipeline(model: Model, student: nn.Module, stock: StockSampling) -> Any:

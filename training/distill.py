@@ -16,8 +16,7 @@ from sublimate.diffusion.denoisers import Denoiser
 from sublimate.pipelines.attachments import export_attachment
 from sublimate.pipelines.attention import Kernel, attention_chosen
 from sublimate.pipelines.edit import Edit
-from sublimate.pipelines.edit_attachment import refuse_attached
-from sublimate.pipelines.export import export_lora, export_student
+from sublimate.pipelines.export import export_lora, export_student, stock_sampling
 from sublimate.pipelines.few_steps import sample_few_steps
 from sublimate.pipelines.generate import generate_latents, telling
 from sublimate.pipelines.model import Model, open_model
@@ -138,11 +137,8 @@ def _run(
     artefact = objective.exports()
     if artefact.kind == "attachment" and config.save_dtype != "float32":
         raise ValueError(f"{config.method} exports an attachment, which is float32: leave out save_dtype.")
-    # Refused now rather than after training.
-    if artefact.kind != "attachment":
-        refuse_attached(model)
-    if artefact.few_steps is not None and artefact.kind != "attachment":
-        model.backbone.few_steps(model.pipeline, artefact.few_steps)
+    if artefact.kind != "attachment":  # refused now rather than after training
+        stock_sampling(model, artefact.kind, artefact.start_time, artefact.few_steps, as_base=artefact.as_base)
     source = make_source(model, config.data, options.sample_guidance, needs=objective.needs, progress=progress)
     validate = _validator(model, objective, config, source)
     identity = fingerprint(model.content_hash(), lasting(options.model_dump(mode="json")), config.data.model_dump())
