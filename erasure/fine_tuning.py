@@ -109,6 +109,9 @@ class StudentObjective(SoloObjective):
             raise ValueError(f"{model.source} knows no prompts, so there is nothing to erase by name.")
         if self.reads_null and not self.null:
             raise ValueError(f"{model.source} has no null condition, which this method reads: use concept_ablation.")
+        guided = [name for name, value in config if name.endswith("_guidance") and value != 1]
+        if guided and not self.null:
+            raise ValueError(f"{model.source} has no null condition to guide by: set {' and '.join(guided)} to 1.")
         check_precision(model)
         super().__init__(model, config, "student", self.make_player(model, config))
         self.frozen, self.shape = model.denoiser, model.latent_shape

@@ -74,7 +74,7 @@ def test_other_closed_forms_bring_the_class_to_its_anchor(tiny_dit, tmp_path, er
     (tmp_path / "prior.txt").write_text("red\n7\n")
     eraser = {
         "mace_fusion": MACEFusion(lam=0.01, prior=tmp_path / "prior.txt"),
-        "speed": SPEED(layers="all", augmentations=0),
+        "speed": SPEED(layers="all", augmentations=0, lam=0.01),
     }[eraser]
     target, before = (predicted(model, [word]).output for word in ("dog", "cat"))
     other = predicted(model, ["van gogh"]).output

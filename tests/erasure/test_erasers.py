@@ -16,6 +16,12 @@ FAMILIES = ("tiny_sd", *(pytest.param(family, marks=pytest.mark.slow) for family
 
 PICTURED = {"images": 2, "sampling_steps": 1, "max_train_steps": 2, "train_batch_size": 2, "learning_rate": 1e-3}
 
+
+def unguided(*names, **options):
+    """Options whose guidance is its default, or none where a model has nothing to lead away from."""
+    return lambda model: options if model.null_condition() else {**options, **dict.fromkeys(names, 1.0)}
+
+
 RECELER = {
     "rank": 4,
     "adversary_rows": 2,
@@ -43,10 +49,17 @@ CASES = {
             "learning_rate": 1e-3,
         },
     ),
-    "concept_ablation": ("concept_ablation", PICTURED),
-    "salun": ("salun", {**PICTURED, "weights": "x"}),
+    "concept_ablation": ("concept_ablation", unguided("start_guidance", **PICTURED)),
+    "salun": ("salun", unguided("start_guidance", "saliency_guidance", **PICTURED, weights="x")),
     "l1_sparse": ("l1_sparse", {**PICTURED, "weights": "x", "start_guidance": 1.0}),
-    "prune_then_erase": ("prune_then_erase", {"then": "salun", "options": PICTURED, "sparsity": 0.3}),
+    "prune_then_erase": (
+        "prune_then_erase",
+        lambda model: {
+            "then": "salun",
+            "options": unguided("start_guidance", "saliency_guidance", **PICTURED)(model),
+            "sparsity": 0.3,
+        },
+    ),
     "prune_then_erase-closed": ("prune_then_erase", {"then": "uce", "sparsity": 0.3}),
     "image_to_image": ("image_to_image", {**PICTURED, "start_guidance": 1.0}),
     "few_shot": ("few_shot", {**PICTURED, "max_drift": 1e9}),
@@ -91,6 +104,7 @@ REASONS = (
     "has text_encoder, text_encoder_2, text_encoder_3",
     "has no cross-attention",
     "has no CLIP text encoder",
+    "works in a single text encoder",
     "is shown no pictures",
     "has no null condition",
 )
