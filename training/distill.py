@@ -38,8 +38,8 @@ class DataConfig(Config):
     """Where prompts and images come from.
 
     Attributes:
-        prompts: "ink" for captions of Ink's grammar, or a text or JSON-lines file; None for an unconditional model,
-            and for a folder of images, which has captions.
+        prompts: "ink" for captions of Ink's grammar, or a text or JSON-lines file (of names or numbers of classes, for
+            a model of those); None for an unconditional model, and for a folder of images, which has captions.
         images: the real class and the data of objectives that read images: "teacher" for the (edited) teacher's own
             guided samples, "ink" for renderings, a folder of images with `metadata.jsonl`; None for none.
         negatives: negative prompts for objectives that need them: "ink" for Ink's own concepts, or a text file.
