@@ -40,6 +40,7 @@ def test_a_class_has_names_and_a_number(prompt, number):
             "golden retreiver",
             r"classes, from 0 to 9, not 'golden retreiver': did you mean 'golden",
         ),
+        ("tench, zebra", "not 'tench, zebra': did you mean 'tench'"),
         ("zzz", r"not 'zzz'\.$"),
         ("10", r"from 0 to 9, not '10'\.$"),
         ("-1", r"not '-1'\.$"),
