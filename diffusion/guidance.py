@@ -69,6 +69,8 @@ def extrapolated(
     """
     if not isinstance(scale, Tensor) and scale == 1:
         return denoiser(x_t, t, condition, features=features)
+    if condition and not null:
+        raise ValueError("There is no null condition to guide by: 1 is no guidance.")
     batch = len(x_t)
     condition = condition.expand(batch)
     both = Condition.cat([condition.with_null(null), condition])

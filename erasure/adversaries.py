@@ -34,7 +34,7 @@ class SoftWords:
             of one call, each its own.
 
     Raises:
-        ValueError: when the model reads no prompts, or the words have no tokens.
+        ValueError: when the model has no text encoder, or the words have no tokens.
     """
 
     def __init__(self, model: Model, words: str, *, encoders: Mapping[str, nn.Module] | None = None) -> None:
@@ -57,7 +57,7 @@ class SoftWords:
             self._ids[name] = torch.tensor(ids)
             self.values[name] = table.detach()[ids].float().clone().requires_grad_(True)
         if not self.values:
-            raise ValueError(f"{model.source} reads no prompts, so there are no words to learn.")
+            raise ValueError(f"{model.source} has no text encoder, so there are no words to learn.")
 
     def tables(self) -> dict[str, Tensor]:
         """All embeddings of each text encoder, (vocabulary, width)."""

@@ -88,6 +88,8 @@ class FineTuningConfig(StudentConfig, ABC):
 class StudentObjective(SoloObjective):
     """What fine-tuning erasers train: a student that starts as the model, beside the model itself, which stays frozen.
 
+    `reads_null` says whether the method compares with what the model predicts without text.
+
     Args:
         model: where training starts; stays as it is.
         config: options.
@@ -95,13 +97,21 @@ class StudentObjective(SoloObjective):
         seed: of what is drawn before training.
 
     Raises:
-        ValueError: when the model has no text, is not in float32, or has no such weights.
+        ValueError: when the model knows no prompts, or has no null condition where one is read; when it is not in
+            float32, or has no such weights.
     """
+
+    reads_null: ClassVar[bool] = True
 
     def __init__(self, model: Model, config: StudentConfig, request: Request, *, seed: int = 0) -> None:
         self.null, self.seed = model.null_condition(), seed
-        if not self.null.text_keys:
+        if not model.any_condition().text_keys:
             raise ValueError(f"{model.source} knows no prompts, so there is nothing to erase by name.")
+        if self.reads_null and not self.null:
+            raise ValueError(f"{model.source} has no null condition, which this method reads: use concept_ablation.")
+        guided = [name for name, value in config if name.endswith("_guidance") and value != 1]
+        if guided and not self.null:
+            raise ValueError(f"{model.source} has no null condition to guide by: set {' and '.join(guided)} to 1.")
         check_precision(model)
         super().__init__(model, config, "student", self.make_player(model, config))
         self.frozen, self.shape = model.denoiser, model.latent_shape

@@ -67,6 +67,7 @@ class KeptPicturesObjective(StudentObjective):
     """Holds preserved concepts by the denoising loss on their pictures."""
 
     config: DrawingConfig
+    reads_null = False
 
     def __init__(self, model: Model, config: DrawingConfig, request: Request, *, seed: int = 0) -> None:
         super().__init__(model, config, request, seed=seed)

@@ -1,4 +1,4 @@
-"""The linear layers through which text enters a denoiser, as the matrices that closed forms work on."""
+"""The layers through which text enters a denoiser, as the matrices that closed forms work on."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ class TextLayer:
     Attributes:
         key: full key of its weight.
         reads: the condition's entry that it reads.
-        whole: the whole weight, as the model has it.
+        whole: the whole weight, (d_out, d_in of the layer); a view of the model's own.
         columns: the d_in columns that multiply that entry.
+        table: whether it is a table of classes, whose parameter is the transpose: its rows are the layer's columns.
     """
 
     key: str
     reads: str
     whole: Tensor
     columns: slice
+    table: bool = False
 
     @property
     def weight(self) -> Tensor:
@@ -33,7 +35,7 @@ class TextLayer:
         return self.whole[:, self.columns].detach().to("cpu", torch.float64)
 
     def change(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors (B, A) of the change W0 U V of the whole weight.
+        """Factors (B, A) of the change of the model's parameter that makes W0 U V of the layer's weight.
 
         Args:
             u: (d_in, rank).
@@ -44,7 +46,7 @@ class TextLayer:
             b, a = closed_form.compress(b, a)
         full = a.new_zeros(len(a), self.whole.shape[1])
         full[:, self.columns] = a
-        return b, full
+        return (full.mT, b.mT) if self.table else (b, full)
 
 
 def text_layers(model: Model) -> list[TextLayer]:
@@ -56,10 +58,11 @@ def text_layers(model: Model) -> list[TextLayer]:
     layers = []
     for point in model.text_entry_points():
         layer = model.component(point.component).get_submodule(point.module_name)
-        if not isinstance(layer, nn.Linear):
+        if not isinstance(layer, nn.Linear | nn.Embedding):
             raise ValueError(f"{point.module_name} is a {type(layer).__name__}: closed forms edit linear layers only.")
-        key = f"{point.component}/{point.module_name}.weight"
-        layers.append(TextLayer(key, point.key, layer.weight, point.columns))
+        table = isinstance(layer, nn.Embedding)
+        key, whole = f"{point.component}/{point.module_name}.weight", layer.weight.mT if table else layer.weight
+        layers.append(TextLayer(key, point.key, whole, point.columns, table))
     if not layers:
         raise ValueError(f"No text enters {model.source}, so there is nothing for a closed form to edit.")
     return layers

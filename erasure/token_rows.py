@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.erasure.request import Concept, Phrase, Request
@@ -35,7 +36,7 @@ def concept_rows(
     """The rows of concepts in all their phrases, by the condition's key.
 
     A key whose entry is a sequence gives token rows, once per tokenizer; an entry that is one vector per prompt (a
-    pooled embedding) gives that vector.
+    pooled embedding, a class as `as_rows` has it) gives that vector.
 
     Args:
         model: encodes prompts.
@@ -89,8 +90,16 @@ def _encoded(model: Model, texts: list[str], rows: int) -> dict[str, Condition]:
     """Prompts as conditions of batch size 1, float64 on the CPU, each encoded once and no further than `rows`."""
     if not texts:
         return {}
-    condition = model.encode_prefixes(texts, rows).to("cpu", torch.float64)
+    condition = as_rows(model, model.encode_prefixes(texts, rows))
     return {text: condition.index(i) for i, text in enumerate(texts)}
+
+
+def as_rows(model: Model, condition: Condition) -> Condition:
+    """What the layers that text enters through multiply, float64 on the CPU: of a class its one-hot row."""
+    widths = {point.key: point.columns.stop for point in model.text_entry_points()}
+    rows = condition.to("cpu", torch.float64)
+    classes = {key: rows[key] for key in rows.text_keys if not rows[key].is_floating_point()}
+    return rows.replace(**{key: one_hot(numbers, widths[key]).double() for key, numbers in classes.items()})
 
 
 def request_rows(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal
 
@@ -43,13 +43,34 @@ _JOINT: Mapping[str, Callable[[str], bool]] = MappingProxyType(
     }
 )
 
+# Told classes and no text: a class enters through its table, and is added to the time, with which it modulates the
+# blocks by the projections of the sum.
+_TABLE = re.compile(r"class_embed(ding|der)\.")
+_MODULATION = re.compile(r"class_embed(ding|der)\.|\.norm1\.linear\.|\.time_emb_proj\.")
+_CLASSES: Mapping[str, Callable[[str], bool]] = MappingProxyType(
+    {
+        "x": lambda name: bool(_MODULATION.search(name)),
+        "x-strict": lambda name: bool(_TABLE.search(name)),
+        "u": lambda name: (
+            not (
+                _MODULATION.search(name)
+                or re.search(r"timestep_embedder\.", name)
+                or re.match(r"conv_(norm_)?out\.|proj_out_\d\.|time_embedding\.", name)
+            )
+        ),
+        "self": lambda name: bool(re.search(r"\.(attn1|attentions\.\d+)\.to_", name)),
+        "encoder": _CROSS["encoder"],
+    }
+)
+
 
 def select(network: nn.Module, rule: Rule) -> frozenset[str]:
     """Names of the parameters that a rule lets train.
 
     - "x": the linear layers of cross-attention (q, k, v, out; no norms), for what is asked for by name: styles,
-      persons. With joint attention: the text stream's projections.
-    - "x-strict": its keys and values alone, the only layers that see text.
+      persons. With joint attention: the text stream's projections. Where there are classes and no text: their tables
+      and the projections of class and time that modulate the blocks.
+    - "x-strict": its keys and values alone, the only layers that see text; the tables of classes alone.
     - "u": everything but cross-attention, the output layers and the time embedding, for what must go whatever the
       prompt: objects, nudity (the paper's rule; the authors' rewrite of 2025 also trains the layers left out here).
     - "self": self-attention.
@@ -64,19 +85,26 @@ def select(network: nn.Module, rule: Rule) -> frozenset[str]:
         ValueError: for an unknown rule, or when the network has no such weights.
     """
     names = [name for name, _ in network.named_parameters()]
-    joint = any(".add_k_proj." in name for name in names)
     if rule == "full":
         chosen = frozenset(names)
     elif rule not in _CROSS:
         raise ValueError(f"There is no weights rule {rule!r}: use x, x-strict, u, self, encoder or full.")
     else:
-        matches = (_JOINT if joint else _CROSS)[rule]
-        chosen = frozenset(name for name in names if matches(name))
+        chosen = frozenset(filter(_rules(names)[rule], names))
     if not chosen:
         raise ValueError(
             f"{type(network).__name__} has no weights of the rule {rule!r}: use 'full', or 'u' where there is no text."
         )
     return chosen
+
+
+def _rules(names: Sequence[str]) -> Mapping[str, Callable[[str], bool]]:
+    """The rules of an architecture, told by its parameters' names."""
+    if any(".add_k_proj." in name for name in names):
+        return _JOINT
+    # Some UNets are told a class (the level of noise on a picture) beside the text.
+    without_text = not any(".attn2." in name for name in names)
+    return _CLASSES if without_text and any(map(_TABLE.search, names)) else _CROSS
 
 
 def check_precision(model: Model) -> None:

@@ -119,11 +119,13 @@ class Attack(Method):
     """A way of bringing a concept back: options in, images out.
 
     An attack gets one model at a time, and never changes it. The audit runs it on the base first: what cannot draw the
-    concept there proves nothing. `every_level` says that it needs a model which denoises at every noise level.
+    concept there proves nothing. `every_level` says that it needs a model which denoises at every noise level,
+    `searches_words` that it needs one with a text encoder.
     """
 
     box: ClassVar[Box]
     every_level: ClassVar[bool] = False
+    searches_words: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -134,6 +136,8 @@ class Attack(Method):
         """Why there is nothing to attack this way, in one sentence; empty when there is."""
         if self.every_level and model.is_student:
             return "the model is a student of one or few steps, and this attack needs every noise level"
+        if self.searches_words and not model.backbone.text_components:
+            return "the model has no text encoder, so there are no words to search"
         return ""
 
     @abstractmethod

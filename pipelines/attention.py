@@ -17,7 +17,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sublimate.diffusion.conditions import Condition
 from sublimate.pipelines.model import Model
 from sublimate.pipelines.negative_attention import attention_layers, reads_negatives
 
@@ -246,11 +245,8 @@ def _watch(model: Model, layers: Mapping[str, Any]) -> dict[str, tuple[str, ...]
     """Runs the denoiser once on zeros of its own size and collects the kernels of every processor class."""
     ran: dict[str, set[str]] = {type(_original(layer.processor)).__name__: set() for layer in layers.values()}
     x_t = torch.zeros(1, *model.latent_shape, device=model.device, dtype=model.dtype)
-    condition = model.null_condition()
-    if getattr(model.denoiser.network.config, "num_class_embeds", None):
-        condition = Condition({"text": torch.zeros(1, dtype=torch.long, device=model.device)})
     with torch.no_grad(), _kernels_within(layers, ran):
-        model.denoiser(x_t, model.schedule.t_max, condition)
+        model.denoiser(x_t, model.schedule.t_max, model.any_condition())
     return {name: tuple(sorted(kernels)) for name, kernels in ran.items()}
 
 

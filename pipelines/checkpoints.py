@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,20 @@ def check_folder(folder: Path, variant: str | None = None) -> str:
         if not name.startswith("_") and isinstance(kind, list) and kind[1:] != [None]:
             _check_component(folder / name, str(kind[1]), variant)
     return contents["_class_name"]
+
+
+def keep_options(pipeline: Any, options: Mapping[str, Any]) -> None:
+    """Notes in a pipeline's configuration what its class is told and forgets, such as DiT's names of classes.
+
+    What is not noted there is gone once the pipeline is saved.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        options: by name, as in `model_index.json`; those that its class does not take are left out.
+    """
+    accepted = inspect.signature(type(pipeline).__init__).parameters
+    forgotten = {name: v for name, v in options.items() if name in accepted and name not in pipeline.config}
+    pipeline.register_to_config(**forgotten)
 
 
 def check_safetensors(path: Path) -> list[str]:

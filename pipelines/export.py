@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sublimate.diffusion.denoisers import Denoiser
 from sublimate.pipelines.backbones.base import StockSampling
 from sublimate.pipelines.cards import inherited_license, model_card, public_name
+from sublimate.pipelines.checkpoints import keep_options
 from sublimate.pipelines.edit_attachment import refuse_attached
 from sublimate.pipelines.few_steps import FewSteps
 from sublimate.pipelines.folders import written_aside
@@ -76,7 +77,7 @@ def export_student(
     """
     refuse_attached(model, network)
     student = _stock_network(model, network)
-    stock = _stock_sampling(model, t, few_steps, as_base)
+    stock = stock_sampling(model, "weights", t, few_steps, as_base=as_base)
     pipeline = _stock_pipeline(model, student, stock)
     record = _record("weights", model, provenance, stock, t, as_base)
     usage = [
@@ -127,9 +128,7 @@ def export_lora(
     """
     refuse_attached(model, network)
     state = _lora_state(_unwrapped(model, network), model.backbone.network_attribute)
-    stock = _stock_sampling(model, t, few_steps, as_base)
-    if not hasattr(getattr(diffusers, stock.pipeline_class), "load_lora_weights"):
-        raise ValueError(f"{stock.pipeline_class} loads no LoRA: export the student's weights instead.")
+    stock = stock_sampling(model, "lora", t, few_steps, as_base=as_base)
     record = _record("lora", model, provenance, stock, t, as_base)
     scheduler = type(stock.scheduler).__name__
     usage = [
@@ -232,14 +231,32 @@ def _merged(network: nn.Module) -> nn.Module:
     return network
 
 
-def _stock_sampling(model: Model, t: float | None, few_steps: FewSteps | None, as_base: bool) -> StockSampling:
+def stock_sampling(
+    model: Model,
+    kind: Literal["weights", "lora"],
+    t: float | None = None,
+    few_steps: FewSteps | None = None,
+    *,
+    as_base: bool = False,
+) -> StockSampling:
+    """How a stock pipeline samples a student of the model, before there is one; arguments are the exports'.
+
+    Raises:
+        ValueError: when none does it exactly, or the model carries an edit's attachment, or, for kind "lora", when the
+            stock pipeline loads none.
+    """
+    refuse_attached(model)
     if as_base:
-        return StockSampling(type(model.pipeline).__name__, model.pipeline.scheduler, model.defaults.get("call", {}))
-    if few_steps is None:
-        return model.backbone.one_step(model.pipeline, t)
-    if t is not None and t != few_steps.call_times(model.schedule)[0]:
+        stock = StockSampling(type(model.pipeline).__name__, model.pipeline.scheduler, model.defaults.get("call", {}))
+    elif few_steps is None:
+        stock = model.backbone.one_step(model.pipeline, t)
+    elif t is not None and t != few_steps.call_times(model.schedule)[0]:
         raise ValueError(f"A student of few steps starts at its first time, not at {t}: leave out t.")
-    return model.backbone.few_steps(model.pipeline, few_steps)
+    else:
+        stock = model.backbone.few_steps(model.pipeline, few_steps)
+    if kind == "lora" and not hasattr(getattr(diffusers, stock.pipeline_class), "load_lora_weights"):
+        raise ValueError(f"{stock.pipeline_class} loads no LoRA: train and export the student's weights instead.")
+    return stock
 
 
 def _stock_pipeline(model: Model, student: nn.Module, stock: StockSampling) -> Any:
@@ -252,7 +269,9 @@ def _stock_pipeline(model: Model, student: nn.Module, stock: StockSampling) -> A
         model.backbone.network_attribute: student,
         "scheduler": stock.scheduler,
     }
-    return cls(**{name: value for name, value in available.items() if name in accepted})
+    pipeline = cls(**{name: value for name, value in available.items() if name in accepted})
+    keep_options(pipeline, available)
+    return pipeline
 
 
 def _lora_state(network: nn.Module, component: str) -> dict[str, Tensor]:
@@ -312,9 +331,9 @@ def _with_versions(provenance: Mapping[str, Any]) -> dict[str, Any]:
 
 def _card(model: Model, record: Mapping[str, Any], usage: list[str], title: str, license: str | None) -> str:
     """The model card; `usage` makes a `pipeline`, the call that the record holds is added."""
-    prompt, medium = ['"..."'] if model.backbone.text_components else [], model.backbone.medium
+    prompt, medium = model.backbone.prompt_argument(model.pipeline), model.backbone.medium
     call = (f"{name}={value!r}" for name, value in record.get("call", {}).items())
-    arguments = ", ".join([*prompt, *model.backbone.shown_arguments, *call])
+    arguments = ", ".join([*([prompt] if prompt else []), *model.backbone.shown_arguments, *call])
     student = "start" in record
     return model_card(
         title=title,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,6 +78,11 @@ def unet_taps(network: Any) -> tuple[str, ...]:
     downs = tuple(f"down_blocks.{i}" for i in range(len(network.down_blocks)))
     ups = tuple(f"up_blocks.{i}" for i in range(len(network.up_blocks)))
     return ("mid_block", *downs, *ups)
+
+
+def block_taps(blocks: Sized, count: int, name: str = "transformer_blocks") -> tuple[str, ...]:
+    """A transformer's blocks, by name, as `spread` orders them."""
+    return spread([f"{name}.{i}" for i in range(len(blocks))], count)
 
 
 def unet_code(network: Any) -> tuple[str, ...]:

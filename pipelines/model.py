@@ -25,7 +25,7 @@ from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.denoisers import Denoiser
 from sublimate.diffusion.schedules import Schedule
 from sublimate.pipelines.backbones.base import Backbone, EntryPoint, backbone_for
-from sublimate.pipelines.checkpoints import check_folder, read_json, refuse_pickle, single_file_family
+from sublimate.pipelines.checkpoints import check_folder, keep_options, read_json, refuse_pickle, single_file_family
 from sublimate.pipelines.progress import without_bars
 from sublimate.pipelines.tokens import TokenSpan
 
@@ -150,6 +150,10 @@ class Model:
     def null_condition(self) -> Condition:
         """The condition, of batch size 1, that stands for no text; without keys for an unconditional model."""
         return self.backbone.null_condition(self.pipeline)
+
+    def any_condition(self) -> Condition:
+        """A condition of batch size 1 that the denoiser can be called with: the null condition, where there is one."""
+        return self.backbone.any_condition(self.pipeline)
 
     def show(self, **pictures: Tensor) -> Condition:
         """What the denoiser is told of pictures, beside the text; which ones, `backbone.show` says.
@@ -388,11 +392,13 @@ def _open_folder(folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
     kind = check_folder(folder, variant)
     backbone_for(kind)
     try:
-        return getattr(diffusers, kind).from_pretrained(
+        pipeline = getattr(diffusers, kind).from_pretrained(
             folder, dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True
         )
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ValueError(f"{folder} cannot be opened as a {kind} ({_first_line(error)})") from error
+    keep_options(pipeline, read_json(folder / "model_index.json"))
+    return pipeline
 
 
 @without_bars()

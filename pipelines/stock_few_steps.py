@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -66,6 +67,20 @@ def _clean_at_zero(scheduler: Any) -> dict[str, Any]:
     # The second beta makes up for the first, so that every later level stays.
     second = float(1 - (1 - betas[0]) * (1 - betas[1]))
     return {"num_train_timesteps": len(betas), "trained_betas": [0.0, second, *betas[2:].tolist()]}
+
+
+def steps_alone(pipeline_class: str, call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The call's options, for a stock pipeline that is told the number of steps and nothing else of the sampling.
+
+    Raises:
+        ValueError: for options that it does not have.
+    """
+    if others := sorted(call.keys() - {"num_inference_steps"}):
+        raise ValueError(
+            f"{pipeline_class} cannot be told {' or '.join(others)}: sample by consistency (eta 1), at times of the "
+            "table's own grid."
+        )
+    return call
 
 
 def flow_sampling(

@@ -16,8 +16,7 @@ from sublimate.diffusion.denoisers import Denoiser
 from sublimate.pipelines.attachments import export_attachment
 from sublimate.pipelines.attention import Kernel, attention_chosen
 from sublimate.pipelines.edit import Edit
-from sublimate.pipelines.edit_attachment import refuse_attached
-from sublimate.pipelines.export import export_lora, export_student
+from sublimate.pipelines.export import export_lora, export_student, stock_sampling
 from sublimate.pipelines.few_steps import sample_few_steps
 from sublimate.pipelines.generate import generate_latents, telling
 from sublimate.pipelines.model import Model, open_model
@@ -39,8 +38,8 @@ class DataConfig(Config):
     """Where prompts and images come from.
 
     Attributes:
-        prompts: "ink" for captions of Ink's grammar, or a text or JSON-lines file; None for an unconditional model,
-            and for a folder of images, which has captions.
+        prompts: "ink" for captions of Ink's grammar, or a text or JSON-lines file (of names or numbers of classes, for
+            a model of those); None for an unconditional model, and for a folder of images, which has captions.
         images: the real class and the data of objectives that read images: "teacher" for the (edited) teacher's own
             guided samples, "ink" for renderings, a folder of images with `metadata.jsonl`; None for none.
         negatives: negative prompts for objectives that need them: "ink" for Ink's own concepts, or a text file.
@@ -138,11 +137,8 @@ def _run(
     artefact = objective.exports()
     if artefact.kind == "attachment" and config.save_dtype != "float32":
         raise ValueError(f"{config.method} exports an attachment, which is float32: leave out save_dtype.")
-    # Refused now rather than after training.
-    if artefact.kind != "attachment":
-        refuse_attached(model)
-    if artefact.few_steps is not None and artefact.kind != "attachment":
-        model.backbone.few_steps(model.pipeline, artefact.few_steps)
+    if artefact.kind != "attachment":  # refused now rather than after training
+        stock_sampling(model, artefact.kind, artefact.start_time, artefact.few_steps, as_base=artefact.as_base)
     source = make_source(model, config.data, options.sample_guidance, needs=objective.needs, progress=progress)
     validate = _validator(model, objective, config, source)
     identity = fingerprint(model.content_hash(), lasting(options.model_dump(mode="json")), config.data.model_dump())

@@ -107,7 +107,9 @@ class Matching(Objective):
             "critic": make_player(self.teacher, config.critic),
         }
         if isinstance(config, AdversarialConfig) and config.adversarial:
-            judge = make_discriminator(self.teacher, self.taps, self.shape, self.null, config.discriminator_width)
+            judge = make_discriminator(
+                self.teacher, self.taps, self.shape, model.any_condition(), config.discriminator_width
+            )
             self._players["discriminator"] = make_player(judge, config.discriminator)
 
     @property

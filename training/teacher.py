@@ -22,6 +22,8 @@ class Trainee(Protocol):
 class Teacher(Trainee, Protocol):
     """What distillation reads of a model besides: features for a discriminator, a denoiser that is told a number."""
 
+    def any_condition(self) -> Condition: ...
+
     def feature_taps(self) -> tuple[str, ...]: ...
 
     def denoiser_with_number_input(self) -> Denoiser: ...
@@ -46,14 +48,15 @@ def check_guidance(null: Condition, *scales: float, option: str = "guidance_scal
     """Refuses guidance where there is no text to guide by.
 
     Args:
-        null: the teacher's null condition; without keys for an unconditional teacher.
+        null: the teacher's null condition; without keys where there is nothing to lead away from.
         scales: the guidance scales that will be used; 1 is none.
         option: of the objective, which gave them.
 
     Raises:
-        ValueError: when the teacher is unconditional and a scale is not 1.
+        ValueError: when the teacher has no null condition and a scale is not 1.
     """
     if not null and any(scale != 1 for scale in scales):
         raise ValueError(
-            f"objective.{option} is {', '.join(map(str, scales))}, but the teacher is unconditional: 1 is no guidance."
+            f"objective.{option} is {', '.join(map(str, scales))}, but the teacher has no null condition to guide by: "
+            "1 is no guidance."
         )

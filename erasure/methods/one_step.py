@@ -56,6 +56,7 @@ class OneStepObjective(StudentObjective):
     Config = OneStepConfig
     paper: ClassVar[str] = "2507.13386"
     config: OneStepConfig
+    reads_null = False
 
     def __init__(self, model: Model, config: OneStepConfig, request: Request, *, seed: int = 0) -> None:
         super().__init__(model, config, request, seed=seed)

@@ -13,7 +13,7 @@ from sublimate.erasure import closed_form
 from sublimate.erasure.eraser import Changes, Eraser
 from sublimate.erasure.request import Request, Templates
 from sublimate.erasure.text_layers import TextLayer, text_layers
-from sublimate.erasure.token_rows import Rows, Tokens, request_rows
+from sublimate.erasure.token_rows import Rows, Tokens, as_rows, request_rows
 from sublimate.pipelines.detector import Detector
 from sublimate.pipelines.model import Model
 from sublimate.training.config import Config
@@ -75,7 +75,9 @@ class SPEED(Eraser):
                 )
             layers = [layer for layer in layers if not layer.key.endswith(".to_k.weight")]
         by_key = request_rows(model, request, config.templates, config.tokens)
-        null = model.null_condition().to("cpu", torch.float64)
+        null = as_rows(model, model.null_condition())
+        if not null:
+            raise ValueError(f"{model.source} has no null condition, which speed holds: use uce.")
         fixed = {name: _fixed_rows(null[name][0]) for name in {layer.reads for layer in layers}}
         changes = {}
         for layer in layers:

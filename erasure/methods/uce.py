@@ -30,7 +30,7 @@ class UCEConfig(Config):
         erase_scale: weight of each erased row.
         preserve_scale: weight of each preserved row.
         lam: pull towards the old weights. It is not scale-free: beside rows of CLIP-L's norm (27.7) 0.5 is next to
-            nothing, beside rows of norm 1 it keeps a third of the concept.
+            nothing, beside rows of norm 1 (and classes, which are one-hot) it keeps a third of the concept.
         lam_relative: multiply lam by the mean squared norm of the erased rows, which makes it scale-free; 0.5 is then
             a strong pull.
     """

@@ -42,6 +42,7 @@ class WordSearch(Attack):
     Config = WordSearchConfig
     paper: ClassVar[str] = "2307.15043"
     box: ClassVar[Box] = "black box"
+    searches_words: ClassVar[bool] = True
 
     @property
     def budget(self) -> str:

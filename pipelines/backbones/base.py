@@ -44,7 +44,9 @@ class Draws(Protocol):
 
 @dataclass(frozen=True)
 class EntryPoint:
-    """A linear layer through which text enters the denoiser.
+    """A linear layer, or a table of classes, through which text enters the denoiser.
+
+    A table is the linear layer of one-hot rows, with a column of its weight for each of its entries.
 
     Attributes:
         component: the pipeline's component that holds it.
@@ -188,7 +190,18 @@ class Backbone(ABC):
 
     @abstractmethod
     def null_condition(self, pipe: Pipeline) -> Condition:
-        """The condition, of batch size 1, that stands for no text; without keys for an unconditional model."""
+        """The condition, of batch size 1, that stands for no text.
+
+        Without keys for an unconditional model, and for one that has always to be told a class.
+        """
+
+    def any_condition(self, pipe: Pipeline) -> Condition:
+        """A condition of batch size 1 that the network can be called with: the null condition, where there is one."""
+        return self.null_condition(pipe)
+
+    def prompt_argument(self, pipe: Pipeline) -> str:
+        """How the stock pipeline's call is given a prompt, as model cards write it; "" where it takes none."""
+        return '"..."' if self.text_components else ""
 
     def sizes(self, pipe: Pipeline, height: int | None = None, width: int | None = None) -> Condition:
         """What the network is told of the size it draws, of batch size 1; without keys where it is told none.
@@ -269,7 +282,7 @@ class Backbone(ABC):
     discriminator_taps: ClassVar[int] = 1
 
     def text_entry_points(self, pipe: Pipeline) -> list[EntryPoint]:
-        """Every linear layer through which text enters the denoiser; none for an unconditional model."""
+        """Every layer through which text enters the denoiser; none for an unconditional model."""
         return []
 
     def prompt_rows(self, pipe: Pipeline, prompt: str) -> tuple[TokenSpan, ...]:
@@ -298,6 +311,17 @@ def joint_entry_points(transformer: Network) -> list[EntryPoint]:
         EntryPoint("transformer", name, names[name], slice(0, layer.in_features), layer.bias is not None)
         for name, layer in layers.items()
     ]
+
+
+def refuse_other_sizes(own: tuple[int, int], height: int | None, width: int | None) -> None:
+    """For networks of one size, (height, width) in pixels.
+
+    Raises:
+        ValueError: for another.
+    """
+    wanted = (own[0] if height is None else height, own[1] if width is None else width)
+    if wanted != own:
+        raise ValueError(f"This model makes images of {own[0]}x{own[1]} pixels only, not {wanted[0]}x{wanted[1]}.")
 
 
 def refuse_unknown(condition: Condition, known: Sequence[str], network: Network) -> None:

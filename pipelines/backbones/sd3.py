@@ -20,7 +20,7 @@ from sublimate.pipelines.backbones.base import (
     joint_entry_points,
     refuse_unknown,
 )
-from sublimate.pipelines.features import spread, tapped
+from sublimate.pipelines.features import block_taps, tapped
 from sublimate.pipelines.few_steps import FewSteps
 from sublimate.pipelines.negative_attention import NEGATIVE, STRENGTH, negative_arguments
 from sublimate.pipelines.one_step import flow_at
@@ -122,8 +122,7 @@ class StableDiffusion3(Backbone):
         return StockSampling("StableDiffusion3Pipeline", scheduler, call, few)
 
     def feature_taps(self, network: Network) -> tuple[str, ...]:
-        names = [f"transformer_blocks.{i}" for i in range(len(network.transformer_blocks))]
-        return spread(names, self.discriminator_taps)
+        return block_taps(network.transformer_blocks, self.discriminator_taps)
 
     def text_entry_points(self, pipe: Pipeline) -> list[EntryPoint]:
         return joint_entry_points(pipe.transformer)

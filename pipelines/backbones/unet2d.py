@@ -1,4 +1,4 @@
-"""UNets on pixels without text: DDPM and DDIM checkpoints, and EDM-preconditioned ones."""
+"""UNets on pixels, unconditional or told a class: DDPM and DDIM checkpoints, and EDM-preconditioned ones."""
 
 from __future__ import annotations
 
@@ -6,20 +6,34 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.predictions import Parametrization
 from sublimate.diffusion.schedules import EDM, Schedule
-from sublimate.pipelines.backbones.base import Backbone, Network, Pipeline, StockSampling, refuse_unknown
+from sublimate.pipelines.backbones.base import (
+    Backbone,
+    EntryPoint,
+    Network,
+    Pipeline,
+    StockSampling,
+    refuse_other_sizes,
+    refuse_unknown,
+)
+from sublimate.pipelines.classes import class_names, find_class, read_classes
 from sublimate.pipelines.features import tapped, unet_taps
 from sublimate.pipelines.few_steps import FewSteps
 from sublimate.pipelines.one_step import consistency_at, ddim_at
-from sublimate.pipelines.stock_few_steps import consistency_sampling, table_sampling
+from sublimate.pipelines.stock_few_steps import consistency_sampling, steps_alone, table_sampling
+from sublimate.pipelines.tokens import TokenSpan
 
 
 class UNet2D(Backbone):
-    """`DDPMPipeline` and `DDIMPipeline`: a `UNet2DModel` on images in [-1, 1], unconditional."""
+    """`DDPMPipeline` and `DDIMPipeline`: a `UNet2DModel` on images in [-1, 1], unconditional or told a class.
+
+    "text" is then the class's number, (batch,) int64. No class stands for none, so that there is no guidance. These
+    stock pipelines pass no classes on: such a checkpoint can be drawn, trained and edited, but its students not saved.
+    """
 
     pipeline_classes: ClassVar[tuple[str, ...]] = ("DDPMPipeline", "DDIMPipeline")
     network_attribute = "unet"
@@ -28,7 +42,10 @@ class UNet2D(Backbone):
     def call(
         network: Network, x_in: Tensor, t_net: Tensor, condition: Condition, features: Sequence[str]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        refuse_unknown(condition, ("text",) if network.config.num_class_embeds else (), network)
+        classes = _classes(network)
+        if classes and "text" not in condition:
+            raise ValueError(f"This model needs a text condition: encode a class, '0' to '{classes - 1}'.")
+        refuse_unknown(condition, ("text",) if classes else (), network)
         with tapped(network, features) as taps:
             y = network(x_in, t_net, class_labels=condition.get("text")).sample
         # A network that also predicts its variance does so in the second half of the channels.
@@ -39,26 +56,25 @@ class UNet2D(Backbone):
     ) -> tuple[int, int, int]:
         size = pipe.unet.config.sample_size
         own = (size, size) if isinstance(size, int) else tuple(size)
-        wanted = (own[0] if height is None else height, own[1] if width is None else width)
-        if wanted != own:
-            raise ValueError(f"This model makes images of {own[0]}x{own[1]} pixels only, not {wanted[0]}x{wanted[1]}.")
+        refuse_other_sizes(own, height, width)
         return (pipe.unet.config.in_channels, *own)
 
     def encode_prompts(self, pipe: Pipeline, prompts: Sequence[str]) -> Condition:
-        """Nothing for an unconditional model; for one with classes, prompts are class numbers ("207")."""
-        classes = pipe.unet.config.num_class_embeds
+        """Nothing for an unconditional model; for one with classes, prompts are their numbers ("207")."""
+        if classes := _classes(pipe.unet):
+            numbers = read_classes(prompts, class_names(pipe), classes)
+            return Condition({"text": torch.tensor(numbers, device=pipe.unet.device)})
         if isinstance(prompts, str):
             raise TypeError(f"Give a list of prompts: [{prompts!r}].")
-        if not classes:
-            if any(prompts):
-                raise ValueError(f"This model is unconditional and cannot read {next(filter(None, prompts))!r}.")
-            return Condition()
-        if bad := [p for p in prompts if not (p.isdecimal() and int(p) < classes)]:
-            raise ValueError(f"This model's prompts are class numbers from 0 to {classes - 1}, not {bad[0]!r}.")
-        return Condition({"text": torch.tensor([int(p) for p in prompts], device=pipe.unet.device)})
+        if any(prompts):
+            raise ValueError(f"This model is unconditional and cannot read {next(filter(None, prompts))!r}.")
+        return Condition()
 
     def null_condition(self, pipe: Pipeline) -> Condition:
         return Condition()
+
+    def any_condition(self, pipe: Pipeline) -> Condition:
+        return self.encode_prompts(pipe, ["0" if _classes(pipe.unet) else ""])
 
     def encode(self, pipe: Pipeline, images: Tensor) -> Tensor:
         return 2 * images.to(pipe.unet.dtype) - 1
@@ -67,7 +83,7 @@ class UNet2D(Backbone):
         return latents / 2 + 0.5
 
     def one_step(self, pipe: Pipeline, t: float | None = None) -> StockSampling:
-        if pipe.unet.config.num_class_embeds:
+        if _classes(pipe.unet):
             raise ValueError("DDIMPipeline cannot pass class labels, so no stock pipeline runs this student.")
         if pipe.unet.config.out_channels != pipe.unet.config.in_channels:
             raise ValueError("DDIMPipeline cannot run a network that also predicts its variance: train without it.")
@@ -76,15 +92,21 @@ class UNet2D(Backbone):
     def few_steps(self, pipe: Pipeline, few: FewSteps) -> StockSampling:
         self.one_step(pipe)  # refuses the networks that no stock pipeline runs
         scheduler, call = table_sampling(pipe.scheduler, self.schedule(pipe), few)
-        if call.keys() != {"num_inference_steps"}:
-            raise ValueError(
-                f"DDPMPipeline cannot be told {' or '.join(sorted(call.keys() - {'num_inference_steps'}))}: sample by "
-                "consistency (eta 1), at times of the table's own grid."
-            )
-        return StockSampling("DDPMPipeline", scheduler, call, few)
+        return StockSampling("DDPMPipeline", scheduler, steps_alone("DDPMPipeline", call), few)
 
     def feature_taps(self, network: Network) -> tuple[str, ...]:
         return unet_taps(network)
+
+    def text_entry_points(self, pipe: Pipeline) -> list[EntryPoint]:
+        if not _classes(pipe.unet):
+            return []
+        table = pipe.unet.class_embedding
+        if not isinstance(table, nn.Embedding):
+            raise ValueError(f"{type(pipe).__name__} embeds classes as numbers here, without a table to edit.")
+        return [EntryPoint("unet", "class_embedding", "text", slice(0, table.num_embeddings), bias=False)]
+
+    def find_concept(self, pipe: Pipeline, prompt: str, concept: str) -> tuple[TokenSpan, ...]:
+        return find_class(self.encode_prompts(pipe, [prompt, concept]), prompt, concept)
 
 
 class PreconditionedUNet2D(UNet2D):
@@ -92,7 +114,7 @@ class PreconditionedUNet2D(UNet2D):
 
     Read as the denoiser of Karras et al. 2022. Consistency models (Song et al. 2023, appendix C) use sigma - sigma_min
     in its coefficients, which differs by the fraction sigma_min / sigma of the output; our exports say sigma_min = 0,
-    where both are the same.
+    where both are the same. The stock pipeline passes classes on.
     """
 
     pipeline_classes: ClassVar[tuple[str, ...]] = ("ConsistencyModelPipeline",)
@@ -107,9 +129,26 @@ class PreconditionedUNet2D(UNet2D):
     def parametrization(self, pipe: Pipeline) -> Parametrization:
         return Parametrization("edm", pipe.scheduler.config.sigma_data)
 
+    def prompt_argument(self, pipe: Pipeline) -> str:
+        return "class_labels=0" if _classes(pipe.unet) else ""
+
     def one_step(self, pipe: Pipeline, t: float | None = None) -> StockSampling:
         return StockSampling("ConsistencyModelPipeline", consistency_at(pipe.scheduler, t), {"num_inference_steps": 1})
 
     def few_steps(self, pipe: Pipeline, few: FewSteps) -> StockSampling:
         scheduler, call, rounded = consistency_sampling(pipe.scheduler, self.schedule(pipe), few)
         return StockSampling("ConsistencyModelPipeline", scheduler, call, rounded)
+
+
+def _classes(network: Network) -> int:
+    """How many classes a UNet is told apart; 0 for an unconditional one.
+
+    Raises:
+        ValueError: for one that is told something else, or an unknown number of classes.
+    """
+    count, kind = network.config.num_class_embeds, network.config.class_embed_type
+    if kind not in (None, "timestep"):
+        raise ValueError(f"A UNet2DModel with class_embed_type {kind!r} is told embeddings, which no prompt names.")
+    if kind == "timestep" and count is None:
+        raise ValueError("A UNet2DModel with class_embed_type 'timestep' needs num_class_embeds to say how many.")
+    return count or 0

@@ -84,6 +84,33 @@ def test_erase_then_generate(capsys, tmp_path, tiny_sd_v):
     assert (images / "00000.png").read_bytes() == edited
 
 
+def test_classes_are_erased_and_drawn_by_name(capsys, tmp_path, tiny_dit):
+    edit = tmp_path / "edit"
+    erase = ["erase", tiny_dit, "Felis catus", "--anchor", "dog", "--out", edit, "--fold", "--set", "lam=1e-9"]
+    assert sublimate(capsys, *erase)[0] == 0
+    drawn = {}
+    for model, prompt in ((edit / "model", "cat"), (tiny_dit, "1"), (tiny_dit, "cat")):
+        draw = ["--steps", "1", "--out", tmp_path / "images", "--guidance-scale", "1"]
+        assert sublimate(capsys, "generate", model, prompt, *draw)[0] == 0
+        drawn[model, prompt] = (tmp_path / "images" / "00000.png").read_bytes()
+    assert drawn[edit / "model", "cat"] == drawn[tiny_dit, "1"] != drawn[tiny_dit, "cat"]
+    assert "not 'hound'" in failed(capsys, "generate", tiny_dit, "hound")
+
+
+@pytest.mark.slow
+def test_students_of_classes(capsys, tmp_path, distilling, tiny_edm_classes, tiny_class_conditional):
+    (tmp_path / "prompts.txt").write_text("3\n4\n")
+    options = ["objective.guidance_scale=1"]
+    status, _, err = sublimate(capsys, *distilling, f"model={tiny_edm_classes}", *options)
+    assert status == 0, err
+    student = tmp_path / "run" / "student"
+    assert sublimate(capsys, "generate", student, "3", "--out", tmp_path / "images")[0] == 0
+    # Refused before training.
+    other = [f"model={tiny_class_conditional}", f"trainer.output_dir={tmp_path / 'other'}", *options]
+    assert "DDIMPipeline cannot pass class labels" in failed(capsys, *distilling, *other)
+    assert not (tmp_path / "other").exists()
+
+
 def test_sounds_are_written_with_their_spectrograms(capsys, tmp_path, tiny_audio):
     draw = ["--steps", "1", "--guidance-scale", "1", "--count", "2", "--out", tmp_path]
     status, out, _ = sublimate(capsys, "generate", tiny_audio, "red cat", *draw)

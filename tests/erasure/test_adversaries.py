@@ -85,7 +85,7 @@ def test_prompts_may_have_vectors_of_their_own(tiny_sd):
 def test_words_without_tokens_and_models_without_prompts_are_refused(tiny_sd, tiny_unconditional):
     with pytest.raises(ValueError, match="at least one word"):
         SoftWords(open_model(tiny_sd), " ")
-    with pytest.raises(ValueError, match="reads no prompts"):
+    with pytest.raises(ValueError, match="has no text encoder"):
         SoftWords(open_model(tiny_unconditional), "cat")
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from grid import families, refusals
+from grid import called, families, refusals
 
 from sublimate.erasure.eraser import Eraser
 from sublimate.erasure.request import Concept, Request
@@ -15,6 +15,12 @@ ERASERS = "sublimate.erasure.methods"
 FAMILIES = ("tiny_sd", *(pytest.param(family, marks=pytest.mark.slow) for family in ("tiny_sd_v", "tiny_sd3")))
 
 PICTURED = {"images": 2, "sampling_steps": 1, "max_train_steps": 2, "train_batch_size": 2, "learning_rate": 1e-3}
+
+
+def unguided(*names, **options):
+    """Options whose guidance is its default, or none where a model has nothing to lead away from."""
+    return lambda model: options if model.null_condition() else {**options, **dict.fromkeys(names, 1.0)}
+
 
 RECELER = {
     "rank": 4,
@@ -43,10 +49,17 @@ CASES = {
             "learning_rate": 1e-3,
         },
     ),
-    "concept_ablation": ("concept_ablation", PICTURED),
-    "salun": ("salun", {**PICTURED, "weights": "x"}),
+    "concept_ablation": ("concept_ablation", unguided("start_guidance", **PICTURED)),
+    "salun": ("salun", unguided("start_guidance", "saliency_guidance", **PICTURED, weights="x")),
     "l1_sparse": ("l1_sparse", {**PICTURED, "weights": "x", "start_guidance": 1.0}),
-    "prune_then_erase": ("prune_then_erase", {"then": "salun", "options": PICTURED, "sparsity": 0.3}),
+    "prune_then_erase": (
+        "prune_then_erase",
+        lambda model: {
+            "then": "salun",
+            "options": unguided("start_guidance", "saliency_guidance", **PICTURED)(model),
+            "sparsity": 0.3,
+        },
+    ),
     "prune_then_erase-closed": ("prune_then_erase", {"then": "uce", "sparsity": 0.3}),
     "image_to_image": ("image_to_image", {**PICTURED, "start_guidance": 1.0}),
     "few_shot": ("few_shot", {**PICTURED, "max_drift": 1e9}),
@@ -90,7 +103,9 @@ CASES = {
 REASONS = (
     "works in a single text encoder of CLIP",
     "has no cross-attention",
+    "has no CLIP text encoder",
     "is shown no pictures",
+    "has no null condition",
 )
 
 # What is tested to be refused even where not all families are.
@@ -128,8 +143,9 @@ def fit(model, case, seed=0):
     method, options = CASES[case]
     options = options(model) if callable(options) else options
     eraser = registry.load(ERASERS, method, Eraser)(**options)
-    cat = Concept("cat", anchor="dog" if eraser.uses_anchor else "")
-    return eraser.fit(model, Request(cat, preserve=["seven", "red"]), seed=seed)
+    cat, dog, seven, red = called(model, "cat", "dog", "seven", "red")
+    concept = Concept(cat, anchor=dog if eraser.uses_anchor else "")
+    return eraser.fit(model, Request(concept, preserve=[seven, red]), seed=seed)
 
 
 def fitted(model, case, seed=0):
@@ -144,7 +160,7 @@ def bits(model):
 @torch.no_grad()
 def answer(model):
     """What the model predicts when asked for a cat: of text, weights and attachments."""
-    x_t, told = torch.ones(1, *model.latent_shape), model.encode_prompts(["cat"])
+    x_t, told = torch.ones(1, *model.latent_shape), model.encode_prompts(called(model, "cat"))
     if model.backbone.shown:
         random = SampleRandom(0, 0, "answer", [0])
         told = told.replace(**model.backbone.show_examples(model.pipeline, model.render(x_t), random))

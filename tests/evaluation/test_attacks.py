@@ -187,6 +187,14 @@ def test_students_are_attacked_where_they_know_enough(model):
     assert set(CASES) - refused == {"added_lora", "encoder_swap", "paraphrases", "seed_search", "word_search"}
 
 
+def test_words_are_searched_where_there_is_a_text_encoder(model, tiny_dit):
+    case, dit = case_of(model), open_model(tiny_dit)
+    attacks = {name: make_attacks([name])[0] for name in CASES}
+    refused = {name for name, attack in attacks.items() if "no text encoder" in attack.out_of_place(dit, case)}
+    assert refused == {"adversarial_prefix", "textual_inversion", "universal_token", "word_search"}
+    assert not any("no text encoder" in attack.out_of_place(model, case) for attack in attacks.values())
+
+
 def test_seed_search_succeeds_where_any_seed_does(model):
     drawn = [generate(model, case_of(model).prompts, seed=key(1, "seed search", i)) for i in range(3)]
     # Half of the images are bright, so that seeds disagree.

@@ -11,7 +11,15 @@ import torch
 from sublimate.pipelines.attention import KERNELS, _attention, attention_report, set_attention
 from sublimate.pipelines.model import Model, open_model
 
-FAMILIES = ("tiny_sd", "tiny_unconditional", "tiny_sd3", "tiny_sdxl", "tiny_flux")
+FAMILIES = (
+    "tiny_sd",
+    "tiny_unconditional",
+    "tiny_edm_classes",
+    "tiny_dit",
+    "tiny_sd3",
+    "tiny_sdxl",
+    "tiny_flux",
+)
 
 
 @pytest.fixture
@@ -22,7 +30,7 @@ def models(request: pytest.FixtureRequest) -> dict[str, Model]:
 def output(model: Model) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     x_t = torch.randn((1, *model.latent_shape), generator=generator)
-    return model.denoiser(x_t, model.schedule.t_max, model.null_condition()).output
+    return model.denoiser(x_t, model.schedule.t_max, model.any_condition()).output
 
 
 def processors(model: Model) -> list[str]:
@@ -63,7 +71,7 @@ def test_eager_attention_allows_forward_mode_derivatives(models, name):
     model.denoiser.double()
     generator = torch.Generator().manual_seed(0)
     x_t, v = torch.randn((2, 1, *model.latent_shape), generator=generator, dtype=torch.float64)
-    t, condition = model.schedule.t_max / 2, model.null_condition()
+    t, condition = model.schedule.t_max / 2, model.any_condition()
 
     def network(x: torch.Tensor) -> torch.Tensor:
         return model.denoiser(x, t, condition).output

@@ -197,6 +197,8 @@ def test_options_of_few_step_samplers_need_one(tiny_sd):
         ("tiny_sd", FewSteps("consistency", steps=2, times=(1200, 400)), "above -1 and up to 999"),
         ("tiny_unconditional", FewSteps("target_driven", eta=0.3), "cannot be told eta"),
         ("tiny_unconditional", FewSteps("consistency", steps=2, times=(999, 400)), "cannot be told timesteps"),
+        ("tiny_dit", FewSteps("target_driven", eta=0.3), "DiTPipeline cannot be told eta"),
+        ("tiny_class_conditional", FewSteps("consistency"), "cannot pass class labels"),
         ("tiny_edm", FewSteps("target_driven", eta=0.0), "set eta to 1"),
         ("tiny_sd3", FewSteps("target_driven", eta=0.3), "set eta to 0 or 1"),
     ],

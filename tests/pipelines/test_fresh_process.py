@@ -20,7 +20,7 @@ from students import (
     few_step_images_of,
     few_step_student_of,
     images_of,
-    prompts_of,
+    stock_prompts,
     student_of,
     with_lora,
 )
@@ -52,12 +52,11 @@ for job in jobs:
         pipeline.scheduler = scheduler.from_pretrained(job["lora"], subfolder="scheduler")
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in job["seeds"]]
-    who = {"prompt": job["prompts"]} if job["prompts"] else {"batch_size": len(generators)}
     # Stock flow pipelines draw their fresh noise from the global generator.
     torch.manual_seed(job["global_seed"])
     expected = load_file(job["expected"])
     pictures = {name: expected[name] for name in ("image", "mask_image") if name in expected}
-    result = pipeline(**who, **pictures, generator=generators, output_type="pt", **job["call"])
+    result = pipeline(**job["who"], **pictures, generator=generators, output_type="pt", **job["call"])
     images = torch.as_tensor(result.images if "images" in result else result.audios)
     expected = expected["images"]
     print("RESULT", job["name"], float((images - expected).abs().max()), type(pipeline).__name__)
@@ -73,7 +72,7 @@ def fresh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
     def job(name: str, model: Model, images: torch.Tensor, folder: Path, lora: Path | None, call: dict) -> None:
         save_file({"images": images.contiguous(), **stock_arguments(model, len(SEEDS))}, root / f"{name}.safetensors")
-        shared = {"name": name, "seeds": SEEDS, "prompts": prompts_of(model), "call": call, "global_seed": GLOBAL_SEED}
+        shared = {"name": name, "seeds": SEEDS, "who": stock_prompts(model), "call": call, "global_seed": GLOBAL_SEED}
         if lora:
             config = json.loads((lora / "scheduler" / "scheduler_config.json").read_text())
             shared["scheduler"] = config["_class_name"]

@@ -14,7 +14,16 @@ from sublimate.diffusion.denoisers import Denoiser
 from sublimate.pipelines.generate import SAMPLERS, generate, generate_latents, image_generator, initial_noise
 from sublimate.pipelines.model import Model, open_model
 
-FAMILIES = ("tiny_sd", "tiny_sd_v", "tiny_unconditional", "tiny_edm", "tiny_sd3", "tiny_sdxl")
+FAMILIES = (
+    "tiny_sd",
+    "tiny_sd_v",
+    "tiny_unconditional",
+    "tiny_edm",
+    "tiny_edm_classes",
+    "tiny_dit",
+    "tiny_sd3",
+    "tiny_sdxl",
+)
 PROMPTS = ["a red cat", "a dog", "the style of van gogh", "a painting in red", ""]
 
 
@@ -24,7 +33,9 @@ def models(request: pytest.FixtureRequest) -> dict[str, Model]:
 
 
 def prompts_of(model: Model):
-    return PROMPTS if model.backbone.text_components else len(PROMPTS)
+    if model.backbone.text_components:
+        return PROMPTS
+    return ["7", "2", "5", "2", "0"] if model.any_condition() else len(PROMPTS)
 
 
 class Passes:

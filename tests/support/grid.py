@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from checkpoints import modules
 
+from sublimate.pipelines.model import Model
+
 
 def families(config: pytest.Config, defaults: Sequence[Any]) -> list[Any]:
     """The matrix's own choice, or what `--families` names: then slow tests are meant, whatever they are marked as."""
@@ -16,6 +18,17 @@ def families(config: pytest.Config, defaults: Sequence[Any]) -> list[Any]:
     if not asked:
         return list(defaults)
     return list(modules()) if asked == "all" else asked.split(",")
+
+
+NUMBERED = ("cat", "dog", "seven", "red", "red cat", "a dog")
+"""What the classes without names are taken for."""
+
+
+def called(model: Model, *words: str) -> list[str]:
+    """What a model calls some things: their words, or numbers where it has classes without names."""
+    if model.backbone.text_components or model.null_condition():
+        return list(words)
+    return [str(NUMBERED.index(word)) for word in words]
 
 
 @contextmanager

@@ -79,7 +79,11 @@ def tiny_model(schedule=SCHEDULE, parametrization="v_prediction"):
     network = nn.Sequential(nn.Linear(1, 8), nn.SiLU(), nn.Linear(8, 1))
     denoiser = Denoiser(network, network_call, schedule, Parametrization(parametrization))
     return SimpleNamespace(
-        denoiser=denoiser, latent_shape=(1,), null_condition=Condition, feature_taps=lambda: ("middle",)
+        denoiser=denoiser,
+        latent_shape=(1,),
+        null_condition=Condition,
+        any_condition=Condition,
+        feature_taps=lambda: ("middle",),
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -20,6 +22,8 @@ SEEDS = (11, 12)
 PROMPTS = ("a red cat", "a painting in the style of van gogh")
 # Of one length, since a stock audio pipeline pads, and padding changes what its language model says.
 SOUNDS = ("a red cat", "a red dog")
+# Of models whose classes have no names.
+CLASSES = ("3", "8")
 
 # Family, start of the student; None is the schedule's end.
 STUDENTS = {
@@ -35,6 +39,9 @@ STUDENTS = {
     "tiny_unconditional@120": 120,
     "tiny_edm": None,
     "tiny_edm@2.5": 2.5,
+    "tiny_edm_classes": None,
+    "tiny_dit": None,
+    "tiny_dit@399": 399,
     "tiny_sd3": None,
     "tiny_sd3@0.75": 0.75,
     "tiny_sdxl": None,
@@ -59,6 +66,9 @@ FEW_STEP_STUDENTS = {
     "tiny_unconditional#consistency": FewSteps("consistency", steps=3, grid_steps=50),
     "tiny_edm#consistency": FewSteps("consistency", steps=3, grid_steps=18),
     "tiny_edm#one": FewSteps("consistency", steps=1),
+    "tiny_edm_classes#consistency": FewSteps("consistency", steps=3, grid_steps=18),
+    "tiny_dit#consistency": FewSteps("consistency", steps=3, grid_steps=50),
+    "tiny_dit#guided": FewSteps("consistency", steps=3, grid_steps=50, guidance_scale=2.0),
     "tiny_sd3#deterministic": FewSteps("target_driven", steps=3, grid_steps=50, guidance_scale=2.0),
     "tiny_sd3#consistency": FewSteps("consistency", steps=3),
     "tiny_sdxl#told": FewSteps("consistency", steps=2, grid_steps=50, guidance_scale=8.0),
@@ -117,6 +127,9 @@ def few_step_images_of(model: Model, student, few: FewSteps) -> torch.Tensor:
     def noise(x):
         if isinstance(model.backbone, Flux1):  # whose stock pipeline adds noise to the packed latents
             return unpacked(torch.randn(packed(x).shape), *x.shape[2:])
+        if type(model.pipeline).__name__ == "DiTPipeline":
+            # Guided, it samples both halves of its batch, and keeps the first.
+            return torch.randn((2 if few.guidance_scale > 1 else 1) * len(x), *x.shape[1:])[: len(x)]
         return torch.randn(x.shape) if isinstance(model.schedule, RectifiedFlow) else draw(x.shape[1:])
 
     denoise = telling(student, condition, model.null_condition(), few.guidance_scale)
@@ -135,9 +148,23 @@ def few_step_student_of(model: Model, name: str):
 
 
 def prompts_of(model: Model) -> list[str]:
+    """As many as there are `SEEDS`; none for an unconditional model."""
+    if not model.any_condition():
+        return []
     if model.backbone.medium == "audio":
         return list(SOUNDS)
-    return list(PROMPTS) if model.backbone.text_components else []
+    return list(PROMPTS if model.null_condition() else CLASSES)
+
+
+def stock_prompts(model: Model) -> dict[str, Any]:
+    """The same as arguments of the stock pipeline's call."""
+    if model.backbone.text_components:
+        return {"prompt": prompts_of(model)}
+    accepted = inspect.signature(type(model.pipeline).__call__).parameters
+    told = {"batch_size": len(SEEDS)} if "batch_size" in accepted else {}
+    if prompts_of(model):
+        told["class_labels"] = model.encode_prompts(prompts_of(model))["text"].tolist()
+    return told
 
 
 def with_lora(model: Model, ranks: dict[str, int]):

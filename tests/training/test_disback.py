@@ -35,7 +35,9 @@ def make(cls=DisBack, config=DisBackConfig, **options):
     network = nn.Sequential(nn.Linear(2, 8), nn.SiLU(), nn.Linear(8, 2))
     schedule, parametrization = TrigFlow(sigma_data=1.0), Parametrization("v_prediction")
     denoiser = Denoiser(network, lambda n, x, t, c, f: (n(x), {}), schedule, parametrization)
-    model = SimpleNamespace(denoiser=denoiser, latent_shape=(2,), null_condition=Condition, feature_taps=tuple)
+    model = SimpleNamespace(
+        denoiser=denoiser, latent_shape=(2,), null_condition=Condition, any_condition=Condition, feature_taps=tuple
+    )
     defaults = {"guidance_scale": 1.0, "critic": LORA, "critic_updates": 1, "student": {"learning_rate": 0.05}}
     return cls(model, config(**{**defaults, **options}))
 

@@ -34,7 +34,11 @@ def make(schedule, **options):
 
     denoiser = Denoiser(nn.Linear(1, 1), call, schedule, Parametrization("edm"))
     model = SimpleNamespace(
-        denoiser=denoiser, latent_shape=(1,), null_condition=Condition, feature_taps=lambda: ("waves",)
+        denoiser=denoiser,
+        latent_shape=(1,),
+        null_condition=Condition,
+        any_condition=Condition,
+        feature_taps=lambda: ("waves",),
     )
     return DiscriminatorGuidance(model, DiscriminatorGuidanceConfig(**options))
 

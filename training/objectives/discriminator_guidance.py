@@ -66,7 +66,9 @@ class DiscriminatorGuidance(SoloObjective):
         self.model, self.taps = frozen(model), model.feature_taps()
         self.schedule, self.shape, self.null = self.model.schedule, tuple(model.latent_shape), model.null_condition()
         check_guidance(self.null, config.guidance_scale)
-        judge = make_discriminator(self.model, self.taps, self.shape, self.null, config.discriminator_width)
+        judge = make_discriminator(
+            self.model, self.taps, self.shape, model.any_condition(), config.discriminator_width
+        )
         super().__init__(model, config, "discriminator", make_player(judge, config.discriminator, ema=True))
         ends = self.schedule.uniform_time(torch.tensor((0.0, 1.0), dtype=torch.float64), *config.time_range)
         # A schedule may end in pure noise, where no density is uniform: EDM's noisiest level is far enough.

@@ -149,7 +149,9 @@ class Flash(Objective):
         self.extractor, self.grid = extractor, self.schedule.grid(config.teacher_steps)
         self._players = {"student": make_player(self.teacher, config.student, ema=True)}
         if any(config.adversarial_weights):
-            judge = make_discriminator(self.teacher, self.taps, self.shape, self.null, config.discriminator_width)
+            judge = make_discriminator(
+                self.teacher, self.taps, self.shape, model.any_condition(), config.discriminator_width
+            )
             self._players["discriminator"] = make_player(judge, config.discriminator)
 
     @property
