@@ -1,7 +1,8 @@
 """Networks that training does not run leave the memory: their weights are mapped from a file until they are wanted.
 
 Whatever they were opened from and whatever was edited, the file holds the weights as they are. A parked network stays
-usable: on the CPU as it is, its weights being read as they are needed, and on an accelerator within `at_hand`.
+usable: on the CPU as it is, its weights being read as they are needed, and on an accelerator within `at_hand`. What it
+computes on the CPU may then differ in rounding, since some kernels depend on where in memory a tensor starts.
 
 Layout: `<folder>/encoders-<hash>-<precision>/00000.safetensors, ...`, tensors by "component/parameter", and
 `index.json`, which says which file holds which. The folder appears complete or not at all.
@@ -10,13 +11,14 @@ Layout: `<folder>/encoders-<hash>-<precision>/00000.safetensors, ...`, tensors b
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from sublimate.pipelines.folders import written_aside
 from sublimate.pipelines.model import Model, weights_hash
@@ -48,9 +50,8 @@ def park(model: Model, names: Sequence[str], folder: Path, *, file_bytes: int) -
     for file in set(json.loads((place / INDEX).read_text()).values()):
         for key, value in read_mapped(place / file).items():
             weights[key].data = value
-    for name in names:
-        for buffer in model.component(name).buffers():
-            buffer.data = buffer.data.cpu()
+    for held, name, buffer in _held(model.component(component) for component in names):
+        held[name] = buffer.cpu() if not isinstance(buffer, nn.Parameter) else buffer
 
 
 @contextmanager
@@ -62,15 +63,25 @@ def at_hand(model: Model, *names: str) -> Iterator[None]:
         names: its components'; those that it does not have are ignored.
     """
     modules = [module for name, module in model.components().items() if name in names]
-    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-    before = [tensor.data for tensor in tensors]
+    # Moving a module gives some tensors other values, and puts other tensors in the place of some.
+    before = [(held, name, tensor, tensor.data) for held, name, tensor in _held(modules)]
     try:
         for module in modules:
             module.to(model.device)
         yield
     finally:
-        for tensor, value in zip(tensors, before, strict=True):
+        for held, name, tensor, value in before:
             tensor.data = value
+            held[name] = tensor
+
+
+def _held(modules: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """Every parameter and buffer, with the mapping and the name under which its module holds it."""
+    for part in (part for module in modules for part in module.modules()):
+        for held in (part._parameters, part._buffers):
+            for name, tensor in list(held.items()):
+                if tensor is not None:
+                    yield held, name, tensor
 
 
 def _write(weights: Mapping[str, Tensor], place: Path, file_bytes: int) -> None:

@@ -116,8 +116,16 @@ def _check(model: Model, data: DataConfig, needs: frozenset[str]) -> None:
         )
     if data.streaming and "samples" in needs:
         raise ValueError("This objective needs a sample of every prompt, and a stream has no end: set streaming off.")
+    if data.streaming and _is_image_folder(data):
+        raise ValueError(
+            f"{data.train_data_dir} has a metadata.jsonl and is read by row as it is: set data.streaming to false."
+        )
     if not model.backbone.draws_from_text and data.images == "teacher":
         raise ValueError(f"{model.source} draws by pictures and has none of its own: set data.train_data_dir.")
+
+
+def _is_image_folder(data: DataConfig) -> bool:
+    return data.train_data_dir is not None and (data.train_data_dir / "metadata.jsonl").is_file()
 
 
 def _prompts_of(file: str | None) -> list[str]:
@@ -127,7 +135,7 @@ def _prompts_of(file: str | None) -> list[str]:
 def _prompts_and_images(model: Model, data: DataConfig) -> tuple[Sequence[str], Images | Tensor | None]:
     if data.captioned:
         rows: Captioned
-        if data.train_data_dir is not None and (data.train_data_dir / "metadata.jsonl").is_file():
+        if _is_image_folder(data) and data.train_data_dir is not None:
             rows = ImageFolder(data.train_data_dir, data.caption_column)
         else:
             rows = DatasetRows(data)

@@ -40,7 +40,7 @@ def image_folder(folder: Path, count: int) -> Path:
 
 def parquet_files(folder: Path, count: int, files: int = 4) -> Path:
     import pyarrow
-    import pyarrow.parquet
+    from pyarrow import parquet
 
     folder.mkdir(parents=True)
     for number in range(files):
@@ -49,7 +49,7 @@ def parquet_files(folder: Path, count: int, files: int = 4) -> Path:
             for i in range(number * count // files, (number + 1) * count // files)
         ]
         table = pyarrow.Table.from_pylist(rows)
-        pyarrow.parquet.write_table(table, folder / f"{number}.parquet", row_group_size=3)
+        parquet.write_table(table, folder / f"{number}.parquet", row_group_size=3)
     return folder
 
 
