@@ -19,13 +19,12 @@ from sublimate.training.randomness import key
 
 
 class Captioned(Protocol):
-    """Pictures by row.
+    """Pictures by row."""
 
-    Attributes:
-        captions: one per row; empty when none are read.
-    """
-
-    captions: Sequence[str]
+    @property
+    def captions(self) -> Sequence[str]:
+        """One per row; empty when none are read."""
+        ...
 
     def __len__(self) -> int: ...
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -33,7 +33,7 @@ REMEMBERED_BYTES = 2**30
 FORMAT = 1
 """Counts up when the same prompts and pictures come to be encoded differently."""
 
-Key = TypeVar("Key", str, int)
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Prompts:
     def __init__(self, model: Model, texts: Sequence[str] = (), cache: Cache | None = None) -> None:
         self.table: Shards | None = None
         if cache is None:
-            self.memory = Remembered(lambda text: encode_prompt(model, text))
+            self.memory: Remembered[str] = Remembered(lambda text: encode_prompt(model, text))
             return
         different = list(dict.fromkeys(texts))
         self.places = {text: row for row, text in enumerate(different)}

@@ -125,7 +125,7 @@ def _write(
 ) -> None:
     for half in folder.glob(".*.partial"):
         half.unlink()
-    shards = []
+    shards: list[dict[str, Any]] = []
     while (file := folder / _name(len(shards))).is_file():
         shards.append(_entry(file))
     done = sum(shard["rows"] for shard in shards)
