@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from sublimate.diffusion.conditions import Condition
@@ -29,6 +29,32 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class Placed(Source, Protocol):
+    """A source whose batches depend on how much was read before: its place belongs to a checkpoint."""
+
+    def place(self) -> dict[str, Any]:
+        """Where this process is, as JSON; the places of all processes make one mapping."""
+        ...
+
+    def seek(self, place: Mapping[str, Any]) -> None:
+        """Goes on where a mapping of all processes' places says."""
+        ...
+
+
+class Table(Protocol):
+    """Rows of tensors: a tensor, or what reads or makes the rows that are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, indices: Tensor, /) -> Tensor:
+        """Rows (len(indices), ...)."""
+        ...
+
+
+Encode = Callable[[Sequence[str]], Condition]
+
+
 class ModelSource:
     """Prompts, and latents that belong to them, for training on a model; samples are drawn with replacement.
 
@@ -42,6 +68,7 @@ class ModelSource:
         samples: (samples, *latent_shape), the model's own, `samples[i]` for `prompts[i]`.
         pictures: (samples, 3, height, width) in [0, 1], what `latents` were made from; decoded latents unless given.
             Only models that are shown pictures have a use for them.
+        encode: encodes the prompts instead of the model.
 
     Raises:
         ValueError: when the numbers differ, or a model that is shown pictures gets none.
@@ -51,16 +78,18 @@ class ModelSource:
         self,
         model: Model,
         prompts: Sequence[str] = (),
-        latents: Tensor | None = None,
+        latents: Table | None = None,
         negatives: Sequence[str] = (),
-        samples: Tensor | None = None,
-        pictures: Tensor | None = None,
+        samples: Table | None = None,
+        pictures: Table | None = None,
+        encode: Encode | None = None,
     ) -> None:
         self.tensors = {name: x for name, x in (("images", latents), ("samples", samples)) if x is not None}
         for name, x in self.tensors.items():
             if prompts and len(x) != len(prompts):
                 raise ValueError(f"{len(prompts)} prompts do not match {len(x)} {name}: give one prompt for each.")
         self.model, self.prompts, self.negatives = model, list(prompts), list(negatives)
+        self.encode: Encode = encode or model.encode_prompts
         self.shown, self.pictures = model.backbone.shown, pictures
         if self.shown and latents is None:
             raise ValueError(f"{model.source} is shown {self.shown}, which are made from images: give images.")
@@ -75,23 +104,33 @@ class ModelSource:
     def batch(self, random: SampleRandom) -> Batch:
         count = len(self.prompts) or min((len(x) for x in self.tensors.values()), default=1)
         indices = random.integers(count)
-        with torch.no_grad():
-            prompts = [self.prompts[i] for i in indices.tolist()] if self.prompts else []
-            condition = self.model.encode_prompts(prompts) if prompts else Condition()
-            if self.negatives:
-                chosen = [self.negatives[i] for i in random.integers(len(self.negatives)).tolist()]
-                condition = condition.replace(negative=self.model.encode_prompts(chosen)["text"])
-            if self.shown:
-                condition = condition.replace(**self._show(indices, random))
-        return Batch(condition, random, {name: x[indices] for name, x in self.tensors.items()})
+        prompts = [self.prompts[i] for i in indices.tolist()] if self.prompts else []
+        condition = condition_of(self.encode, prompts, self.negatives, random)
+        tensors = {name: x[indices] for name, x in self.tensors.items()}
+        if self.shown:
+            images = self._rendered(tensors["images"]) if self.pictures is None else self.pictures[indices]
+            condition = shown_of(self.model, condition, images, random)
+        return Batch(condition, random, tensors)
 
-    def _show(self, indices: Tensor, random: SampleRandom) -> Condition:
-        """What the model is shown of some samples."""
-        if self.pictures is not None:
-            images = self.pictures[indices]
-        else:
-            images = self.model.render(self.tensors["images"][indices].to(self.model.device))
-        return self.model.backbone.show_examples(self.model.pipeline, images, random)
+    @torch.no_grad()
+    def _rendered(self, latents: Tensor) -> Tensor:
+        return self.model.render(latents.to(self.model.device))
+
+
+@torch.no_grad()
+def condition_of(encode: Encode, prompts: Sequence[str], negatives: Sequence[str], random: SampleRandom) -> Condition:
+    """What the network is told of prompts, one per sample or none, and of negative prompts that are drawn for them."""
+    condition = encode(prompts) if prompts else Condition()
+    if negatives:
+        chosen = [negatives[i] for i in random.integers(len(negatives)).tolist()]
+        condition = condition.replace(negative=encode(chosen)["text"])
+    return condition
+
+
+@torch.no_grad()
+def shown_of(model: Model, condition: Condition, images: Tensor, random: SampleRandom) -> Condition:
+    """A condition with what the network is shown of images (batch, 3, height, width), one per sample."""
+    return condition.replace(**model.backbone.show_examples(model.pipeline, images, random))
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -137,34 +176,3 @@ def read_image(path: Path) -> Tensor:
     with Image.open(path) as picture:
         pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
     return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def read_image_folder(folder: Path) -> tuple[list[str], Tensor]:
-    """Captions and images of a folder laid out like Hugging Face's `imagefolder`.
-
-    `metadata.jsonl` names each picture (`file_name`) and its caption (`text`).
-
-    Returns:
-        Captions, and images (N, 3, H, W) in [0, 1].
-
-    Raises:
-        FileNotFoundError: when the folder, its metadata or a picture is missing.
-        ValueError: when a line or a picture is damaged, or the pictures differ in size.
-    """
-    metadata = folder / "metadata.jsonl"
-    if not metadata.is_file():
-        raise FileNotFoundError(f"{folder} has no metadata.jsonl: one JSON line with file_name and text per picture.")
-    captions, images = [], []
-    for line in filter(str.strip, metadata.read_text().splitlines()):
-        try:
-            row = json.loads(line)
-            captions.append(str(row["text"]))
-            images.append(read_image(folder / row["file_name"]))
-        except (json.JSONDecodeError, KeyError, TypeError, UnidentifiedImageError) as error:
-            raise ValueError(f"A line of {metadata} cannot be used ({error!r}): {line[:80]}") from error
-    sizes = {tuple(image.shape[1:]) for image in images}
-    if len(sizes) != 1:
-        raise ValueError(
-            f"The pictures of {folder} must exist and have one size, but have {sorted(sizes)}: resize them."
-        )
-    return captions, torch.stack(images)

@@ -18,42 +18,21 @@ from sublimate.pipelines.attention import Kernel, attention_chosen
 from sublimate.pipelines.edit import Edit
 from sublimate.pipelines.export import export_lora, export_student, stock_sampling
 from sublimate.pipelines.few_steps import sample_few_steps
-from sublimate.pipelines.generate import generate_latents, telling
+from sublimate.pipelines.generate import telling
 from sublimate.pipelines.model import Model, open_model
 from sublimate.pipelines.pictures import image_grid, pictures_of, to_png
 from sublimate.training import registry
 from sublimate.training.checkpoints import fingerprint, lasting
 from sublimate.training.config import Config, dump_config, validate_section
-from sublimate.training.data import ModelSource, Source, read_image_folder, read_prompts
-from sublimate.training.ink.sources import captioned
-from sublimate.training.ink.vocabulary import SYNONYMS
+from sublimate.training.data import Placed, Source
+from sublimate.training.data_config import DataConfig
 from sublimate.training.objective import Artefact, Objective, ObjectiveConfig
+from sublimate.training.parking import at_hand, park
 from sublimate.training.randomness import SampleRandom
+from sublimate.training.sources import make_source, unread_networks
 from sublimate.training.trainer import Trainer, TrainerConfig
 
 OBJECTIVES = "sublimate.training.objectives"
-
-
-class DataConfig(Config):
-    """Where prompts and images come from.
-
-    Attributes:
-        prompts: "ink" for captions of Ink's grammar, or a text or JSON-lines file (of names or numbers of classes, for
-            a model of those); None for an unconditional model, and for a folder of images, which has captions.
-        images: the real class and the data of objectives that read images: "teacher" for the (edited) teacher's own
-            guided samples, "ink" for renderings, a folder of images with `metadata.jsonl`; None for none.
-        negatives: negative prompts for objectives that need them: "ink" for Ink's own concepts, or a text file.
-        count: captions and images to draw when they come from "ink" or "teacher".
-        teacher_steps: sampling steps of the teacher's own samples.
-        seed: seed of those draws.
-    """
-
-    prompts: str | None = "ink"
-    images: str | None = "teacher"
-    negatives: str | None = None
-    count: int = Field(default=4096, ge=1)
-    teacher_steps: int = Field(default=25, ge=1)
-    seed: int = Field(default=0, ge=0)
 
 
 class DistillConfig(Config):
@@ -139,9 +118,20 @@ def _run(
         raise ValueError(f"{config.method} exports an attachment, which is float32: leave out save_dtype.")
     if artefact.kind != "attachment":  # refused now rather than after training
         stock_sampling(model, artefact.kind, artefact.start_time, artefact.few_steps, as_base=artefact.as_base)
-    source = make_source(model, config.data, options.sample_guidance, needs=objective.needs, progress=progress)
+    accelerator = Accelerator()
+    source = make_source(
+        model,
+        config.data,
+        options.sample_guidance,
+        needs=objective.needs,
+        global_batch=config.trainer.local_batch * accelerator.num_processes,
+        progress=progress and accelerator.is_main_process,
+    )
     validate = _validator(model, objective, config, source)
-    identity = fingerprint(model.content_hash(), lasting(options.model_dump(mode="json")), config.data.model_dump())
+    identity = fingerprint(model.content_hash(), lasting(options.model_dump(mode="json")), config.data.lasting())
+    if config.data.cache_dir is not None:
+        unread = unread_networks(model, config.data)
+        park(model, unread, config.data.cache_dir, file_bytes=config.data.cache_shard_bytes)
     trainer = Trainer(objective, source, config.trainer, validate=validate, fingerprint=identity, progress=progress)
     trainer.run()
     folder = config.trainer.output_dir / "student"
@@ -150,71 +140,6 @@ def _run(
             _export(model, objective, config, folder)
     trainer.accelerator.wait_for_everyone()
     return folder
-
-
-def make_source(
-    model: Model,
-    data: DataConfig,
-    guidance_scale: float,
-    *,
-    needs: frozenset[str] = frozenset({"images"}),
-    progress: bool = True,
-) -> Source:
-    """The source that `data` describes; images become latents once, here.
-
-    Args:
-        model: the teacher, with its edits applied.
-        data: prompts and images.
-        guidance_scale: guidance of the teacher's own samples, so that they follow the score being distilled.
-        needs: what the objective reads: without "images" the teacher draws none; with "samples" it draws one of every
-            prompt, for objectives that compare it with the image.
-        progress: show a bar while sampling.
-
-    Raises:
-        ValueError: when the data do not fit each other or the model.
-    """
-    if model.backbone.shown and "samples" in needs:
-        raise ValueError(
-            f"This objective compares images with the teacher's own samples, which {model.source} draws of pictures "
-            "that it is shown: choose another method."
-        )
-    if not model.backbone.draws_from_text and data.images == "teacher":
-        raise ValueError(f"{model.source} draws by pictures and has none of its own: set data.images to a folder.")
-    prompts, images = _prompts_and_images(data)
-
-    def drawn() -> Tensor:
-        steps, seed = data.teacher_steps, data.seed
-        texts = prompts or data.count
-        x0 = generate_latents(model, texts, steps=steps, guidance_scale=guidance_scale, seed=seed, progress=progress)
-        return x0.cpu()
-
-    latents: Tensor | None = None
-    if "images" in needs or model.backbone.shown:
-        if data.images == "teacher":
-            latents = drawn()
-        elif images is not None:
-            with torch.no_grad():
-                latents = torch.cat([model.encode(part.to(model.device)).cpu() for part in images.split(64)])
-    negatives = list(SYNONYMS) if data.negatives == "ink" else _prompts_of(data.negatives)
-    pictures = images if model.backbone.shown else None
-    return ModelSource(model, prompts, latents, negatives, drawn() if "samples" in needs else None, pictures)
-
-
-def _prompts_of(file: str | None) -> list[str]:
-    return [] if file is None else read_prompts(Path(file))
-
-
-def _prompts_and_images(data: DataConfig) -> tuple[list[str], Tensor | None]:
-    if data.images not in (None, "teacher", "ink"):
-        if data.prompts is not None:
-            raise ValueError("An image folder brings its own captions: set data.prompts to null.")
-        return read_image_folder(Path(data.images))
-    if data.images == "ink" and data.prompts not in ("ink", None):
-        raise ValueError('Images from "ink" come with their own captions: set data.prompts to "ink" too.')
-    if "ink" not in (data.prompts, data.images):
-        return _prompts_of(data.prompts), None
-    prompts, images = captioned(data.count, data.seed, render=data.images == "ink")
-    return prompts if data.prompts == "ink" else [], images
 
 
 def _validator(
@@ -234,22 +159,29 @@ def _validator(
         )
     generator = torch.Generator().manual_seed(config.trainer.seed)
     z = torch.randn((len(config.validation_prompts), *model.latent_shape), generator=generator)
-    condition = model.encode_prompts(config.validation_prompts)
+    # Text is encoded now: its encoders may leave the memory before training starts.
+    condition, null = model.encode_prompts(config.validation_prompts), model.null_condition()
     if model.backbone.shown:
         random = SampleRandom(config.trainer.seed, 0, "validation", range(len(z)))
-        condition = condition.replace(**source.batch(random).condition.extra)
+        place = source.place() if isinstance(source, Placed) else None
+        shown = source.batch(random).condition.extra
+        condition = condition.replace(**shown.to(model.device))
+        if isinstance(source, Placed) and place is not None:
+            source.seek(place)
 
     def validate(step: int) -> None:
-        x0 = _drawn(model, objective.exports(), condition, z, config.trainer.seed)
+        x0 = _drawn(model, objective.exports(), condition, null, z, config.trainer.seed)
         folder = config.trainer.output_dir / "samples"
         folder.mkdir(parents=True, exist_ok=True)
-        picture = image_grid(pictures_of(model.render(x0), model.backbone.medium), columns=8)
+        with at_hand(model, "vae"):
+            media = model.render(x0)
+        picture = image_grid(pictures_of(media, model.backbone.medium), columns=8)
         (folder / f"{step:07d}.png").write_bytes(to_png(picture))
 
     return validate
 
 
-def _drawn(model: Model, artefact: Artefact, condition: Condition, z: Tensor, seed: int) -> Tensor:
+def _drawn(model: Model, artefact: Artefact, condition: Condition, null: Condition, z: Tensor, seed: int) -> Tensor:
     """The student's x0 from z ~ N(0, I), in one step or in as many as it is made for."""
     schedule, few = model.schedule, artefact.few_steps
     if few is None:
@@ -259,7 +191,7 @@ def _drawn(model: Model, artefact: Artefact, condition: Condition, z: Tensor, se
     told = telling(
         student,
         condition,
-        model.null_condition(),
+        null,
         few.guidance_scale,
         reads_target=few.sampler == "trajectory",
     )

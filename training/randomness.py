@@ -30,6 +30,7 @@ class SampleRandom:
     """
 
     def __init__(self, seed: int, step: int, turn: str, indices: Sequence[int]) -> None:
+        self.indices = tuple(indices)
         self._generators = [torch.Generator().manual_seed(key(seed, step, turn, index)) for index in indices]
 
     def __len__(self) -> int:
@@ -37,12 +38,14 @@ class SampleRandom:
 
     def __getitem__(self, part: slice) -> SampleRandom:
         sliced = object.__new__(SampleRandom)
+        sliced.indices = self.indices[part]
         sliced._generators = self._generators[part]
         return sliced
 
     def twin(self) -> SampleRandom:
         """The same streams from where they stand: what it draws, these draw again."""
         twin = object.__new__(SampleRandom)
+        twin.indices = self.indices
         twin._generators = [generator.clone_state() for generator in self._generators]
         return twin
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers.optimization import get_scheduler
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -21,7 +22,7 @@ from tqdm.auto import tqdm
 from sublimate.pipelines.gradient_checkpointing import enable_gradient_checkpointing
 from sublimate.training import checkpoints
 from sublimate.training.config import Config
-from sublimate.training.data import Source
+from sublimate.training.data import Placed, Source
 from sublimate.training.ema import Average
 from sublimate.training.objective import Batch, Objective, Turn
 from sublimate.training.randomness import SampleRandom, key
@@ -72,6 +73,11 @@ class TrainerConfig(Config):
         if self.lr_scheduler == "constant" and self.lr_warmup_steps > 0:
             raise ValueError("A constant lr_scheduler has no warm-up: set it to constant_with_warmup.")
         return self
+
+    @property
+    def local_batch(self) -> int:
+        """Samples per process and optimiser step."""
+        return self.train_batch_size * self.gradient_accumulation_steps
 
 
 class Interrupted(Exception):
@@ -233,15 +239,11 @@ class Trainer:
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=enabled)
 
     @property
-    def _local_batch(self) -> int:
-        return self.config.train_batch_size * self.config.gradient_accumulation_steps
-
-    @property
     def _first_index(self) -> int:
-        return self.accelerator.process_index * self._local_batch
+        return self.accelerator.process_index * self.config.local_batch
 
     def _batch(self, turn: Turn) -> Batch:
-        indices = range(self._first_index, self._first_index + self._local_batch)
+        indices = range(self._first_index, self._first_index + self.config.local_batch)
         random = SampleRandom(self.config.seed, self.step, turn.name, indices)
         batch = self.source.batch(random)
         device = self.accelerator.device
@@ -303,6 +305,7 @@ class Trainer:
     def save(self) -> Path:
         """Writes a checkpoint of the current step; only the main process writes."""
         path = self.config.output_dir / f"{checkpoints.PREFIX}{self.step}"
+        place = self._place()
         if self.accelerator.is_main_process:
             sections: dict[str, dict[str, Tensor]] = {"objective": self.objective.state()}
             for name, player in self.players.items():
@@ -315,6 +318,7 @@ class Trainer:
                 **self._identity(),
                 "fingerprint": self.fingerprint,
                 "step": self.step,
+                "place": place,
             }
             limit = self.config.checkpoints_total_limit
             checkpoints.write_checkpoint(self.config.output_dir, self.step, sections, facts, limit)
@@ -350,14 +354,23 @@ class Trainer:
         for name, average in self.averages.items():
             average.load(sections[f"average.{name}"])
         self.objective.load_state(sections["objective"])
+        if isinstance(self.source, Placed):
+            self.source.seek(facts["place"])
         self.step = step
+
+    def _place(self) -> dict[str, Any]:
+        """Where all processes are in the data; nothing where that depends on the step alone."""
+        if not isinstance(self.source, Placed):
+            return {}
+        places: list[dict[str, Any]] = gather_object([self.source.place()])
+        return {name: value for place in places for name, value in place.items()}
 
     def _identity(self) -> dict[str, Any]:
         """What must agree for a resumed run to equal an uninterrupted one."""
         return {
             "method": self.objective.describe()["method"],
             "seed": self.config.seed,
-            "global_batch": self._local_batch * self.accelerator.num_processes,
+            "global_batch": self.config.local_batch * self.accelerator.num_processes,
             "averages": sorted(self.averages),
         }
 

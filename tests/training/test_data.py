@@ -1,16 +1,15 @@
 """Sources draw what their random numbers say, and damaged data is named."""
 
-import json
-
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from captioned_sets import caption, image_folder
+from pydantic import ValidationError
 
 from sublimate.pipelines.model import open_model
-from sublimate.training.data import ModelSource, read_image_folder, read_prompts
-from sublimate.training.distill import DataConfig, make_source
+from sublimate.training.data import ModelSource, read_prompts
+from sublimate.training.data_config import DataConfig
 from sublimate.training.randomness import SampleRandom
+from sublimate.training.sources import framing_of, make_source
 
 
 def test_prompts_come_from_text_and_json_lines(tmp_path):
@@ -28,34 +27,6 @@ def test_bad_prompt_files_are_named(tmp_path):
         read_prompts(tmp_path / "empty.txt")
     with pytest.raises(ValueError, match='"text" field'):
         read_prompts(tmp_path / "bad.jsonl")
-
-
-def write_picture(path, size=(4, 4), value=128):
-    Image.fromarray(np.full((*size, 3), value, dtype=np.uint8)).save(path)
-
-
-def test_an_image_folder_gives_captions_and_pixels(tmp_path):
-    rows = [{"file_name": f"{i}.png", "text": f"picture {i}"} for i in range(2)]
-    for i in range(2):
-        write_picture(tmp_path / f"{i}.png", value=51 * i)
-    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    captions, images = read_image_folder(tmp_path)
-    assert captions == ["picture 0", "picture 1"]
-    torch.testing.assert_close(images.mean((1, 2, 3)), torch.tensor([0.0, 0.2]))
-
-
-def test_damaged_image_folders_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"metadata\.jsonl"):
-        read_image_folder(tmp_path)
-    write_picture(tmp_path / "0.png")
-    write_picture(tmp_path / "1.png", size=(8, 8))
-    lines = ['{"file_name": "0.png", "text": "x"}', '{"file_name": "1.png", "text": "y"}']
-    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
-    with pytest.raises(ValueError, match="one size"):
-        read_image_folder(tmp_path)
-    (tmp_path / "1.png").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="cannot be used"):
-        read_image_folder(tmp_path)
 
 
 def test_a_source_pairs_latents_with_prompts(tiny_sd):
@@ -78,8 +49,79 @@ def test_the_teachers_own_samples_are_the_real_class(tiny_sd, tmp_path):
     source = make_source(model, data, guidance_scale=2.0, progress=False)
     assert source.provides == {"prompts", "images"}
     assert source.tensors["images"].shape == (2, *model.latent_shape)
-    with pytest.raises(ValueError, match="own captions"):
-        make_source(model, DataConfig(prompts=str(tmp_path / "p.txt"), images=str(tmp_path)), 1.0)
-    with pytest.raises(ValueError, match="own captions"):
-        make_source(model, DataConfig(images=str(tmp_path)), 1.0)
     assert make_source(model, data, 2.0, needs=frozenset({"prompts"}), progress=False).provides == {"prompts"}
+
+
+def test_captioned_pictures_come_without_prompts_and_images():
+    data = DataConfig(train_data_dir="pictures")
+    assert (data.prompts, data.images) == (None, None) and data.captioned
+    assert DataConfig.model_validate(data.model_dump()) == data
+    assert DataConfig(dataset_name="owner/name", images="teacher").images == "teacher"
+    assert (DataConfig().prompts, DataConfig().images) == ("ink", "teacher")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train_data_dir": "a", "dataset_name": "b"}, "both name the data"),
+        ({"dataset_config_name": "b"}, "a configuration of dataset_name"),
+        ({"train_data_dir": "a", "prompts": "p.txt"}, "own captions: set data.prompts to null"),
+        ({"train_data_dir": "a", "images": "ink"}, "cannot be joined with images of 'ink'"),
+        ({"images": "some/folder"}, "a folder of pictures is data.train_data_dir"),
+        ({"streaming": True}, "streaming is for dataset_name and train_data_dir"),
+        ({"streaming": True, "dataset_name": "b", "images": "teacher"}, "a stream has no end"),
+        ({"streaming": True, "dataset_name": "b", "cache_dir": "c"}, "a stream has no end: leave out one"),
+    ],
+)
+def test_data_that_do_not_fit_each_other_are_refused(options, message):
+    with pytest.raises(ValidationError, match=message):
+        DataConfig(**options)
+
+
+def test_where_results_are_kept_does_not_make_another_run():
+    plain, cached = DataConfig(), DataConfig(cache_dir="somewhere", cache_shard_bytes=1)
+    assert plain.lasting() == cached.lasting() != DataConfig(random_flip=True).lasting()
+
+
+def test_a_folder_of_pictures_is_a_source(tiny_sd, tmp_path):
+    model = open_model(tiny_sd)
+    data = DataConfig(train_data_dir=image_folder(tmp_path, 6), random_flip=True)
+    source = make_source(model, data, 1.0)
+    assert source.provides == {"prompts", "images"} and len(source.prompts) == 12
+    batch = source.batch(SampleRandom(0, 0, "x", range(8)))
+    indices = SampleRandom(0, 0, "x", range(8)).integers(12)
+    expected = model.encode_prompts([caption(i // 2) for i in indices.tolist()])["text"]
+    torch.testing.assert_close(batch.condition["text"], expected)
+    images = (indices // 2 * 3 / 255).float().view(-1, 1, 1, 1).expand(-1, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(batch["images"], model.encode(images))
+    assert make_source(model, data, 1.0, needs=frozenset({"prompts"})).provides == {"prompts"}
+
+
+def test_captions_of_a_folder_may_serve_the_teacher(tiny_sd, tmp_path):
+    model = open_model(tiny_sd)
+    data = DataConfig(train_data_dir=image_folder(tmp_path, 2), images="teacher", teacher_steps=1, random_flip=True)
+    source = make_source(model, data, 1.0, progress=False)
+    assert source.prompts == [caption(0), caption(1)] and source.tensors["images"].shape == (2, *model.latent_shape)
+
+
+def test_images_have_the_models_own_size(tiny_sd, tiny_unconditional, tiny_audio):
+    model = open_model(tiny_sd)
+    for resolution in (None, 16):
+        framing = framing_of(model, DataConfig(train_data_dir="a", resolution=resolution, center_crop=True, seed=3))
+        assert (framing.height, framing.width, framing.center_crop, framing.seed) == (16, 16, True, 3)
+    with pytest.raises(ValueError, match=r"32x32 pixels are latents of \(4, 16, 16\), and .* draws \(4, 8, 8\)"):
+        framing_of(model, DataConfig(train_data_dir="a", resolution=32))
+    framing = framing_of(open_model(tiny_unconditional), DataConfig(train_data_dir="a"))
+    assert (framing.height, framing.width) == (8, 8)
+    with pytest.raises(ValueError, match="makes no images"):
+        framing_of(open_model(tiny_audio), DataConfig(train_data_dir="a"))
+
+
+def test_folders_that_cannot_be_streamed_are_refused(tiny_sd, tmp_path):
+    model = open_model(tiny_sd)
+    data = DataConfig(train_data_dir=image_folder(tmp_path, 2), streaming=True)
+    with pytest.raises(ValueError, match=r"read by row as it is: set data\.streaming to false"):
+        make_source(model, data, 1.0)
+    with pytest.raises(ValueError, match="needs a sample of every prompt"):
+        make_source(model, data, 1.0, needs=frozenset({"images", "samples"}))

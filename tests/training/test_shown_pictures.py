@@ -107,7 +107,7 @@ def test_flash_distils_them_to_stock_pipelines(request, name, tmp_path):
         model=str(request.getfixturevalue(name)),
         method="flash",
         objective={**objective, "student": {"kind": "full"}},
-        data={"prompts": None, "images": str(folder)},
+        data={"train_data_dir": folder},
         trainer={"output_dir": tmp_path / "run", "max_train_steps": 2, "train_batch_size": 2, "validation_steps": 1},
         validation_prompts=("a cat", "a dog"),
     )

@@ -1,0 +1,152 @@
+"""The source of batches that a run's `data:` section describes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from sublimate.pipelines.generate import generate_latents
+from sublimate.pipelines.model import Model
+from sublimate.training.captioned import Captioned, Framing, ImageFolder, Images
+from sublimate.training.data import ModelSource, Source, Table, read_prompts
+from sublimate.training.data_config import DataConfig
+from sublimate.training.encoding import Cache, Latents, Prompts, encode_images, encoder_names
+from sublimate.training.hub_rows import DatasetRows, DatasetStream
+from sublimate.training.ink.sources import captioned
+from sublimate.training.ink.vocabulary import SYNONYMS
+from sublimate.training.streams import StreamSource
+
+_IMAGES = frozenset({"images"})
+
+
+def make_source(
+    model: Model,
+    data: DataConfig,
+    guidance_scale: float,
+    *,
+    needs: frozenset[str] = _IMAGES,
+    global_batch: int = 1,
+    progress: bool = True,
+) -> Source:
+    """The source that `data` describes. With `data.cache_dir`, what the encoders make of it is stored first.
+
+    Args:
+        model: the teacher, with its edits applied.
+        data: prompts and images.
+        guidance_scale: guidance of the teacher's own samples, so that they follow the score being distilled.
+        needs: what the objective reads: without "images" the teacher draws none; with "samples" it draws one of every
+            prompt, for objectives that compare it with the image.
+        global_batch: samples that all processes draw together at a time; a stream is shared among them.
+        progress: show bars while sampling and storing.
+
+    Raises:
+        ValueError: when the data do not fit each other or the model.
+    """
+    _check(model, data, needs)
+    negatives = list(SYNONYMS) if data.negatives == "ink" else _prompts_of(data.negatives)
+    reads_images = "images" in needs or bool(model.backbone.shown)
+    if data.streaming:
+        return StreamSource(
+            model,
+            DatasetStream(data),
+            framing_of(model, data),
+            global_batch=global_batch,
+            window=data.shuffle_buffer_size,
+            mirrored=data.random_flip,
+            negatives=negatives,
+            captions=data.caption_column is not None,
+            images=reads_images,
+            seed=data.seed,
+        )
+    cache = None if data.cache_dir is None else Cache(data.cache_dir, data.cache_shard_bytes, progress)
+    prompts, images = _prompts_and_images(model, data)
+    encode = Prompts(model, [*prompts, *negatives], cache) if prompts or negatives else None
+
+    def drawn() -> Tensor:
+        steps, seed = data.teacher_steps, data.seed
+        texts = prompts or data.count
+        x0 = generate_latents(model, texts, steps=steps, guidance_scale=guidance_scale, seed=seed, progress=progress)
+        return x0.cpu()
+
+    latents: Table | None = None
+    if reads_images and data.images == "teacher":
+        latents = drawn()
+    elif reads_images and images is not None:
+        latents = Latents(model, images, cache) if isinstance(images, Images) else encode_images(model, images)
+    pictures = images if model.backbone.shown else None
+    samples = drawn() if "samples" in needs else None
+    return ModelSource(model, prompts, latents, negatives, samples, pictures, encode)
+
+
+def unread_networks(model: Model, data: DataConfig) -> list[str]:
+    """The networks that no batch needs once the source is made: what they would say is stored."""
+    if data.cache_dir is None:
+        return []
+    return [
+        name for name in encoder_names(model) if name in model.backbone.text_components or not model.backbone.shown
+    ]
+
+
+def framing_of(model: Model, data: DataConfig) -> Framing:
+    """How pictures become images of the model's own size.
+
+    Raises:
+        ValueError: when the model makes none, or `data.resolution` is another than its own.
+    """
+    if model.backbone.medium != "image":
+        raise ValueError(f"{model.source} makes no images: it cannot be trained on pictures.")
+    own, pipe = model.latent_shape, model.pipeline
+    factor = getattr(pipe, "vae_scale_factor", 1)
+    size = (own[1] * factor, own[2] * factor) if data.resolution is None else (data.resolution, data.resolution)
+    if (shape := model.backbone.latent_shape(pipe, *size)) != own:
+        raise ValueError(
+            f"Images of {size[0]}x{size[1]} pixels are latents of {shape}, and {model.source} draws {own}: set "
+            "data.resolution to the model's own."
+        )
+    return Framing(*size, center_crop=data.center_crop, seed=data.seed)
+
+
+def _check(model: Model, data: DataConfig, needs: frozenset[str]) -> None:
+    if model.backbone.shown and "samples" in needs:
+        raise ValueError(
+            f"This objective compares images with the teacher's own samples, which {model.source} draws of pictures "
+            "that it is shown: choose another method."
+        )
+    if data.streaming and "samples" in needs:
+        raise ValueError("This objective needs a sample of every prompt, and a stream has no end: set streaming off.")
+    if data.streaming and _is_image_folder(data):
+        raise ValueError(
+            f"{data.train_data_dir} has a metadata.jsonl and is read by row as it is: set data.streaming to false."
+        )
+    if not model.backbone.draws_from_text and data.images == "teacher":
+        raise ValueError(f"{model.source} draws by pictures and has none of its own: set data.train_data_dir.")
+
+
+def _is_image_folder(data: DataConfig) -> bool:
+    return data.train_data_dir is not None and (data.train_data_dir / "metadata.jsonl").is_file()
+
+
+def _prompts_of(file: str | None) -> list[str]:
+    return [] if file is None else read_prompts(Path(file))
+
+
+def _prompts_and_images(model: Model, data: DataConfig) -> tuple[Sequence[str], Images | Tensor | None]:
+    if data.captioned:
+        rows: Captioned
+        if _is_image_folder(data) and data.train_data_dir is not None:
+            rows = ImageFolder(data.train_data_dir, data.caption_column)
+        else:
+            rows = DatasetRows(data)
+        # Mirrored images are images of their own; the teacher's samples are not mirrored.
+        if data.images == "teacher":
+            return rows.captions, None
+        images = Images(rows, framing_of(model, data), mirrored=data.random_flip)
+        return images.captions, images
+    if data.images == "ink" and data.prompts not in ("ink", None):
+        raise ValueError('Images from "ink" come with their own captions: set data.prompts to "ink" too.')
+    if "ink" not in (data.prompts, data.images):
+        return _prompts_of(data.prompts), None
+    prompts, pictures = captioned(data.count, data.seed, render=data.images == "ink")
+    return prompts if data.prompts == "ink" else [], pictures
