@@ -71,6 +71,16 @@ def unet_taps(network: Any) -> tuple[str, ...]:
     return ("mid_block", *downs, *ups)
 
 
+def block_taps(network: Any, first: int) -> tuple[str, ...]:
+    """A transformer's blocks, by name: those first that a discriminator looks at, `first` of them.
+
+    They are spread over the whole depth (LADD, Sauer et al. 2024, arXiv 2403.12015).
+    """
+    count = len(network.transformer_blocks)
+    spread = [round((i + 1) * (count - 1) / first) for i in range(first)]
+    return tuple(f"transformer_blocks.{i}" for i in dict.fromkeys([*spread, *range(count)]))
+
+
 def unet_code(network: Any) -> tuple[str, ...]:
     """The modules whose outputs are all that a UNet's way up is given: skip connections in order, and the middle."""
     names = ["conv_in"]

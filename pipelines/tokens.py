@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +21,7 @@ class TokenSpan:
         key: the condition's entry, "text" for a sequence.
         start, stop: rows [start, stop) of that entry's sequence.
         end: the row of the end-of-text token after the prompt.
-        last: one past the last row of this tokenizer's part, padding included.
+        last: one past the last row of this tokenizer's part, padding included where the network reads it.
     """
 
     key: str
@@ -56,8 +56,7 @@ def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], length: int | None = 
         TypeError: when `prompts` is a single string.
         ValueError: for no prompts, or a prompt that does not fit, naming it.
     """
-    if isinstance(prompts, str):
-        raise TypeError(f"Give a list of prompts: [{prompts!r}].")
+    _refuse_one(prompts)
     if not prompts:
         raise ValueError("There is no prompt to encode: give at least one, '' for the empty one.")
     limit = tokenizer.model_max_length if length is None else length
@@ -66,6 +65,21 @@ def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], length: int | None = 
             raise ValueError(f"The prompt {prompt!r} has {len(ids)} tokens but the model reads {limit}: shorten it.")
     encoded = tokenizer(list(prompts), padding="max_length", max_length=limit, return_tensors="pt")
     return encoded.input_ids, encoded.attention_mask
+
+
+def plain_captions(prompts: Sequence[str]) -> list[str]:
+    """Prompts as the pipelines of PixArt and Sana read them where they clean nothing: in lower case, trimmed.
+
+    Raises:
+        TypeError: when `prompts` is a single string.
+    """
+    _refuse_one(prompts)
+    return [prompt.lower().strip() for prompt in prompts]
+
+
+def _refuse_one(prompts: Sequence[str]) -> None:
+    if isinstance(prompts, str):
+        raise TypeError(f"Give a list of prompts: [{prompts!r}].")
 
 
 def prompt_span(tokenizer: Tokenizer, prompt: str, length: int, *, offset: int = 0, key: str = "text") -> TokenSpan:
@@ -120,6 +134,11 @@ def concept_span(
             start = span.start + first
             return TokenSpan(key, start, start + len(wanted), span.end, span.last)
     raise ValueError(f"The prompt {prompt!r} does not mention {concept!r}: its words must occur there as they are.")
+
+
+def read_rows(span: TokenSpan) -> TokenSpan:
+    """A span whose part ends with its end-of-text token, where padding is masked and so not read."""
+    return replace(span, last=span.end + 1)
 
 
 def _find(sequence: Sequence[int], part: Sequence[int]) -> list[int]:

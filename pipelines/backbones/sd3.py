@@ -12,10 +12,11 @@ from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.predictions import Parametrization
 from sublimate.pipelines.autoencoders import decode_latents, encode_images
 from sublimate.pipelines.backbones.base import Backbone, EntryPoint, Network, Pipeline, StockSampling, refuse_unknown
-from sublimate.pipelines.features import tapped
+from sublimate.pipelines.features import block_taps, tapped
 from sublimate.pipelines.few_steps import FewSteps
 from sublimate.pipelines.negative_attention import NEGATIVE, STRENGTH, negative_arguments
 from sublimate.pipelines.one_step import flow_at
+from sublimate.pipelines.patches import patched_shape
 from sublimate.pipelines.stock_few_steps import flow_sampling
 from sublimate.pipelines.tokens import TokenSpan, concept_span, prompt_span, tokenize
 
@@ -69,16 +70,7 @@ class StableDiffusion3(Backbone):
     def latent_shape(
         self, pipe: Pipeline, height: int | None = None, width: int | None = None
     ) -> tuple[int, int, int]:
-        config, factor = pipe.transformer.config, pipe.vae_scale_factor
-        unit = factor * config.patch_size
-        for pixels in (height, width):
-            if pixels is not None and (pixels <= 0 or pixels % unit):
-                raise ValueError(f"Images must measure a multiple of {unit} pixels, not {pixels}.")
-        return (
-            config.in_channels,
-            config.sample_size if height is None else height // factor,
-            config.sample_size if width is None else width // factor,
-        )
+        return patched_shape(pipe, height, width)
 
     def encode_prompts(self, pipe: Pipeline, prompts: Sequence[str]) -> Condition:
         first, pooled_first = _clip(pipe.tokenizer, pipe.text_encoder, prompts)
@@ -113,11 +105,7 @@ class StableDiffusion3(Backbone):
         return StockSampling("StableDiffusion3Pipeline", scheduler, call, few)
 
     def feature_taps(self, network: Network) -> tuple[str, ...]:
-        # A discriminator looks at blocks spread over the whole depth (LADD, Sauer et al. 2024, arXiv 2403.12015).
-        count = len(network.transformer_blocks)
-        spread = [round((i + 1) * (count - 1) / self.discriminator_taps) for i in range(self.discriminator_taps)]
-        order = dict.fromkeys([*spread, *range(count)])
-        return tuple(f"transformer_blocks.{i}" for i in order)
+        return block_taps(network, self.discriminator_taps)
 
     def text_entry_points(self, pipe: Pipeline) -> list[EntryPoint]:
         sequence = pipe.transformer.context_embedder

@@ -6,7 +6,7 @@ from typing import Any
 
 from diffusers import AutoencoderKL
 from tokenizers import pre_tokenizers
-from transformers import CLIPTextConfig, CLIPTokenizer, T5Tokenizer
+from transformers import CLIPTextConfig, CLIPTokenizer, T5Config, T5Tokenizer
 
 WORDS = ("a", "cat", "dog", "gogh", "in", "of", "painting", "photo", "red", "seven", "style", "the", "van")
 """Words that are one token each in the tiny vocabularies; anything else falls into characters."""
@@ -50,6 +50,11 @@ def clip_config(tokenizer: CLIPTokenizer, **options: int) -> CLIPTextConfig:
         pad_token_id=tokenizer.pad_token_id,
         **options,
     )
+
+
+def t5_config() -> T5Config:
+    """A T5 encoder of width 32 for `t5_tokenizer`."""
+    return T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0)
 
 
 def autoencoder(**options: Any) -> AutoencoderKL:
