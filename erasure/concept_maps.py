@@ -39,7 +39,10 @@ def concept_maps(
         hidden = inputs[0] if inputs else kwargs["hidden_states"]
         q = layer.to_q(hidden).unflatten(-1, (layer.heads, -1)).transpose(1, 2)
         k = layer.to_k(kwargs["encoder_hidden_states"]).unflatten(-1, (layer.heads, -1)).transpose(1, 2)
-        attention = (layer.scale * q @ k.transpose(-1, -2)).float().softmax(-1).mean(1)  # (batch, places, length)
+        scores = (layer.scale * q @ k.transpose(-1, -2)).float()
+        if (padding := kwargs.get("attention_mask")) is not None:
+            scores = scores + padding[:, None]  # (batch, 1, length), as the blocks of diffusers pass it on
+        attention = scores.softmax(-1).mean(1)  # (batch, places, length)
         share = (attention * rows[:, None]).sum(-1) / rows.sum(-1, keepdim=True).clamp_min(1)
         seen.setdefault(hidden.shape[1], []).append(share)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.pipelines.model import Model
+from sublimate.pipelines.negative_attention import as_negative
 from sublimate.training.objective import Batch
 from sublimate.training.randomness import SampleRandom
 
@@ -80,7 +81,7 @@ class ModelSource:
             condition = self.model.encode_prompts(prompts) if prompts else Condition()
             if self.negatives:
                 chosen = [self.negatives[i] for i in random.integers(len(self.negatives)).tolist()]
-                condition = condition.replace(negative=self.model.encode_prompts(chosen)["text"])
+                condition = condition.replace(**as_negative(self.model.encode_prompts(chosen)))
             if self.shown:
                 condition = condition.replace(**self._show(indices, random))
         return Batch(condition, random, {name: x[indices] for name, x in self.tensors.items()})

@@ -13,6 +13,7 @@ from sublimate.pipelines.autoencoders import decode_latents, encode_images
 from sublimate.pipelines.backbones.base import Backbone, EntryPoint, Network, Pipeline, StockSampling, refuse_unknown
 from sublimate.pipelines.features import block_taps, tapped
 from sublimate.pipelines.few_steps import FewSteps
+from sublimate.pipelines.negative_attention import MASK, NEGATIVE, STRENGTH, negative_arguments
 from sublimate.pipelines.one_step import ddim_at
 from sublimate.pipelines.patches import patched_shape
 from sublimate.pipelines.stock_few_steps import table_sampling
@@ -51,7 +52,9 @@ class PixArtAlpha(Backbone):
         keys = ("text", "text.mask")
         if not set(keys) <= condition.keys():
             raise ValueError("PixArt needs a text condition: encode a prompt, '' for none.")
-        refuse_unknown(condition, keys, network)
+        refuse_unknown(condition, (*keys, NEGATIVE, MASK, STRENGTH), network)
+        if (steering := negative_arguments(network, condition)) is not None:
+            steering["negative"] = network.caption_projection(steering["negative"])
         with tapped(network, features) as taps:
             y = network(
                 x_in,
@@ -59,6 +62,7 @@ class PixArtAlpha(Backbone):
                 encoder_attention_mask=condition["text.mask"],
                 timestep=t_net,
                 added_cond_kwargs=_picture_size(network, x_in),
+                cross_attention_kwargs=steering,
             ).sample
         # A network that also predicts its variance does so in the second half of the channels.
         return y[:, : x_in.shape[1]], taps

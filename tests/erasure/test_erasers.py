@@ -88,7 +88,9 @@ CASES = {
 
 # Why a method may refuse a family.
 REASONS = (
-    "has text_encoder, text_encoder_2, text_encoder_3",
+    "works in a single text encoder of CLIP",
+    "has no CLIP text encoder",
+    "is shown no pictures",
     "has no cross-attention",
 )
 
