@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -20,7 +20,7 @@ class TokenSpan:
     Attributes:
         key: the condition's entry, "text" for a sequence.
         start, stop: rows [start, stop) of that entry's sequence.
-        end: the row of the end-of-text token after the prompt.
+        end: the row of the end-of-text token after the prompt; of its last token where there is none.
         last: one past the last row of this tokenizer's part, padding included where the network reads it.
     """
 
@@ -56,33 +56,21 @@ def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], length: int | None = 
         TypeError: when `prompts` is a single string.
         ValueError: for no prompts, or a prompt that does not fit, naming it.
     """
-    _refuse_one(prompts)
+    if isinstance(prompts, str):
+        raise TypeError(f"Give a list of prompts: [{prompts!r}].")
     if not prompts:
         raise ValueError("There is no prompt to encode: give at least one, '' for the empty one.")
     limit = tokenizer.model_max_length if length is None else length
     for prompt, ids in zip(prompts, tokenizer(list(prompts), verbose=False).input_ids, strict=True):
         if len(ids) > limit:
             raise ValueError(f"The prompt {prompt!r} has {len(ids)} tokens but the model reads {limit}: shorten it.")
-    encoded = tokenizer(list(prompts), padding="max_length", max_length=limit, return_tensors="pt")
+    encoded = tokenizer(list(prompts), padding="max_length", padding_side="right", max_length=limit, return_tensors="pt")
     return encoded.input_ids, encoded.attention_mask
 
 
-def plain_captions(prompts: Sequence[str]) -> list[str]:
-    """Prompts as the pipelines of PixArt and Sana read them where they clean nothing: in lower case, trimmed.
-
-    Raises:
-        TypeError: when `prompts` is a single string.
-    """
-    _refuse_one(prompts)
-    return [prompt.lower().strip() for prompt in prompts]
-
-
-def _refuse_one(prompts: Sequence[str]) -> None:
-    if isinstance(prompts, str):
-        raise TypeError(f"Give a list of prompts: [{prompts!r}].")
-
-
-def prompt_span(tokenizer: Tokenizer, prompt: str, length: int, *, offset: int = 0, key: str = "text") -> TokenSpan:
+def prompt_span(
+    tokenizer: Tokenizer, prompt: str, length: int, *, offset: int = 0, key: str = "text", masked: bool = False
+) -> TokenSpan:
     """Where a prompt's own tokens sit, without start, end and padding.
 
     Args:
@@ -91,6 +79,7 @@ def prompt_span(tokenizer: Tokenizer, prompt: str, length: int, *, offset: int =
         length: rows of this tokenizer's part.
         offset: its first row within the whole sequence.
         key: the condition's entry.
+        masked: padding is masked, so that this part ends with the prompt.
 
     Raises:
         ValueError: for a prompt that does not fit.
@@ -98,13 +87,22 @@ def prompt_span(tokenizer: Tokenizer, prompt: str, length: int, *, offset: int =
     tokenize(tokenizer, [prompt], length)
     ids = tokenizer(prompt).input_ids
     content = tokenizer(prompt, add_special_tokens=False).input_ids
-    start = _find(ids, content)[0] if content else ids.index(tokenizer.eos_token_id)
+    ends = tokenizer.eos_token_id in ids
+    start = _find(ids, content)[0] if content else ids.index(tokenizer.eos_token_id) if ends else len(ids)
     stop = start + len(content)
-    return TokenSpan(key, offset + start, offset + stop, offset + stop, offset + length)
+    end, last = stop if ends else len(ids) - 1, len(ids) if masked else length
+    return TokenSpan(key, *(offset + row for row in (start, stop, end, last)))
 
 
 def concept_span(
-    tokenizer: Tokenizer, prompt: str, concept: str, length: int, *, offset: int = 0, key: str = "text"
+    tokenizer: Tokenizer,
+    prompt: str,
+    concept: str,
+    length: int,
+    *,
+    offset: int = 0,
+    key: str = "text",
+    masked: bool = False,
 ) -> TokenSpan:
     """Where a concept's tokens sit in a prompt; its first mention counts.
 
@@ -117,34 +115,37 @@ def concept_span(
         length: rows of this tokenizer's part.
         offset: its first row within the whole sequence.
         key: the condition's entry.
+        masked: padding is masked, so that this part ends with the prompt.
 
     Raises:
         ValueError: for an empty concept, or a prompt that does not fit or does not mention it.
     """
-    span = prompt_span(tokenizer, prompt, length, offset=offset, key=key)
+    span = prompt_span(tokenizer, prompt, length, offset=offset, key=key, masked=masked)
     content = tokenizer(prompt, add_special_tokens=False).input_ids
     # T5 tells upper from lower case: the prompt's own spelling counts.
     spelled = re.search(re.escape(concept), prompt, re.IGNORECASE)
-    wanted = tokenizer(spelled.group() if spelled else concept, add_special_tokens=False).input_ids
-    if not wanted:
+    name = (spelled.group() if spelled else concept).strip()
+    if not name:
         raise ValueError(f"The concept {concept!r} has no tokens: name it in words.")
     tokens = tokenizer.convert_ids_to_tokens(content)
-    for first in _find(content, wanted):
-        if not _splits_a_word(tokens, first + len(wanted)):
-            start = span.start + first
-            return TokenSpan(key, start, start + len(wanted), span.end, span.last)
+    # Gemma's tokens hold the space before a word, which the first word has not.
+    for wanted in (tokenizer(text, add_special_tokens=False).input_ids for text in (name, f" {name}")):
+        for first in _find(content, wanted):
+            stop = first + len(wanted)
+            if _starts_a_word(tokens, first) and not _splits_a_word(tokens, stop):
+                return TokenSpan(key, span.start + first, span.start + stop, span.end, span.last)
     raise ValueError(f"The prompt {prompt!r} does not mention {concept!r}: its words must occur there as they are.")
-
-
-def read_rows(span: TokenSpan) -> TokenSpan:
-    """A span whose part ends with its end-of-text token, where padding is masked and so not read."""
-    return replace(span, last=span.end + 1)
 
 
 def _find(sequence: Sequence[int], part: Sequence[int]) -> list[int]:
     """Every position at which `part` occurs in `sequence`."""
     last = len(sequence) - len(part)
     return [i for i in range(last + 1) if list(sequence[i : i + len(part)]) == list(part)]
+
+
+def _starts_a_word(tokens: Sequence[str], start: int) -> bool:
+    """Whether no word of letters or digits goes on from the token before `start`."""
+    return start == 0 or not (tokens[start - 1][-1].isalnum() and tokens[start][0].isalnum())
 
 
 def _splits_a_word(tokens: Sequence[str], stop: int) -> bool:

@@ -11,13 +11,14 @@ from torch import Tensor
 from sublimate.diffusion.conditions import Condition
 from sublimate.pipelines.autoencoders import decode_latents, encode_images
 from sublimate.pipelines.backbones.base import Backbone, EntryPoint, Network, Pipeline, StockSampling, refuse_unknown
+from sublimate.pipelines.captions import caption_concept, caption_entry_points, caption_rows, encoded_captions
 from sublimate.pipelines.features import block_taps, tapped
 from sublimate.pipelines.few_steps import FewSteps
 from sublimate.pipelines.negative_attention import MASK, NEGATIVE, STRENGTH, negative_arguments
 from sublimate.pipelines.one_step import ddim_at
 from sublimate.pipelines.patches import patched_shape
 from sublimate.pipelines.stock_few_steps import table_sampling
-from sublimate.pipelines.tokens import TokenSpan, concept_span, plain_captions, prompt_span, read_rows, tokenize
+from sublimate.pipelines.tokens import TokenSpan
 
 PIXELS = 8
 """Pixels per latent: networks that are told the size of their picture are told it in pixels."""
@@ -78,10 +79,7 @@ class PixArtAlpha(Backbone):
         return patched_shape(pipe, height, width)
 
     def encode_prompts(self, pipe: Pipeline, prompts: Sequence[str]) -> Condition:
-        ids, mask = tokenize(pipe.tokenizer, plain_captions(prompts), self.text_length)
-        device = pipe.text_encoder.device
-        states = pipe.text_encoder(ids.to(device), attention_mask=mask.to(device)).last_hidden_state
-        return Condition({"text": states, "text.mask": mask.to(states)})
+        return encoded_captions(pipe, prompts, self.text_length)
 
     def null_condition(self, pipe: Pipeline) -> Condition:
         return self.encode_prompts(pipe, [""])
@@ -105,17 +103,13 @@ class PixArtAlpha(Backbone):
         return block_taps(network, self.discriminator_taps)
 
     def text_entry_points(self, pipe: Pipeline) -> list[EntryPoint]:
-        layer = pipe.transformer.caption_projection.linear_1
-        name, columns = "caption_projection.linear_1", slice(0, layer.in_features)
-        return [EntryPoint("transformer", name, "text", columns, layer.bias is not None)]
+        return caption_entry_points(pipe)
 
     def prompt_rows(self, pipe: Pipeline, prompt: str) -> tuple[TokenSpan, ...]:
-        (caption,) = plain_captions([prompt])
-        return (read_rows(prompt_span(pipe.tokenizer, caption, self.text_length)),)
+        return caption_rows(pipe, prompt, self.text_length)
 
     def find_concept(self, pipe: Pipeline, prompt: str, concept: str) -> tuple[TokenSpan, ...]:
-        (caption,) = plain_captions([prompt])
-        return (read_rows(concept_span(pipe.tokenizer, caption, concept, self.text_length)),)
+        return caption_concept(pipe, prompt, concept, self.text_length)
 
 
 class PixArtSigma(PixArtAlpha):

@@ -11,7 +11,7 @@ import torch
 from sublimate.pipelines.attention import KERNELS, _attention, attention_report, set_attention
 from sublimate.pipelines.model import Model, open_model
 
-FAMILIES = ("tiny_sd", "tiny_unconditional", "tiny_sd3")
+FAMILIES = ("tiny_sd", "tiny_unconditional", "tiny_sd3", "tiny_pixart", "tiny_sana")
 
 
 @pytest.fixture
@@ -43,6 +43,10 @@ def test_the_kernel_that_ran_is_reported(models, name):
 def test_the_report_names_the_processors(models):
     assert set_attention(models["tiny_sd"], "math").kernels == {"AttnProcessor2_0": ("math",)}
     assert set_attention(models["tiny_sd3"], "math").kernels == {"JointAttnProcessor2_0": ("math",)}
+    # Linear attention has no softmax: the choice is for attention to text alone.
+    expected = {"SanaAttnProcessor2_0": ("math",), "SanaLinearAttnProcessor2_0": ()}
+    assert set_attention(models["tiny_sana"], "math").kernels == expected
+    assert sorted(processors(models["tiny_sana"])) == [*2 * ["ChosenProcessor"], *2 * ["SanaLinearAttnProcessor2_0"]]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

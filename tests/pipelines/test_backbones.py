@@ -21,6 +21,7 @@ CONCEPT_FAMILIES = (
     "tiny_sd3",
     "tiny_pixart",
     "tiny_pixart_sigma",
+    "tiny_sana",
 )
 TEXT_FAMILIES = (*CONCEPT_FAMILIES, "tiny_audio")
 FAMILIES = (*TEXT_FAMILIES, "tiny_unconditional", "tiny_edm")
@@ -113,7 +114,7 @@ def test_prompts_are_encoded_as_the_stock_pipeline_does(models, name):
                 torch.equal(row["text.mask"][:, : t5.shape[1]], mask.float()) and row["text.mask"].sum() == mask.sum()
             )
         return
-    if name.startswith("tiny_pixart"):
+    if name in ("tiny_pixart", "tiny_pixart_sigma", "tiny_sana"):
         text, mask, null, null_mask = model.pipeline.encode_prompt(PROMPTS, device="cpu")
         assert torch.equal(ours["text.mask"], mask.float())
         assert torch.equal(model.null_condition()["text.mask"], null_mask[:1].float())
@@ -162,7 +163,8 @@ def test_decoding_is_the_stock_pipelines(models, name):
         assert torch.equal(model.render(x0), expected)
     else:
         config = model.pipeline.vae.config
-        expected = model.pipeline.vae.decode(x0 / config.scaling_factor + (config.shift_factor or 0)).sample
+        shift = config.get("shift_factor") or 0
+        expected = model.pipeline.vae.decode(x0 / config.scaling_factor + shift).sample
         expected = model.pipeline.image_processor.postprocess(expected, output_type="pt")
         images = images.clamp(0, 1)
     torch.testing.assert_close(images, expected, atol=1e-6, rtol=0)

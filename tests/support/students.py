@@ -41,6 +41,8 @@ STUDENTS = {
     "tiny_pixart": None,
     "tiny_pixart@399": 399,
     "tiny_pixart_sigma": None,
+    "tiny_sana": None,
+    "tiny_sana@0.75": 0.75,
 }
 
 # Students of several steps; "told" ones are told the guidance scale.
@@ -62,6 +64,8 @@ FEW_STEP_STUDENTS = {
     "tiny_audio#target_driven": FewSteps("target_driven", eta=0.3, grid_steps=250),
     "tiny_pixart#consistency": FewSteps("consistency", grid_steps=50),
     "tiny_pixart#one": FewSteps("target_driven", steps=1, eta=0.2, grid_steps=250, guidance_scale=3.0),
+    "tiny_sana#deterministic": FewSteps("target_driven", steps=3, grid_steps=50, guidance_scale=2.0),
+    "tiny_sana#consistency": FewSteps("consistency", steps=3),
     "tiny_pixart_sigma#times": FewSteps("target_driven", steps=3, eta=0.2, times=(999, 875, 251), guidance_scale=2.0),
 }
 GLOBAL_SEED = 13
