@@ -41,7 +41,8 @@ def encoded_captions(pipe: Any, prompts: Sequence[str], length: int, rows: int |
 
 def caption_rows(pipe: Any, prompt: str, length: int) -> tuple[TokenSpan, ...]:
     """Where a prompt's own tokens sit; what is masked belongs to no part."""
-    return (prompt_span(pipe.tokenizer, *plain_captions([prompt]), length, masked=True),)
+    (caption,) = plain_captions([prompt])
+    return (prompt_span(pipe.tokenizer, caption, length, masked=True),)
 
 
 def caption_concept(pipe: Any, prompt: str, concept: str, length: int) -> tuple[TokenSpan, ...]:
@@ -50,7 +51,8 @@ def caption_concept(pipe: Any, prompt: str, concept: str, length: int) -> tuple[
     Raises:
         ValueError: for a prompt that does not fit or does not mention the concept.
     """
-    return (concept_span(pipe.tokenizer, *plain_captions([prompt]), concept, length, masked=True),)
+    (caption,) = plain_captions([prompt])
+    return (concept_span(pipe.tokenizer, caption, concept, length, masked=True),)
 
 
 def caption_entry_points(pipe: Any) -> list[EntryPoint]:

@@ -64,6 +64,7 @@ def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], length: int | None = 
     for prompt, ids in zip(prompts, tokenizer(list(prompts), verbose=False).input_ids, strict=True):
         if len(ids) > limit:
             raise ValueError(f"The prompt {prompt!r} has {len(ids)} tokens but the model reads {limit}: shorten it.")
+    # Gemma's tokenizer would put the padding first.
     encoded = tokenizer(
         list(prompts), padding="max_length", padding_side="right", max_length=limit, return_tensors="pt"
     )
