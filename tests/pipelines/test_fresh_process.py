@@ -47,7 +47,7 @@ for job in jobs:
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in job["seeds"]]
     who = {"prompt": job["prompts"]} if job["prompts"] else {"batch_size": len(generators)}
-    # Stock flow pipelines draw their fresh noise from the global generator.
+    # Some stock flow pipelines draw their fresh noise from the global generator.
     torch.manual_seed(job["global_seed"])
     expected = load_file(job["expected"])
     pictures = {name: expected[name] for name in ("image", "mask_image") if name in expected}

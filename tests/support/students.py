@@ -113,8 +113,11 @@ def few_step_images_of(model: Model, student, few: FewSteps) -> torch.Tensor:
     condition, z, draw = stock_draws(model)
     torch.manual_seed(GLOBAL_SEED)
 
+    # Pipelines that prepare arguments of the scheduler's step give it their generators; others leave it the global one.
+    own = hasattr(model.pipeline, "prepare_extra_step_kwargs") or not isinstance(model.schedule, RectifiedFlow)
+
     def noise(x):
-        return torch.randn(x.shape) if isinstance(model.schedule, RectifiedFlow) else draw(x.shape[1:])
+        return draw(x.shape[1:]) if own else torch.randn(x.shape)
 
     reads = model.backbone.reads_guidance(student.network)
     denoise = telling(student, condition, model.null_condition(), few.guidance_scale, reads_guidance=reads)
