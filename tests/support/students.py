@@ -113,7 +113,7 @@ def few_step_images_of(model: Model, student, few: FewSteps) -> torch.Tensor:
     condition, z, draw = stock_draws(model)
     torch.manual_seed(GLOBAL_SEED)
 
-    # Pipelines that prepare arguments of the scheduler's step give it their generators; others leave it the global one.
+    # Pipelines that prepare arguments of the scheduler's step give it their generators, others draw from the global.
     own = hasattr(model.pipeline, "prepare_extra_step_kwargs") or not isinstance(model.schedule, RectifiedFlow)
 
     def noise(x):
