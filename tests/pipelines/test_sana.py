@@ -89,6 +89,11 @@ def test_concepts_are_found_with_and_without_a_space_before_them(model):
         model.find_concept("a bobcat", "cat")
 
 
+def test_a_students_scheduler_keeps_the_shift(model):
+    # One step starts at 1 whatever the shift is, but who opens the student trains and draws by it.
+    assert model.backbone.one_step(model.pipeline).scheduler.config.shift == model.schedule.shift == 3.0
+
+
 def test_what_its_attention_cannot_be_told_is_refused(model):
     with pytest.raises(ValueError, match="tells its attention nothing but the text"):
         install_negative_attention(model.denoiser.network)
