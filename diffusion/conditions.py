@@ -13,8 +13,9 @@ class Condition(dict[str, Tensor]):
     """What a network is told, by name; every tensor is batch first. Without keys: unconditional.
 
     "text" and every "text.<part>" ("text.pooled", "text.mask"; class labels sit in "text") are what the null condition
-    replaces. Reserved besides: "negative" (a negative prompt), "target_time" (the time a consistency trajectory jumps
-    to), "guidance" (the scale, where it is an input), "extra" and "extra.<part>" (masks, small images, sizes).
+    replaces. Reserved besides: "negative" and "negative.mask" (a negative prompt), "target_time" (the time a
+    consistency trajectory jumps to), "guidance" (the scale, where it is an input), "extra" and "extra.<part>" (masks,
+    small images, sizes).
 
     Raises:
         TypeError: for a value that is not a tensor.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.denoisers import Denoiser
@@ -31,6 +31,9 @@ def concept_maps(
 
     Returns:
         prediction and maps (batch, 1, h, w), float32.
+
+    Raises:
+        ValueError: for attention that normalises its queries, which is not read here.
     """
     height, width = x_t.shape[2:]
     seen: dict[int, list[Tensor]] = {}
@@ -39,11 +42,16 @@ def concept_maps(
         hidden = inputs[0] if inputs else kwargs["hidden_states"]
         q = layer.to_q(hidden).unflatten(-1, (layer.heads, -1)).transpose(1, 2)
         k = layer.to_k(kwargs["encoder_hidden_states"]).unflatten(-1, (layer.heads, -1)).transpose(1, 2)
-        attention = (layer.scale * q @ k.transpose(-1, -2)).float().softmax(-1).mean(1)  # (batch, places, length)
+        scores = (layer.scale * q @ k.transpose(-1, -2)).float()
+        if (padding := kwargs.get("attention_mask")) is not None:
+            scores = scores + padding[:, None]  # (batch, 1, length), as the blocks of diffusers pass it on
+        attention = scores.softmax(-1).mean(1)  # (batch, places, length)
         share = (attention * rows[:, None]).sum(-1) / rows.sum(-1, keepdim=True).clamp_min(1)
         seen.setdefault(hidden.shape[1], []).append(share)
 
-    layers: list[nn.Module] = list(cross_attentions(denoiser.network).values())
+    layers: list[Any] = list(cross_attentions(denoiser.network).values())
+    if any(layer.norm_q is not None for layer in layers):
+        raise ValueError(f"A {type(denoiser.network).__name__} that normalises queries has no concept maps here.")
     handles = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
     try:
         prediction = denoiser(x_t, t, condition)

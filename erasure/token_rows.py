@@ -35,8 +35,8 @@ def concept_rows(
 ) -> dict[str, Rows]:
     """The rows of concepts in all their phrases, by the condition's key.
 
-    A key whose entry is a sequence gives token rows, once per tokenizer; an entry that is one vector per prompt (a
-    pooled embedding, a class as `as_rows` has it) gives that vector.
+    Only keys that reach a text layer count. One whose entry is a sequence gives token rows, once per tokenizer; an
+    entry that is one vector per prompt (a pooled embedding, a class as `as_rows` has it) gives that vector.
 
     Args:
         model: encodes prompts.
@@ -49,6 +49,7 @@ def concept_rows(
     Raises:
         ValueError: when a prompt is too long, or its concept cannot be found among its tokens.
     """
+    read = {point.key for point in model.text_entry_points()}
     phrases = [(phrase, concept.anchor) for concept in concepts for phrase in concept.phrases(templates)]
     places = [_places(model, phrase, anchor, tokens, anchored) for phrase, anchor in phrases]
     needed = max((int(max(here.max(), there.max())) + 1 for place in places for _, here, there in place), default=1)
@@ -65,7 +66,7 @@ def concept_rows(
         for (text, replaced), place in zip(part, places[start : start + _BATCH], strict=True):
             own, anchors = encoded[text], encoded[replaced]
             for key in own.text_keys:
-                if own[key].ndim == 2:
+                if key in read and own[key].ndim == 2:
                     rows.setdefault(key, []).append((own[key], anchors[key]))
             for key, here, there in place:
                 rows.setdefault(key, []).append((own[key][0, here], anchors[key][0, there]))

@@ -43,6 +43,9 @@ _XFORMERS: dict[str, type] = {
     "JointAttnProcessor2_0": stock.XFormersJointAttnProcessor,
 }
 
+# Linear attention is two products of matrices: it has no softmax, and no kernel to choose.
+_LINEAR = frozenset({"SanaLinearAttnProcessor2_0"})
+
 # How the kernels show among the operators that run; the longest match counts.
 _TRACES = {
     "_scaled_dot_product_flash_attention": "flash",
@@ -59,7 +62,7 @@ class AttentionReport:
 
     Attributes:
         requested: what was asked for.
-        kernels: by class of the attention processor, the kernels that ran in it.
+        kernels: by class of the attention processor, the kernels that ran in it; none in linear attention.
     """
 
     requested: str
@@ -87,9 +90,10 @@ class ChosenProcessor:
         **kwargs: Any,
     ) -> Any:
         # The parameters are spelled out because diffusers drops what it does not find in this signature. The fifth is
-        # a rotary embedding where a network has that.
+        # a rotary embedding where a network has that; not every processor has one.
+        others = () if temb is None else (temb,)
         with self._context():
-            result = self.run(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **kwargs)
+            result = self.run(attn, hidden_states, encoder_hidden_states, attention_mask, *others, **kwargs)
         # The forward-mode derivative of the group norms that follow fails on the transposed result.
         return result.contiguous() if self.kernel == "eager" and isinstance(result, Tensor) else result
 
@@ -131,7 +135,8 @@ def _attention(
 def set_attention(model: Model, kernel: str = "auto") -> AttentionReport:
     """Chooses the denoiser's attention kernel and proves the choice with one forward pass.
 
-    Text encoders and autoencoder keep theirs. Players made afterwards inherit the choice.
+    Text encoders and autoencoder keep theirs, and linear attention stays as it is. Players made afterwards inherit the
+    choice.
 
     Args:
         model: changed in place, or left as it was when the choice cannot be honoured.
@@ -201,7 +206,7 @@ def _original(processor: Any) -> Any:
 
 def _processor(current: Any, kernel: str, network: str) -> Any:
     original = _original(current)
-    if kernel == "auto":
+    if kernel == "auto" or type(original).__name__ in _LINEAR:
         return original
     if hasattr(original, "_attention_backend"):
         # It runs whichever of diffusers' backends it was told of, and the kernels of torch through "native" alone.
@@ -234,7 +239,7 @@ def _verify(report: AttentionReport) -> None:
     """Makes sure that what ran is what was asked for."""
     allowed = {"auto": None, "sdpa": set(_SDPA_KERNELS)}.get(report.requested, {report.requested})
     for processor, ran in report.kernels.items():
-        if allowed is not None and not (ran and set(ran) <= allowed):
+        if allowed is not None and processor not in _LINEAR and not (ran and set(ran) <= allowed):
             found = " and ".join(ran) or "nothing"
             raise ValueError(
                 f"{report.requested!r} attention was asked for, but {processor} ran {found}: use 'auto' here."

@@ -11,7 +11,7 @@ def encode_images(vae: Any, images: Tensor) -> Tensor:
     """Latents as the denoiser sees them: the posterior's mode, shifted and scaled.
 
     Args:
-        vae: a diffusers `AutoencoderKL` of images in [-1, 1].
+        vae: a diffusers autoencoder of images in [-1, 1].
         images: (batch, 3, height, width) in [0, 1].
 
     Returns:
@@ -24,7 +24,7 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     """Images of latents, not clamped.
 
     Args:
-        vae: a diffusers `AutoencoderKL` of images in [-1, 1].
+        vae: a diffusers autoencoder of images in [-1, 1].
         latents: (batch, channels, height, width) as the denoiser sees them.
 
     Returns:
@@ -37,17 +37,21 @@ def encode_media(vae: Any, media: Tensor) -> Tensor:
     """Latents of media in the autoencoder's own units.
 
     Args:
-        vae: a diffusers `AutoencoderKL`.
+        vae: a diffusers autoencoder, variational (`AutoencoderKL`) or not (`AutoencoderDC`).
         media: (batch, channels, height, width) as the autoencoder was trained on them.
 
     Returns:
         The posterior's mode, shifted and scaled; differentiable in the media.
     """
-    mode = vae.encode(media.to(vae.dtype)).latent_dist.mode()
-    return (mode - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+    encoded = vae.encode(media.to(vae.dtype))
+    mode = encoded.latent_dist.mode() if "latent_dist" in encoded else encoded.latent
+    return (mode - _shift(vae)) * vae.config.scaling_factor
 
 
 def decode_media(vae: Any, latents: Tensor) -> Tensor:
     """Media, in the autoencoder's own units, of latents as the denoiser sees them; differentiable in the latents."""
-    unscaled = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-    return vae.decode(unscaled).sample
+    return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor + _shift(vae)).sample
+
+
+def _shift(vae: Any) -> float:
+    return vae.config.get("shift_factor") or 0.0

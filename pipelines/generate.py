@@ -21,7 +21,7 @@ from sublimate.diffusion.schedules import Schedule
 from sublimate.pipelines.discriminator_guidance import DiscriminatorGuidance
 from sublimate.pipelines.few_steps import FEW_STEP_SAMPLERS, DenoiseTowards, FewSteps, sample_few_steps
 from sublimate.pipelines.model import Model
-from sublimate.pipelines.negative_attention import NEGATIVE, STRENGTH, negative_attention
+from sublimate.pipelines.negative_attention import STRENGTH, as_negative, negative_attention
 from sublimate.pipelines.speedupnet import attached_speedupnet, told_guidance
 
 SAMPLERS = ("ddim", "euler", "heun", "ancestral", "one_step", *FEW_STEP_SAMPLERS)
@@ -309,8 +309,8 @@ def _negative(model: Model, scale: float, prompt: str | None, strength: float) -
         raise ValueError(f"The strength of a negative prompt cannot be {strength}: 0 is none, larger is stronger.")
     if strength == 0:
         return Condition()  # the plain network, at its own cost
-    states = model.encode_prompts([prompt])["text"]
-    return Condition({NEGATIVE: states, STRENGTH: torch.full((1,), float(strength), device=states.device)})
+    negative = as_negative(model.encode_prompts([prompt]))
+    return negative.replace(**{STRENGTH: torch.full((1,), float(strength), device=model.device)})
 
 
 def telling(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -11,8 +12,31 @@ from torch import Tensor, nn
 
 from sublimate.diffusion.conditions import Condition
 
-NEGATIVE, STRENGTH = "negative", "extra.negative_strength"
-"""The condition's keys: the negative prompt's states (batch, tokens, width), and how far to steer away (batch,)."""
+NEGATIVE, MASK, STRENGTH = "negative", "negative.mask", "extra.negative_strength"
+"""The condition's keys: the negative prompt's states (batch, tokens, width), which of them are tokens (batch, tokens)
+for families whose text has a mask, and how far to steer away (batch,)."""
+
+_TEXT = {NEGATIVE: "text", MASK: "text.mask"}
+
+
+def as_negative(encoded: Condition) -> Condition:
+    """An encoded prompt under the keys of a negative one; what does not reach attention is left out."""
+    return Condition({key: encoded[text] for key, text in _TEXT.items() if text in encoded})
+
+
+def negative_part(told: Mapping[str, Tensor]) -> Condition:
+    """The entries that are a negative prompt."""
+    return Condition({key: told[key] for key in _TEXT if key in told})
+
+
+def without_negative(condition: Condition) -> Condition:
+    """The other entries."""
+    return Condition({key: value for key, value in condition.items() if key not in _TEXT})
+
+
+def as_text(negative: Condition) -> Condition:
+    """A negative prompt under the keys of a prompt: what `as_negative` was given."""
+    return Condition({_TEXT[key]: value for key, value in negative.items()})
 
 
 class NegativeAttention:
@@ -43,13 +67,14 @@ class NegativeAttention:
         temb: Tensor | None = None,
         negative: Tensor | None = None,
         strength: Tensor | None = None,
+        negative_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         # The parameters are spelled out because diffusers drops what it does not find in this signature.
         output = self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **kwargs)
         if negative is None or strength is None or encoder_hidden_states is None:
             return output
-        away = _without_bias(attn, self.original(attn, hidden_states, negative, None, temb, **kwargs))
+        away = _without_bias(attn, self.original(attn, hidden_states, negative, negative_mask, temb, **kwargs))
         return output - strength.to(output.dtype)[:, None, None] * away
 
 
@@ -177,6 +202,8 @@ def install_negative_attention(network: nn.Module) -> None:
     crossed = [layer for layer in layers if getattr(layer, "is_cross_attention", False)]
     if not joint and not crossed:
         raise ValueError(f"A {type(network).__name__} has no cross-attention and so no negative prompts.")
+    if not signature(type(network).forward).parameters.keys() & {"cross_attention_kwargs", "joint_attention_kwargs"}:
+        raise ValueError(f"A {type(network).__name__} tells its attention nothing but the text: no negative prompt.")
     if not joint and any(layer.residual_connection for layer in crossed):
         raise ValueError("Negative attention does not fit cross-attention that adds its own input.")
     for layer in layers:
@@ -206,6 +233,8 @@ def negative_attention(network: nn.Module) -> Iterator[None]:
 def negative_arguments(network: nn.Module, condition: Condition) -> dict[str, Tensor] | None:
     """What attention processors are told of a condition's negative prompt; None for nothing.
 
+    "negative_mask" is the mask as a bias of the scores, (batch, 1, tokens), as diffusers' transformers make it.
+
     Raises:
         ValueError: when nothing in the network reads negative prompts, or prompt and strength do not come together.
     """
@@ -217,7 +246,10 @@ def negative_arguments(network: nn.Module, condition: Condition) -> dict[str, Te
         )
     if NEGATIVE not in condition or STRENGTH not in condition or condition[STRENGTH].ndim != 1:
         raise ValueError(f"Give {NEGATIVE!r} and {STRENGTH!r} together, the strength as one number per sample.")
-    return {"negative": condition[NEGATIVE], "strength": condition[STRENGTH]}
+    told = {"negative": condition[NEGATIVE], "strength": condition[STRENGTH]}
+    if MASK in condition:
+        told["negative_mask"] = (1 - condition[MASK].to(condition[NEGATIVE]))[:, None] * -10000.0
+    return told
 
 
 def attention_layers(network: nn.Module) -> dict[str, Any]:

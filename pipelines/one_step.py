@@ -58,11 +58,23 @@ def ddim_at(scheduler: Any, t: float | None = None) -> DDIMScheduler:
     )
 
 
+def flow_options(scheduler: Any) -> dict[str, Any]:
+    """What a scheduler of a flow says of it, as `FlowMatchEulerDiscreteScheduler` takes it.
+
+    Args:
+        scheduler: a `FlowMatchEulerDiscreteScheduler`, or a multistep one with `use_flow_sigmas`.
+    """
+    config = scheduler.config
+    if config.get("use_flow_sigmas"):
+        return {"num_train_timesteps": config["num_train_timesteps"], "shift": config["flow_shift"]}
+    return dict(config)
+
+
 def flow_at(scheduler: Any, t: float | None = None) -> tuple[FlowMatchEulerDiscreteScheduler, dict[str, Any]]:
     """A flow scheduler whose single Euler step goes from t to x0, and the call's options that say so.
 
     Args:
-        scheduler: a `FlowMatchEulerDiscreteScheduler`.
+        scheduler: as in `flow_options`.
         t: in (0, 1]; 1 unless given. Stock schedulers start at 1, any other t is passed as `sigmas=[t]`.
 
     Raises:
@@ -72,10 +84,10 @@ def flow_at(scheduler: Any, t: float | None = None) -> tuple[FlowMatchEulerDiscr
     if not 0 < t <= 1:
         raise ValueError(f"A one-step student of a flow starts within (0, 1], not at {t}.")
     if t == 1:
-        return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config), {"num_inference_steps": 1}
+        return FlowMatchEulerDiscreteScheduler.from_config(flow_options(scheduler)), {"num_inference_steps": 1}
     # Unshifted, so that the sigma of the call is the sigma of the step.
-    unshifted = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, shift=1.0, use_dynamic_shifting=False)
-    return unshifted, {"num_inference_steps": 1, "sigmas": [t]}
+    unshifted = {**flow_options(scheduler), "shift": 1.0, "use_dynamic_shifting": False}
+    return FlowMatchEulerDiscreteScheduler.from_config(unshifted), {"num_inference_steps": 1, "sigmas": [t]}
 
 
 def consistency_at(scheduler: Any, t: float | None = None) -> CMStochasticIterativeScheduler:

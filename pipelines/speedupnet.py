@@ -129,6 +129,16 @@ def _size(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
+def check_text(null: Condition) -> None:
+    """Makes sure that a model's network reads whole prompts, padding and all.
+
+    Raises:
+        ValueError: for one that masks them.
+    """
+    if "text.mask" in null:
+        raise ValueError("SpeedUpNet attends to whole prompts, and this model masks the padding of its text.")
+
+
 def install_speedupnet(network: nn.Module, *, positive: bool = False, initial_scale: float = 0.0) -> nn.ModuleList:
     """Puts an untrained adapter into every cross-attention layer of a UNet, in place.
 
@@ -204,6 +214,7 @@ def attach_speedupnet(model: Model, folder: str | Path) -> None:
     Raises:
         ValueError: when the folder holds something else, or the architecture is another; the model is then unchanged.
     """
+    check_text(model.null_condition())
     attachment = read_attachment(folder, NAME)
     options = dict(attachment.options)
     adapter = install_speedupnet(model.denoiser.network, positive=options.pop("positive"))

@@ -15,7 +15,7 @@ from diffusers import (
 
 from sublimate.diffusion.schedules import RectifiedFlow, Schedule
 from sublimate.pipelines.few_steps import FewSteps
-from sublimate.pipelines.one_step import discrete_betas, noise_options
+from sublimate.pipelines.one_step import discrete_betas, flow_options, noise_options
 
 _FINE_GRID = 2**16
 """Times of a consistency scheduler: every noise level is within 1e-4 of one of them."""
@@ -91,7 +91,7 @@ def flow_sampling(
     A "trajectory" cannot be told its target, except clean data, and is sampled with gamma = 1.
 
     Args:
-        scheduler: a `FlowMatchEulerDiscreteScheduler`.
+        scheduler: as in `flow_options`.
         schedule: what it means.
         few: the sampling.
 
@@ -105,7 +105,9 @@ def flow_sampling(
     if not fresh and few.eta > 0 and few.steps > 1:
         raise ValueError(f"No stock flow scheduler jumps with eta {few.eta}: set eta to 0 or 1.")
     stock = FlowMatchEulerDiscreteScheduler.from_config(
-        scheduler.config, shift=schedule.shift, use_dynamic_shifting=False, stochastic_sampling=fresh
+        {**flow_options(scheduler), "shift": schedule.shift},
+        use_dynamic_shifting=False,
+        stochastic_sampling=fresh,
     )
     # The scheduler shifts what it is given: Esser et al. 2024, eq. 23, backwards.
     sigmas = [t / (schedule.shift - (schedule.shift - 1) * t) for t in few.call_times(schedule)]

@@ -20,8 +20,8 @@ class TokenSpan:
     Attributes:
         key: the condition's entry, "text" for a sequence.
         start, stop: rows [start, stop) of that entry's sequence.
-        end: the row of the end-of-text token after the prompt.
-        last: one past the last row of this tokenizer's part, padding included.
+        end: the row of the end-of-text token after the prompt; of its last token where there is none.
+        last: one past the last row of this tokenizer's part, padding included where the network reads it.
     """
 
     key: str
@@ -67,13 +67,21 @@ def tokenize(
     for prompt, ids in zip(prompts, tokenizer(list(prompts), verbose=False).input_ids, strict=True):
         if len(ids) > limit and not beginning:
             raise ValueError(f"The prompt {prompt!r} has {len(ids)} tokens but the model reads {limit}: shorten it.")
+    # Gemma's tokenizer would put the padding first.
     encoded = tokenizer(
-        list(prompts), padding="max_length", max_length=limit, truncation=beginning, return_tensors="pt"
+        list(prompts),
+        padding="max_length",
+        padding_side="right",
+        max_length=limit,
+        truncation=beginning,
+        return_tensors="pt",
     )
     return encoded.input_ids, encoded.attention_mask
 
 
-def prompt_span(tokenizer: Tokenizer, prompt: str, length: int, *, offset: int = 0, key: str = "text") -> TokenSpan:
+def prompt_span(
+    tokenizer: Tokenizer, prompt: str, length: int, *, offset: int = 0, key: str = "text", masked: bool = False
+) -> TokenSpan:
     """Where a prompt's own tokens sit, without start, end and padding.
 
     Args:
@@ -82,6 +90,7 @@ def prompt_span(tokenizer: Tokenizer, prompt: str, length: int, *, offset: int =
         length: rows of this tokenizer's part.
         offset: its first row within the whole sequence.
         key: the condition's entry.
+        masked: padding is masked, so that this part ends with the prompt.
 
     Raises:
         ValueError: for a prompt that does not fit.
@@ -89,13 +98,22 @@ def prompt_span(tokenizer: Tokenizer, prompt: str, length: int, *, offset: int =
     tokenize(tokenizer, [prompt], length)
     ids = tokenizer(prompt).input_ids
     content = tokenizer(prompt, add_special_tokens=False).input_ids
-    start = _find(ids, content)[0] if content else ids.index(tokenizer.eos_token_id)
+    ends = tokenizer.eos_token_id in ids
+    start = _find(ids, content)[0] if content else ids.index(tokenizer.eos_token_id) if ends else len(ids)
     stop = start + len(content)
-    return TokenSpan(key, offset + start, offset + stop, offset + stop, offset + length)
+    end, last = stop if ends else len(ids) - 1, len(ids) if masked else length
+    return TokenSpan(key, *(offset + row for row in (start, stop, end, last)))
 
 
 def concept_span(
-    tokenizer: Tokenizer, prompt: str, concept: str, length: int, *, offset: int = 0, key: str = "text"
+    tokenizer: Tokenizer,
+    prompt: str,
+    concept: str,
+    length: int,
+    *,
+    offset: int = 0,
+    key: str = "text",
+    masked: bool = False,
 ) -> TokenSpan:
     """Where a concept's tokens sit in a prompt; its first mention counts.
 
@@ -108,22 +126,25 @@ def concept_span(
         length: rows of this tokenizer's part.
         offset: its first row within the whole sequence.
         key: the condition's entry.
+        masked: padding is masked, so that this part ends with the prompt.
 
     Raises:
         ValueError: for an empty concept, or a prompt that does not fit or does not mention it.
     """
-    span = prompt_span(tokenizer, prompt, length, offset=offset, key=key)
+    span = prompt_span(tokenizer, prompt, length, offset=offset, key=key, masked=masked)
     content = tokenizer(prompt, add_special_tokens=False).input_ids
     # T5 tells upper from lower case: the prompt's own spelling counts.
     spelled = re.search(re.escape(concept), prompt, re.IGNORECASE)
-    wanted = tokenizer(spelled.group() if spelled else concept, add_special_tokens=False).input_ids
-    if not wanted:
+    name = (spelled.group() if spelled else concept).strip()
+    if not name:
         raise ValueError(f"The concept {concept!r} has no tokens: name it in words.")
     tokens = tokenizer.convert_ids_to_tokens(content)
-    for first in _find(content, wanted):
-        if not _splits_a_word(tokens, first + len(wanted)):
-            start = span.start + first
-            return TokenSpan(key, start, start + len(wanted), span.end, span.last)
+    # Gemma's tokens hold the space before a word, which the first word has not.
+    for wanted in (tokenizer(text, add_special_tokens=False).input_ids for text in (name, f" {name}")):
+        for first in _find(content, wanted):
+            stop = first + len(wanted)
+            if _starts_a_word(tokens, first) and not _splits_a_word(tokens, stop):
+                return TokenSpan(key, span.start + first, span.start + stop, span.end, span.last)
     raise ValueError(f"The prompt {prompt!r} does not mention {concept!r}: its words must occur there as they are.")
 
 
@@ -131,6 +152,11 @@ def _find(sequence: Sequence[int], part: Sequence[int]) -> list[int]:
     """Every position at which `part` occurs in `sequence`."""
     last = len(sequence) - len(part)
     return [i for i in range(last + 1) if list(sequence[i : i + len(part)]) == list(part)]
+
+
+def _starts_a_word(tokens: Sequence[str], start: int) -> bool:
+    """Whether no word of letters or digits goes on from the token before `start`."""
+    return start == 0 or not (tokens[start - 1][-1].isalnum() and tokens[start][0].isalnum())
 
 
 def _splits_a_word(tokens: Sequence[str], stop: int) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.pipelines.model import Model
+from sublimate.pipelines.negative_attention import as_negative
 from sublimate.training.objective import Batch
 from sublimate.training.randomness import SampleRandom
 
@@ -123,7 +124,7 @@ def condition_of(encode: Encode, prompts: Sequence[str], negatives: Sequence[str
     condition = encode(prompts) if prompts else Condition()
     if negatives:
         chosen = [negatives[i] for i in random.integers(len(negatives)).tolist()]
-        condition = condition.replace(negative=encode(chosen)["text"])
+        condition = condition.replace(**as_negative(encode(chosen)))
     return condition
 
 

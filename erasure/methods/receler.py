@@ -74,7 +74,7 @@ class RecelerObjective(RolloutObjective):
         places = torch.arange(length)
         spans = [model.find_concept(phrase.text, phrase.name)[0] for phrase in phrases]
         self.own = torch.stack([(places >= span.start) & (places < span.stop) for span in spans])
-        ends = [(span.stop, min(span.stop + config.adversary_rows, span.last)) for span in spans]
+        ends = [(span.stop, min(span.stop + config.adversary_rows, length)) for span in spans]
         self.free = torch.stack([(places >= start) & (places < stop) for start, stop in ends])
 
     def make_player(self, model: Model, config: RecelerConfig) -> Player:
@@ -96,8 +96,16 @@ class RecelerObjective(RolloutObjective):
         y_null = self.frozen(x_t, t, self.null.to(x_t.device))
         y_concept, maps = concept_maps(self.frozen, x_t, t, told, self.own[batch["rows"]].to(x_t.device))
         target = targets.negative_guidance(y_null, y_concept, c.eta)
-        text = self.attacked(batch, told, y_concept.output) if c.adversary_steps else told["text"]
+        opened = self.opened(batch, told)
+        text = self.attacked(batch, opened, y_concept.output) if c.adversary_steps else told["text"]
         return batch.adding(target=target.output, text=text, elsewhere=(maps < c.threshold).to(maps.dtype))
+
+    def opened(self, batch: Batch, told: Condition) -> Condition:
+        """The condition with the adversary's rows unmasked, where a network reads no padding."""
+        if not self.config.adversary_steps or "text.mask" not in told:
+            return told
+        mask = told["text.mask"]
+        return told.replace(**{"text.mask": mask.masked_fill(self.free[batch["rows"]].to(mask.device), 1)})
 
     def attacked(self, batch: Batch, told: Condition, y_concept: Tensor) -> Tensor:
         """Text in which the adversary's rows make the student draw the concept, (batch, length, width)."""
@@ -118,7 +126,7 @@ class RecelerObjective(RolloutObjective):
 
     def loss(self, turn: Turn, batch: Batch, step: int) -> Loss:
         c, layers = self.config, cross_attentions(self.student.network)
-        told = self.asked(batch).replace(text=batch["text"])
+        told = self.opened(batch, self.asked(batch)).replace(text=batch["text"])
         with tapped(self.student, [f"adapters.{key_of(name)}" for name in layers]) as said:
             prediction = self.student(batch["x_t"], batch["t"], told)
         target = replace(prediction, output=batch["target"])

@@ -24,6 +24,7 @@ from sublimate.pipelines.features import block_taps, tapped
 from sublimate.pipelines.few_steps import FewSteps
 from sublimate.pipelines.negative_attention import NEGATIVE, STRENGTH, negative_arguments
 from sublimate.pipelines.one_step import flow_at
+from sublimate.pipelines.patches import patched_shape
 from sublimate.pipelines.stock_few_steps import flow_sampling
 from sublimate.pipelines.text_encoders import penultimate_states
 from sublimate.pipelines.tokens import TokenSpan, concept_span, prompt_span, tokenize
@@ -78,16 +79,7 @@ class StableDiffusion3(Backbone):
     def latent_shape(
         self, pipe: Pipeline, height: int | None = None, width: int | None = None
     ) -> tuple[int, int, int]:
-        config, factor = pipe.transformer.config, pipe.vae_scale_factor
-        unit = factor * config.patch_size
-        for pixels in (height, width):
-            if pixels is not None and (pixels <= 0 or pixels % unit):
-                raise ValueError(f"Images must measure a multiple of {unit} pixels, not {pixels}.")
-        return (
-            config.in_channels,
-            config.sample_size if height is None else height // factor,
-            config.sample_size if width is None else width // factor,
-        )
+        return patched_shape(pipe, height, width)
 
     def encode_prompts(self, pipe: Pipeline, prompts: Sequence[str]) -> Condition:
         first, pooled_first = penultimate_states(pipe.tokenizer, pipe.text_encoder, prompts)

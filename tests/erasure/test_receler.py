@@ -157,6 +157,24 @@ def test_a_concept_map_is_the_attention_to_its_rows(model):
     torch.testing.assert_close(maps.flatten(1), stretched)
 
 
+@torch.no_grad()
+def test_masked_padding_is_looked_at_by_none_and_opened_for_the_adversary(tiny_pixart):
+    model = open_model(tiny_pixart)
+    told, x_t, t = model.encode_prompts(["a red cat"]), torch.randn(1, 4, 8, 8), torch.full((1,), 500.0)
+    rows = torch.zeros(1, told["text"].shape[1], dtype=torch.bool)
+    rows[:, 2] = True
+    noisy = told.replace(text=torch.where(told["text.mask"][..., None] == 1, told["text"], 9.0))
+    (_, maps), (_, again) = (concept_maps(model.denoiser, x_t, t, c, rows) for c in (told, noisy))
+    torch.testing.assert_close(maps, again, rtol=1e-4, atol=1e-5)
+    objective = objective_of(model, adversary_steps=1, templates=("a {}",))
+    batch = prepared(objective)
+    plain, opened = objective.asked(batch), objective.opened(batch, objective.asked(batch))
+    free = objective.free[batch["rows"]]
+    assert torch.equal(opened["text.mask"], plain["text.mask"].masked_fill(free, 1))
+    assert free.sum(1).eq(3).all() and not torch.equal(opened["text.mask"], plain["text.mask"])
+    assert torch.equal((batch["text"] != plain["text"]).any(-1), free)
+
+
 def test_weights_rules_have_no_meaning_here():
     with pytest.raises(ValueError, match="weights"):
         RecelerConfig(weights="u")

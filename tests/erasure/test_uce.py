@@ -106,6 +106,16 @@ def test_rows_are_those_of_the_words(sd, sd3):
     assert rows["text.pooled"].own.shape == (2, 32)
 
 
+def test_rows_of_masked_text_end_with_the_prompt(tiny_pixart, tiny_sana):
+    for folder, rows in ((tiny_pixart, ([2, 3, 4, 5], [2, 2, 3, 4])), (tiny_sana, ([3, 4, 5], [3, 3, 4]))):
+        model = open_model(folder)
+        found = concept_rows(model, [Concept("van gogh", "red")], ["a cat {} style"], "tail", anchored=True)
+        assert found.keys() == {"text"}  # and not its mask
+        text, anchors = model.encode_prompts(["a cat van gogh style", "a cat red style"])["text"].double()
+        torch.testing.assert_close(found["text"].own, text[rows[0]], rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(found["text"].anchors, anchors[rows[1]], rtol=1e-5, atol=2e-6)
+
+
 def test_an_empty_anchor_is_the_row_before(sd, sd3):
     gone = Concept("van gogh", "")
     rows = concept_rows(sd, [gone], ["a painting in {} style"], "last", anchored=True)["text"]

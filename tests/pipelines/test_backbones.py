@@ -15,6 +15,7 @@ from sublimate.pipelines.model import Model, open_model
 from sublimate.pipelines.tokens import concept_span
 
 FLUX_FAMILIES = ("tiny_flux", "tiny_flux_schnell")
+MASKED_FAMILIES = ("tiny_pixart", "tiny_pixart_sigma", "tiny_sana")
 CONCEPT_FAMILIES = (
     "tiny_sd",
     "tiny_sd_v",
@@ -24,6 +25,7 @@ CONCEPT_FAMILIES = (
     "tiny_sdxl",
     "tiny_sdxl_v",
     *FLUX_FAMILIES,
+    *MASKED_FAMILIES,
 )
 TEXT_FAMILIES = (*CONCEPT_FAMILIES, "tiny_audio")
 CLASS_FAMILIES = ("tiny_dit", "tiny_edm_classes", "tiny_class_conditional")
@@ -117,7 +119,11 @@ def test_prompts_are_encoded_as_the_stock_pipeline_does(models, name):
                 torch.equal(row["text.mask"][:, : t5.shape[1]], mask.float()) and row["text.mask"].sum() == mask.sum()
             )
         return
-    if name in FLUX_FAMILIES:
+    if name in MASKED_FAMILIES:
+        text, mask, null, null_mask = model.pipeline.encode_prompt(PROMPTS, device="cpu")
+        assert torch.equal(ours["text.mask"], mask.float())
+        assert torch.equal(model.null_condition()["text.mask"], null_mask[:1].float())
+    elif name in FLUX_FAMILIES:
         text, pooled, _ = model.pipeline.encode_prompt(PROMPTS, device="cpu", max_sequence_length=24)
         null, null_pooled, _ = model.pipeline.encode_prompt("", device="cpu", max_sequence_length=24)
         torch.testing.assert_close(ours["text.pooled"], pooled, atol=0, rtol=0)
@@ -135,10 +141,8 @@ def test_prompts_are_encoded_as_the_stock_pipeline_does(models, name):
 
 @pytest.mark.parametrize("name", TEXT_FAMILIES)
 def test_a_long_prompt_is_refused_by_name(models, name):
-    long = "a photo of the red dog in the style of a van gogh painting of a cat"
-    tokens, limit = ("1[89]", 16) if name not in FLUX_FAMILIES else ("38", 24)
-    long = long if limit == 16 else f"{long} and {long}"
-    with pytest.raises(ValueError, match=rf"'{long}' has {tokens} tokens but the model reads {limit}"):
+    long = " ".join(["cat"] * 400)
+    with pytest.raises(ValueError, match=rf"'{long}' has \d+ tokens but the model reads (16|24|80|120|300):"):
         models[name].encode_prompts(["a cat", long])
 
 
@@ -170,7 +174,8 @@ def test_decoding_is_the_stock_pipelines(models, name):
         assert torch.equal(model.render(x0), expected)
     else:
         config = model.pipeline.vae.config
-        expected = model.pipeline.vae.decode(x0 / config.scaling_factor + (config.shift_factor or 0)).sample
+        shift = config.get("shift_factor") or 0
+        expected = model.pipeline.vae.decode(x0 / config.scaling_factor + shift).sample
         expected = (expected / 2 + 0.5).clamp(0, 1)
         images = images.clamp(0, 1)
     torch.testing.assert_close(images, expected, atol=1e-6, rtol=0)
@@ -319,7 +324,9 @@ def test_text_enters_only_through_the_entry_points(models, name):
         assert columns.shape[1] == (layer.num_embeddings if table else condition[point.key].shape[-1])
         assert (getattr(layer, "bias", None) is not None) == point.bias
         columns.zero_()
-    assert torch.equal(network(x_t, t, condition).output, network(x_t, t, other).output)
+    # Equal values are averaged over other tokens where another mask is told, so rounding differs.
+    found, expected = network(x_t, t, other).output, network(x_t, t, condition).output
+    torch.testing.assert_close(found, expected, atol=1e-6 if "text.mask" in condition else 0, rtol=0)
 
 
 def test_an_unconditional_model_has_no_entry_points(models):
@@ -347,7 +354,8 @@ def test_only_the_tail_of_a_concept_has_seen_it(models, name):
     one, other = model.encode_prompts(["a red cat in style", "a red dog in style"])["text"]
     span = model.find_concept("a red cat in style", "cat")[0]
     changed = (one != other).any(dim=-1)[: span.last]
-    assert changed[: span.start].any() == (name in FLUX_FAMILIES)
+    if name not in MASKED_FAMILIES:  # T5 sees the whole prompt, Gemma what came before
+        assert changed[: span.start].any() == (name in FLUX_FAMILIES)
     assert changed[span.tail].all()
 
 

@@ -14,10 +14,12 @@ from sublimate.pipelines.attention import set_attention
 from sublimate.pipelines.generate import generate
 from sublimate.pipelines.model import open_model
 from sublimate.pipelines.negative_attention import (
+    MASK,
     NEGATIVE,
     STRENGTH,
     NegativeAttention,
     NegativeJointAttention,
+    as_negative,
     install_negative_attention,
     negative_attention,
     remove_negative_attention,
@@ -69,8 +71,8 @@ def test_the_same_prompt_on_both_sides_scales_what_attention_adds(layer):
 
 
 def told(model, count, strength, negative="a dog"):
-    states = model.encode_prompts([negative])["text"].expand(count, -1, -1)
-    return {NEGATIVE: states, STRENGTH: torch.as_tensor(strength).expand(count)}
+    states = as_negative(model.encode_prompts([negative])).expand(count)
+    return {**states, STRENGTH: torch.as_tensor(strength).expand(count)}
 
 
 def test_a_unet_reads_the_condition_and_samples_stay_apart(tiny_sd_v):
@@ -177,7 +179,29 @@ def test_a_joint_transformer_reads_the_condition_and_its_text_stream_stays(famil
     assert not torch.equal(images, generate(model, ["a dog"], **options))
 
 
-@pytest.mark.parametrize("family", ["tiny_sd_v", "tiny_sd3", "tiny_flux"])
+@torch.no_grad()
+def test_padding_of_a_negative_prompt_is_masked_and_its_states_are_projected(tiny_pixart):
+    model = open_model(tiny_pixart)
+    x_t, condition, negative = draws(2, 4, 8, 8), *(model.encode_prompts(p) for p in (["red cat", "a"], ["gogh"] * 2))
+    strength = {STRENGTH: torch.tensor([0.5, 0.0])}
+    plain = model.denoiser(x_t, 500, condition).output
+    with negative_attention(model.denoiser.network):
+        steered = model.denoiser(x_t, 500, condition.replace(**as_negative(negative), **strength)).output
+        length = int(negative["text.mask"][0].sum())
+        cut = {NEGATIVE: negative["text"][:, :length], MASK: negative["text.mask"][:, :length]}
+        again = model.denoiser(x_t, 500, condition.replace(**cut, **strength)).output
+        # Away from the prompt itself by all of it: attention adds its bias alone.
+        own = {**as_negative(condition), STRENGTH: torch.ones(2)}
+        nothing = model.denoiser(x_t, 500, condition.replace(**own)).output
+    torch.testing.assert_close(steered, again, rtol=1e-5, atol=1e-6)
+    assert torch.equal(steered[1], plain[1]) and not torch.allclose(steered[0], plain[0], atol=1e-3)
+    for block in model.denoiser.network.transformer_blocks:
+        block.attn2.to_v.weight.zero_()
+        block.attn2.to_v.bias.zero_()
+    torch.testing.assert_close(nothing, model.denoiser(x_t, 500, condition).output, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["tiny_sd_v", "tiny_sd3", "tiny_flux", "tiny_pixart"])
 def test_adapters_of_the_output_projection_are_part_of_it(family, request):
     """A LoRA that is merged must steer as it does unmerged."""
     outputs = []
@@ -198,7 +222,7 @@ def test_adapters_of_the_output_projection_are_part_of_it(family, request):
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["tiny_sd_v", "tiny_sd3", "tiny_sdxl", "tiny_flux"])
+@pytest.mark.parametrize("family", ["tiny_sd_v", "tiny_sd3", "tiny_sdxl", "tiny_flux", "tiny_pixart"])
 def test_it_survives_recomputation_in_the_backward_pass(family, request):
     """Two calls with different negatives before either is differentiated: each must recompute with its own."""
 

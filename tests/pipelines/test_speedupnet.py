@@ -231,6 +231,11 @@ def test_another_architecture_is_refused_and_left_alone(tiny_sd, exported):
     assert processors(model) == original
 
 
+def test_masked_text_is_refused(tiny_pixart, exported):
+    with pytest.raises(ValueError, match="this model masks the padding of its text"):
+        attach_speedupnet(open_model(tiny_pixart), exported)
+
+
 def test_misuse_is_named(tiny_sd, tiny_sd3, tiny_unconditional, exported):
     for folder in (tiny_sd3, tiny_unconditional):
         with pytest.raises(ValueError, match="has no cross-attention"):

@@ -51,6 +51,11 @@ STUDENTS = {
     "tiny_flux_schnell": None,
     "tiny_audio": None,
     "tiny_audio@399": 399,
+    "tiny_pixart": None,
+    "tiny_pixart@399": 399,
+    "tiny_pixart_sigma": None,
+    "tiny_sana": None,
+    "tiny_sana@0.75": 0.75,
 }
 
 # Students of several steps; "told" ones are told the guidance scale.
@@ -78,6 +83,11 @@ FEW_STEP_STUDENTS = {
     "tiny_flux_schnell#deterministic": FewSteps("target_driven", steps=2),
     "tiny_audio#consistency": FewSteps("consistency", steps=3, grid_steps=50),
     "tiny_audio#target_driven": FewSteps("target_driven", eta=0.3, grid_steps=250),
+    "tiny_pixart#consistency": FewSteps("consistency", grid_steps=50),
+    "tiny_pixart#one": FewSteps("target_driven", steps=1, eta=0.2, grid_steps=250, guidance_scale=3.0),
+    "tiny_sana#deterministic": FewSteps("target_driven", steps=3, grid_steps=50, guidance_scale=2.0),
+    "tiny_sana#consistency": FewSteps("consistency", steps=3),
+    "tiny_pixart_sigma#times": FewSteps("target_driven", steps=3, eta=0.2, times=(999, 875, 251), guidance_scale=2.0),
 }
 GLOBAL_SEED = 13
 
@@ -124,13 +134,16 @@ def few_step_images_of(model: Model, student, few: FewSteps) -> torch.Tensor:
     condition, z, draw = stock_draws(model)
     torch.manual_seed(GLOBAL_SEED)
 
+    # Pipelines that prepare arguments of the scheduler's step give it their generators, others draw from the global.
+    own = hasattr(model.pipeline, "prepare_extra_step_kwargs") or not isinstance(model.schedule, RectifiedFlow)
+
     def noise(x):
         if isinstance(model.backbone, Flux1):  # whose stock pipeline adds noise to the packed latents
             return unpacked(torch.randn(packed(x).shape), *x.shape[2:])
         if type(model.pipeline).__name__ == "DiTPipeline":
             # Guided, it samples both halves of its batch, and keeps the first.
             return torch.randn((2 if few.guidance_scale > 1 else 1) * len(x), *x.shape[1:])[: len(x)]
-        return torch.randn(x.shape) if isinstance(model.schedule, RectifiedFlow) else draw(x.shape[1:])
+        return draw(x.shape[1:]) if own else torch.randn(x.shape)
 
     denoise = telling(student, condition, model.null_condition(), few.guidance_scale)
     return displayed(model, sample_few_steps(few, denoise, z, model.schedule, noise))

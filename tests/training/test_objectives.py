@@ -140,8 +140,15 @@ def test_every_objective_has_a_row():
     assert not missing, f"add a row of that name to CASES for {', '.join(sorted(missing))}"
 
 
-# Why an objective may refuse a family: its network has no input for one more number, no cross-attention, no text.
-REASONS = ("cannot be told", "has no cross-attention", "has no null condition to guide by")
+# Why an objective may refuse a family: its network has no input for one more number, no cross-attention, masked text,
+# attention that is told nothing else, no text.
+REASONS = (
+    "cannot be told",
+    "has no cross-attention",
+    "masks the padding of its text",
+    "tells its attention nothing but the text",
+    "has no null condition to guide by",
+)
 
 
 def pytest_generate_tests(metafunc):

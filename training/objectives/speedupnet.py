@@ -14,7 +14,13 @@ from sublimate.diffusion.denoisers import Denoiser
 from sublimate.diffusion.guidance import extrapolated
 from sublimate.diffusion.predictions import add_noise
 from sublimate.pipelines.negative_attention import NEGATIVE, STRENGTH
-from sublimate.pipelines.speedupnet import NAME, SpeedUpAttention, install_speedupnet, negative_strength
+from sublimate.pipelines.speedupnet import (
+    NAME,
+    SpeedUpAttention,
+    check_text,
+    install_speedupnet,
+    negative_strength,
+)
 from sublimate.training.consistency import GuidedSolver, jump
 from sublimate.training.losses import squared_loss
 from sublimate.training.objective import Artefact, Batch, Loss, ObjectiveConfig, SoloObjective, Turn
@@ -105,6 +111,7 @@ class SpeedUpNet(SoloObjective):
         self.solver = GuidedSolver(model, config.sampling_steps * config.solver_steps)
         self.teacher, self.schedule = self.solver.teacher, self.solver.schedule
         self.null, self.shape = self.solver.null, tuple(model.latent_shape)
+        check_text(self.null)
         adapted = cast(Denoiser, shared_copy(self.teacher))
         install_speedupnet(adapted.network, positive=config.positive, initial_scale=config.initial_scale)
         if besides := [key for key in self.null.text_keys if key != "text"]:

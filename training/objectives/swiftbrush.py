@@ -9,9 +9,15 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.guidance import extrapolated, guided
-from sublimate.pipelines.negative_attention import NEGATIVE, STRENGTH, install_negative_attention
+from sublimate.pipelines.negative_attention import (
+    NEGATIVE,
+    STRENGTH,
+    as_text,
+    install_negative_attention,
+    negative_part,
+    without_negative,
+)
 from sublimate.training.losses import pseudo_target_loss, score_difference
 from sublimate.training.matching import Matching, MatchingConfig
 from sublimate.training.objective import Batch, Loss, Turn
@@ -109,15 +115,14 @@ class SwiftBrush(Matching):
                 raise ValueError("Only negative_attention reads negative prompts: set it, or data.negatives to null.")
         else:
             # Only the student is told of negatives, the teacher sees them as its null text.
-            rest = Condition({name: value for name, value in batch.condition.items() if name != NEGATIVE})
-            told = {"negative": batch.condition[NEGATIVE], "strength": batch.random.uniform(device).float()}
-            batch = replace(batch.adding(**told), condition=rest)
+            told = {**negative_part(batch.condition), "strength": batch.random.uniform(device).float()}
+            batch = replace(batch.adding(**told), condition=without_negative(batch.condition))
         return super().prepare(turn, batch, step)
 
     def sample(self, batch: Batch) -> Tensor:
         condition = batch.condition
         if self.config.negative_attention:
-            condition = condition.replace(**{NEGATIVE: batch["negative"], STRENGTH: batch["strength"]})
+            condition = condition.replace(**negative_part(batch.tensors), **{STRENGTH: batch["strength"]})
         return self.generate(batch["z"], condition)
 
     def student_loss(self, batch: Batch, step: int) -> Loss:
@@ -125,7 +130,7 @@ class SwiftBrush(Matching):
         with torch.no_grad():
             x_t = self.noised(x0, batch)
             if self.config.negative_attention:
-                null = self.null.expand(len(x0)).replace(text=batch["negative"])
+                null = self.null.expand(len(x0)).replace(**as_text(negative_part(batch.tensors)))
                 p = extrapolated(self.teacher, x_t, batch["t"], batch.condition, null, self._scale(batch))
             else:
                 p = guided(self.teacher, x_t, batch["t"], batch.condition, self.null, self._scale(batch))

@@ -18,11 +18,10 @@ from transformers import (
     RobertaTokenizer,
     SpeechT5HifiGan,
     SpeechT5HifiGanConfig,
-    T5Config,
     T5EncoderModel,
 )
 
-from checkpoints.parts import MODEL_MAX_LENGTH, autoencoder, t5_tokenizer
+from checkpoints.parts import MODEL_MAX_LENGTH, autoencoder, t5_config, t5_tokenizer
 
 
 def roberta_tokenizer() -> RobertaTokenizer:
@@ -55,7 +54,6 @@ def tiny_audio() -> AudioLDM2Pipeline:
         "num_attention_heads": [1, 1],
         "num_hidden_layers": 2,
     }
-    t5 = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0)
     size = {"vocab_size": 8, "n_positions": 64, "n_embd": 24, "n_layer": 1, "n_head": 2}
     gpt2 = GPT2Config(**size, bos_token_id=0, eos_token_id=0, max_new_tokens=4)
     hifi_gan = SpeechT5HifiGanConfig(
@@ -81,7 +79,7 @@ def tiny_audio() -> AudioLDM2Pipeline:
     return AudioLDM2Pipeline(
         vae=autoencoder(in_channels=1, out_channels=1),
         text_encoder=ClapModel(ClapConfig(text_config=text, audio_config=sound, projection_dim=16)),
-        text_encoder_2=T5EncoderModel(t5),
+        text_encoder_2=T5EncoderModel(t5_config()),
         projection_model=AudioLDM2ProjectionModel(16, 32, 24),
         language_model=GPT2LMHeadModel(gpt2),
         tokenizer=tokenizer,

@@ -6,7 +6,7 @@ from typing import Any
 
 from diffusers import AutoencoderKL
 from tokenizers import pre_tokenizers
-from transformers import CLIPTextConfig, CLIPTokenizer, T5Tokenizer
+from transformers import CLIPTextConfig, CLIPTokenizer, GemmaTokenizer, T5Config, T5Tokenizer
 
 WORDS = ("a", "cat", "dog", "gogh", "in", "of", "painting", "photo", "red", "seven", "style", "the", "van")
 """Words that are one token each in the tiny vocabularies; anything else falls into characters."""
@@ -37,6 +37,21 @@ def t5_tokenizer(length: int = 512) -> T5Tokenizer:
     return T5Tokenizer(vocab=special + pieces, extra_ids=0, model_max_length=length)
 
 
+def gemma_tokenizer() -> GemmaTokenizer:
+    """Gemma's layout at tiny size: letters, words, and words after a space, which begin with "▁"."""
+    merges: dict[tuple[str, str], None] = {}
+    for word in WORDS:
+        left = word[0]
+        for letter in word[1:]:
+            merges[left, letter] = None
+            left += letter
+        merges["▁", word] = None
+    letters = ["▁", *(chr(i) for i in range(ord("a"), ord("z") + 1))]
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *letters, *("".join(pair) for pair in merges)]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    return GemmaTokenizer(vocab=vocabulary, merges=list(merges), add_bos_token=True, add_eos_token=False)
+
+
 def clip_config(
     tokenizer: CLIPTokenizer, *, hidden_size: int = 16, num_hidden_layers: int = 2, **options: int
 ) -> CLIPTextConfig:
@@ -52,6 +67,11 @@ def clip_config(
         pad_token_id=tokenizer.pad_token_id,
         **options,
     )
+
+
+def t5_config() -> T5Config:
+    """A T5 encoder of width 32 for `t5_tokenizer`."""
+    return T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0)
 
 
 def autoencoder(**options: Any) -> AutoencoderKL:

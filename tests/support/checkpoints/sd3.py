@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-from checkpoints.parts import autoencoder, clip_config, clip_tokenizer, t5_tokenizer
+from checkpoints.parts import autoencoder, clip_config, clip_tokenizer, t5_config, t5_tokenizer
 
 
 def tiny_sd3() -> StableDiffusion3Pipeline:
@@ -24,7 +24,6 @@ def tiny_sd3() -> StableDiffusion3Pipeline:
         pooled_projection_dim=32,
         pos_embed_max_size=8,
     )
-    t5 = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0)
     return StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -33,6 +32,6 @@ def tiny_sd3() -> StableDiffusion3Pipeline:
         tokenizer=tokenizer,
         text_encoder_2=CLIPTextModelWithProjection(clip_config(tokenizer, projection_dim=16)),
         tokenizer_2=clip_tokenizer(),
-        text_encoder_3=T5EncoderModel(t5),
+        text_encoder_3=T5EncoderModel(t5_config()),
         tokenizer_3=t5_tokenizer(),
     )
