@@ -41,7 +41,7 @@ def open_shapes(source: str | Path) -> Model:
     with without_bars():
         # Components are [library, class]; anything else is an option of the pipeline's.
         components = {
-            name: _component(folder / name, *value, mode) if isinstance(value, list) else value
+            name: _component(mode, folder / name, *value) if isinstance(value, list) else value
             for name, value in index.items()
             if not name.startswith("_")
         }
@@ -51,7 +51,7 @@ def open_shapes(source: str | Path) -> Model:
     return Model(pipeline, str(source), defaults)
 
 
-def _component(folder: Path, library: str | None, name: str | None, mode: FakeTensorMode) -> Any:
+def _component(mode: FakeTensorMode, folder: Path, library: str | None, name: str | None) -> Any:
     if library is None or name is None:
         return None
     # A pipeline's own classes are recorded by the name of its folder in diffusers.

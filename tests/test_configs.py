@@ -6,12 +6,15 @@ import re
 import pytest
 
 from sublimate.erasure.eraser import Eraser
+from sublimate.erasure.request import Concept, Request
+from sublimate.pipelines.model import open_model
 from sublimate.training import registry
 from sublimate.training.config import load_config, validate_section
 from sublimate.training.config_files import packaged_configs
 from sublimate.training.distill import OBJECTIVES, DistillConfig
 from sublimate.training.ink.train import InkConfig
 from sublimate.training.objective import Objective
+from sublimate.training.plan import plan_distillation
 
 FIELDS = ["Needs", "Memory", "Command"]
 ERASERS = "sublimate.erasure.methods"
@@ -35,8 +38,53 @@ def test_a_distillation_has_options_of_its_objective_and_a_cost(name):
 
 @pytest.mark.parametrize("name", packaged_configs("erase"))
 def test_an_erasure_has_options_of_its_eraser(name):
-    eraser = registry.load(ERASERS, name.partition("_")[2], Eraser)  # erase/<model>_<method>
+    eraser = registry.load(ERASERS, method_of(name), Eraser)
     assert isinstance(load_config(eraser.Config, name, kind="erase"), eraser.Config)
+
+
+def method_of(name):
+    """The method of erase/<model>_…_<method>."""
+    return max((method for method in registry.available(ERASERS) if name.endswith(f"_{method}")), key=len)
+
+
+# What a recipe for a published checkpoint begins with, and a tiny checkpoint of the same class.
+TINY = {
+    "sd15": "tiny_sd",
+    "sd_inpaint": "tiny_inpainting",
+    "sd_upscale": "tiny_upscaling",
+    "sdxl": "tiny_sdxl",
+    "pixart": "tiny_pixart",
+    "flux": "tiny_flux",
+}
+
+
+def recipes(kind):
+    names = (name for name in packaged_configs(kind) if not name.split("/")[1].startswith(("ink", "demo")))
+    return sorted(
+        (name, next(tiny for start, tiny in TINY.items() if name.split("/")[1].startswith(start))) for name in names
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "tiny"), recipes("distill"))
+def test_a_recipe_of_a_published_checkpoint_is_planned_on_a_tiny_one_of_its_class(request, name, tiny):
+    folder = request.getfixturevalue(tiny)
+    small = ["trainer.train_batch_size=1", "trainer.gradient_accumulation_steps=1"]
+    config = load_config(DistillConfig, name, [f"model={folder}", *small], kind="distill")
+    found = plan_distillation(config)
+    assert found.flops > 0 and found.peak > found.base
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "tiny"), recipes("erase"))
+def test_a_recipe_of_a_published_checkpoint_erases_from_a_tiny_one_of_its_class(request, name, tiny):
+    model = open_model(request.getfixturevalue(tiny))
+    eraser = registry.load(ERASERS, method_of(name), Eraser)
+    few = {"max_train_steps": 1, "sampling_steps": 5} if "sampling_steps" in eraser.Config.model_fields else {}
+    # The tiny tokenizers know letters, and sixteen of them.
+    options = load_config(eraser.Config, name, kind="erase").model_copy(update={"templates": ("{}", "a {}"), **few})
+    request = Request(Concept("cat", anchor="dog" if eraser.uses_anchor else ""), preserve=["red"])
+    assert eraser(options).fit(model, request).shapes()
 
 
 def test_every_eraser_has_options_on_ink():

@@ -146,7 +146,8 @@ def plan_distillation(config: DistillConfig, model: Model | None = None) -> Plan
     kernel = config.attention if config.attention in ("math", "eager") else None
     with attention_chosen(model, kernel):
         objective = method(model, validate_section(method.Config, config.objective))
-        prompts, x0 = ["a"] if model.null_condition() else [], torch.zeros(1, *model.latent_shape)
+        # A prompt of any text, and a class of any model that is told one.
+        prompts, x0 = ["0"] if model.any_condition() else [], torch.zeros(1, *model.latent_shape)
         source = ModelSource(model, prompts, x0, prompts if "negatives" in objective.needs else (), x0)
         return plan(Trainer(objective, source, config.trainer, progress=False), model.parameters().values())
 
