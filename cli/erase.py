@@ -21,6 +21,9 @@ def command(
     within: Annotated[str | None, typer.Option(help="Erase only where this is asked for.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for edit.safetensors (and the model).")] = Path("runs/edit"),
     fold: Annotated[bool, typer.Option("--fold", help="Also write the edited model as a diffusers folder.")] = False,
+    lora: Annotated[
+        bool, typer.Option("--lora", help="Also write the edit as a LoRA, for diffusers and in kohya's layout.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="All randomness derives from it.")] = 0,
     device: Annotated[
         str,
@@ -30,6 +33,7 @@ def command(
     """Erase concepts and write the edit, which applies to and comes off the base model bit by bit."""
     from sublimate.erasure.eraser import Eraser
     from sublimate.erasure.request import Concept, Request
+    from sublimate.pipelines.lora_files import save_lora
     from sublimate.pipelines.model import open_model
     from sublimate.training import registry
     from sublimate.training.config import load_config, parse_overrides, validate_section
@@ -56,12 +60,18 @@ def command(
         raise ValueError(f"{method} leads away from a concept, not to another: leave out --anchor.")
     if pictures and not eraser.uses_images:
         raise ValueError(f"{method} learns from no pictures: leave out --images.")
-    if fold and eraser.attaches:
-        raise ValueError(f"{method} makes an attachment, which no diffusers folder holds: leave out --fold.")
+    if (fold or lora) and eraser.attaches:
+        raise ValueError(
+            f"{method} makes an attachment, which no diffusers folder holds: leave out --fold and --lora."
+        )
     opened = open_model(model, device=device)
     edit = eraser.fit(opened, request, seed=seed, progress=True)
     out.mkdir(parents=True, exist_ok=True)
     typer.echo(f"Wrote {edit.save(out / 'edit.safetensors')}")
+    if lora:
+        (out / "lora").mkdir(exist_ok=True)
+        save_lora(edit.to_lora(opened), out / "lora")
+        typer.echo(f'Wrote {out / "lora"}: pipeline.load_lora_weights("{out / "lora"}")')
     if fold:
         folder = edit.fold(opened, out / "model")
         typer.echo(f'Wrote {folder}: DiffusionPipeline.from_pretrained("{folder}")')

@@ -13,11 +13,10 @@ from typing import Any, Literal
 import diffusers
 import torch
 from diffusers import ModelMixin
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from sublimate.diffusion.denoisers import Denoiser
 from sublimate.pipelines.backbones.base import StockSampling
@@ -26,12 +25,12 @@ from sublimate.pipelines.checkpoints import keep_options
 from sublimate.pipelines.edit_attachment import refuse_attached
 from sublimate.pipelines.few_steps import FewSteps
 from sublimate.pipelines.folders import written_aside
+from sublimate.pipelines.lora_files import LORA_FILE, lora_state, save_lora
 from sublimate.pipelines.model import DEFAULTS_FILE, Model, packaged_folder
 from sublimate.pipelines.progress import without_bars
 from sublimate.pipelines.versions import versions
 
 INDEX = "model_index.json"
-LORA_FILE = "pytorch_lora_weights.safetensors"
 _AS_BASE = ("steps", "guidance_scale", "few_steps", "sampler", "noise_scale")
 """How a base is sampled, and what was tuned from it."""
 
@@ -104,6 +103,8 @@ def export_lora(
 ) -> Path:
     """Writes a student's adapters as a LoRA that `load_lora_weights` reads, with the scheduler that goes with it.
 
+    A UNet's is written a second time, in kohya's layout for other programs (`pipelines/lora_files.py`).
+
     Scales are folded into the weights, and all layers get the largest rank, padded with zeros: loaders differ in what
     they make of other scales and mixed ranks.
 
@@ -127,7 +128,7 @@ def export_lora(
             edit's attachment, or the folder holds something else.
     """
     refuse_attached(model, network)
-    state = _lora_state(_unwrapped(model, network), model.backbone.network_attribute)
+    state = lora_state(_unwrapped(model, network), model.backbone.network_attribute)
     stock = stock_sampling(model, "lora", t, few_steps, as_base=as_base)
     record = _record("lora", model, provenance, stock, t, as_base)
     scheduler = type(stock.scheduler).__name__
@@ -141,7 +142,7 @@ def export_lora(
     card = _card(model, record, usage, title or f"{_pace(record)} LoRA", license)
 
     def save(aside: Path) -> None:
-        save_file(state, aside / LORA_FILE, {"format": "pt"})
+        save_lora(state, aside)
         stock.scheduler.save_pretrained(aside / "scheduler")
 
     return _write(Path(folder), LORA_FILE, record, card, save, dtype)
@@ -272,28 +273,6 @@ def _stock_pipeline(model: Model, student: nn.Module, stock: StockSampling) -> A
     pipeline = cls(**{name: value for name, value in available.items() if name in accepted})
     keep_options(pipeline, available)
     return pipeline
-
-
-def _lora_state(network: nn.Module, component: str) -> dict[str, Tensor]:
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, layer in network.named_modules():
-        if not isinstance(layer, LoraLayer):
-            continue
-        if len(layer.active_adapters) != 1:
-            raise ValueError(f"{name} has the adapters {layer.active_adapters}: a LoRA file holds exactly one.")
-        adapter = layer.active_adapters[0]
-        down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-        factors[name] = down.detach().float().cpu(), (up.detach().float() * layer.scaling[adapter]).cpu()
-    if not factors:
-        raise ValueError(f"{type(network).__name__} has no LoRA layers: export its weights instead.")
-    rank = max(len(down) for down, _ in factors.values())
-    state = {}
-    for name, (down, up) in factors.items():
-        missing = rank - len(down)
-        state[f"{component}.{name}.lora_A.weight"] = torch.cat([down, down.new_zeros(missing, *down.shape[1:])])
-        padding = up.new_zeros(len(up), missing, *up.shape[2:])
-        state[f"{component}.{name}.lora_B.weight"] = torch.cat([up, padding], 1)
-    return state
 
 
 def _record(

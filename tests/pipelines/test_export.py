@@ -24,8 +24,9 @@ from students import (
     with_lora,
 )
 
-from sublimate.pipelines.export import LORA_FILE, export_lora, export_student, save_model
+from sublimate.pipelines.export import export_lora, export_student, save_model
 from sublimate.pipelines.generate import generate
+from sublimate.pipelines.lora_files import KOHYA_FILE, LORA_FILE, kohya_state
 from sublimate.pipelines.model import Model, open_model
 
 # The quick suite takes the students that start at the end of the schedule, and one of each few-step kind.
@@ -184,3 +185,35 @@ def test_pixel_students_that_no_stock_pipeline_runs_are_refused(tiny_uncondition
         assert output.shape == (1, 3, 8, 8)
         with pytest.raises(ValueError, match=message):
             export_student(model, model.denoiser, tmp_path / "student")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["tiny_sd", "tiny_sdxl"])
+def test_kohyas_layout_is_the_same_lora_for_stock_diffusers_too(request, tmp_path, family):
+    model, folder = open_model(request.getfixturevalue(family)), request.getfixturevalue(family)
+    names = [f"mid_block.attentions.0.transformer_blocks.0.attn2.{layer}" for layer in ("to_k", "to_out.0")]
+    exported = export_lora(model, with_lora(model, dict.fromkeys(names, 3)), tmp_path / "lora")
+    state = load_file(exported / KOHYA_FILE)
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_out_0"
+    assert float(state[f"{name}.alpha"]) == len(state[f"{name}.lora_down.weight"]) == 3
+    weights = []
+    for file in (LORA_FILE, KOHYA_FILE):
+        pipeline = type(model.pipeline).from_pretrained(folder)
+        before = pipeline.unet.state_dict()
+        pipeline.load_lora_weights(exported, weight_name=file)
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+        weights.append(pipeline.unet.state_dict())
+        assert not torch.equal(weights[-1][f"{names[0]}.weight"], before[f"{names[0]}.weight"])
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, rtol=0, atol=0)
+
+
+def test_kohyas_layout_knows_text_encoders_and_no_transformers():
+    pair = {"lora_A.weight": torch.ones(2, 3), "lora_B.weight": torch.ones(4, 2)}
+    one = kohya_state({f"text_encoder.layers.0.q_proj.{key}": value for key, value in pair.items()})
+    assert set(one) == {f"lora_te_layers_0_q_proj.{x}" for x in ("lora_down.weight", "lora_up.weight", "alpha")}
+    both = {f"{encoder}.a.{key}": v for encoder in ("text_encoder", "text_encoder_2") for key, v in pair.items()}
+    assert {key.partition("_a.")[0] for key in kohya_state(both)} == {"lora_te1", "lora_te2"}
+    with pytest.raises(ValueError, match="no layers of a transformer"):
+        kohya_state({"transformer.x.lora_A.weight": torch.ones(2, 3)})
