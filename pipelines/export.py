@@ -25,8 +25,9 @@ from sublimate.pipelines.checkpoints import keep_options
 from sublimate.pipelines.edit_attachment import refuse_attached
 from sublimate.pipelines.few_steps import FewSteps
 from sublimate.pipelines.folders import written_aside
+from sublimate.pipelines.locations import packaged_folder
 from sublimate.pipelines.lora_files import LORA_FILE, lora_state, save_lora
-from sublimate.pipelines.model import DEFAULTS_FILE, Model, packaged_folder
+from sublimate.pipelines.model import DEFAULTS_FILE, Model
 from sublimate.pipelines.progress import without_bars
 from sublimate.pipelines.versions import versions
 

@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.resources
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HTTPError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from torch import Tensor, nn
 
 from sublimate.diffusion.conditions import Condition
@@ -26,6 +16,7 @@ from sublimate.diffusion.denoisers import Denoiser
 from sublimate.diffusion.schedules import Schedule
 from sublimate.pipelines.backbones.base import Backbone, EntryPoint, backbone_for
 from sublimate.pipelines.checkpoints import check_folder, keep_options, read_json, refuse_pickle, single_file_family
+from sublimate.pipelines.locations import checkpoint_folder, first_line
 from sublimate.pipelines.progress import without_bars
 from sublimate.pipelines.tokens import TokenSpan
 
@@ -292,39 +283,6 @@ def open_model(
     return Model(pipeline, name, defaults).to(device, dtype)
 
 
-def checkpoint_folder(
-    source: str | Path,
-    *,
-    revision: str | None = None,
-    variant: str | None = None,
-    token: str | bool | None = None,
-    weights: bool = True,
-) -> Path:
-    """The folder on disk that a source stands for, downloaded if need be.
-
-    Args:
-        source, revision, variant, token: as in `open_model`.
-        weights: download the weights too, not only what describes them.
-
-    Raises:
-        ValueError: when there is no such checkpoint.
-    """
-    path, name = Path(source).expanduser(), str(source)
-    packaged = packaged_folder(name)
-    local = path if path.is_dir() and ((path / "model_index.json").exists() or packaged is None) else packaged
-    if local is not None:
-        if revision:
-            raise ValueError(f"{name} is a local folder: it has no revision {revision!r}.")
-        return local
-    refuse_pickle(path)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or path.suffix == ".safetensors":
-        raise ValueError(
-            f"There is no checkpoint {name}: give a diffusers folder, a .safetensors file, a hub id like owner/name "
-            f"or the name of a packaged model ({', '.join(packaged_names()) or 'none is installed'})."
-        )
-    return _download(name, revision, variant, token) if weights else _download_descriptions(name, revision, token)
-
-
 def weights_hash(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over named tensors in float32, in the order given; the same on every device."""
     digest = hashlib.sha256()
@@ -332,59 +290,6 @@ def weights_hash(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{key}:{tuple(tensor.shape)}:".encode())
         digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data)
     return digest.hexdigest()
-
-
-def packaged_names() -> list[str]:
-    """The models that come with the library."""
-    assets = Path(str(importlib.resources.files("sublimate.assets")))
-    return sorted(path.parent.name for path in assets.glob("*/model_index.json"))
-
-
-def packaged_folder(name: str) -> Path | None:
-    """Where a model of that name lies in this package; None when there is none."""
-    return Path(str(importlib.resources.files("sublimate.assets"))) / name if name in packaged_names() else None
-
-
-def _download(name: str, revision: str | None, variant: str | None, token: str | bool | None) -> Path:
-    try:
-        return Path(
-            diffusers.DiffusionPipeline.download(
-                name, revision=revision, variant=variant, token=token, use_safetensors=True
-            )
-        )
-    except (HTTPError, OSError, ValueError, RuntimeError) as error:
-        raise ValueError(_hub_problem(name, revision, error)) from error
-
-
-def _download_descriptions(name: str, revision: str | None, token: str | bool | None) -> Path:
-    """Configurations and tokenizers alone."""
-    files = ["*.json", "*.txt", "*.model"]
-    try:
-        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=files))
-    except (HTTPError, OSError, ValueError, RuntimeError) as error:
-        raise ValueError(_hub_problem(name, revision, error)) from error
-
-
-def _hub_problem(name: str, revision: str | None, error: Exception) -> str:
-    """What went wrong with the hub, in one sentence."""
-    # diffusers tries its cache when the hub does not answer, and keeps the reason as the cause.
-    cause = error.__cause__ or error
-    if isinstance(cause, GatedRepoError):
-        return f"{name} is gated: accept its terms on the hub and pass your token."
-    if isinstance(cause, RevisionNotFoundError):
-        return f"{name} has no revision {revision!r} on the hub."
-    if isinstance(cause, RepositoryNotFoundError):
-        return f"The hub has no model {name}, or it is private: check the name, or pass your token."
-    if isinstance(cause, ConnectionError | HTTPError) and not isinstance(cause, HfHubHTTPError):
-        return (
-            f"The hub cannot be reached and {name} is not in its cache: check the connection, or give a local folder."
-        )
-    if "safetensors" in str(error):
-        return (
-            f"{name} offers its weights as pickles only, or not in this variant: convert them with "
-            "pipeline.save_pretrained(folder, safe_serialization=True) in an environment you trust."
-        )
-    return f"{name} cannot be fetched from the hub ({_first_line(cause)})"
 
 
 @without_bars()
@@ -396,7 +301,7 @@ def _open_folder(folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
             folder, dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True
         )
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{folder} cannot be opened as a {kind} ({_first_line(error)})") from error
+        raise ValueError(f"{folder} cannot be opened as a {kind} ({first_line(error)})") from error
     keep_options(pipeline, read_json(folder / "model_index.json"))
     return pipeline
 
@@ -417,9 +322,5 @@ def _open_file(path: Path, dtype: torch.dtype, token: str | bool | None, config:
         source = "which the hub gives, or a diffusers folder as config" if config is None else f"not that of {config}"
         raise ValueError(
             f"{path} cannot be opened as a {kind}: a single file needs its architecture's configuration, {source} "
-            f"({_first_line(error)})"
+            f"({first_line(error)})"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

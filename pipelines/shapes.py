@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from sublimate.pipelines.backbones.base import backbone_for
 from sublimate.pipelines.checkpoints import read_json
-from sublimate.pipelines.model import DEFAULTS_FILE, Model, checkpoint_folder
+from sublimate.pipelines.locations import checkpoint_folder
+from sublimate.pipelines.model import DEFAULTS_FILE, Model
 from sublimate.pipelines.progress import without_bars
 
 

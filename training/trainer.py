@@ -25,6 +25,7 @@ from sublimate.training.config import Config
 from sublimate.training.data import Placed, Source
 from sublimate.training.ema import Average
 from sublimate.training.objective import Batch, Objective, Turn
+from sublimate.training.precision import warn_of_slow_bf16
 from sublimate.training.randomness import SampleRandom, key
 
 
@@ -128,6 +129,8 @@ class Trainer:
         # Autocast is torch's own: accelerate's belongs to the whole Python process, which may hold several runs.
         self.accelerator = Accelerator(log_with=config.report_to, project_dir=config.output_dir)
         objective.mean_over_processes = lambda tensor: self.accelerator.reduce(tensor, "mean")
+        if config.mixed_precision == "bf16":
+            warn_of_slow_bf16(self.accelerator.device)
         self.players = objective.players()
         for player in self.players.values():
             if any(p.device != self.accelerator.device for p in player.module.parameters()):

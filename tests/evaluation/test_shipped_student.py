@@ -10,7 +10,8 @@ from sublimate.evaluation.agreement import agreement
 from sublimate.evaluation.detectors import open_detector
 from sublimate.evaluation.ink_study import ink_prompts
 from sublimate.pipelines.generate import generate, generate_latents
-from sublimate.pipelines.model import open_model, packaged_folder
+from sublimate.pipelines.locations import packaged_folder
+from sublimate.pipelines.model import open_model
 from sublimate.training.ink.captions import prompts
 
 NAME = "ink_one_step"

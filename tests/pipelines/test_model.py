@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import json
 import shutil
 from pathlib import Path
@@ -20,9 +21,9 @@ from huggingface_hub.errors import (
 )
 from safetensors.torch import load_file, save_file
 
-from sublimate.pipelines import model as model_module
 from sublimate.pipelines.export import export_student
-from sublimate.pipelines.model import Model, open_model, packaged_names
+from sublimate.pipelines.locations import packaged_names
+from sublimate.pipelines.model import Model, open_model
 
 FAMILIES = ("tiny_sd", "tiny_sd_v", "tiny_unconditional", "tiny_edm", "tiny_sd3", "tiny_sdxl")
 
@@ -289,7 +290,7 @@ def test_a_hub_id_is_downloaded_as_safetensors_and_then_opened(tiny_sd, monkeypa
 def test_packaged_models_are_found_by_name(tiny_sd, tmp_path, monkeypatch):
     assets = tmp_path / "assets"
     shutil.copytree(tiny_sd, assets / "pocket")
-    monkeypatch.setattr(model_module.importlib.resources, "files", lambda package: assets)
+    monkeypatch.setattr(importlib.resources, "files", lambda package: assets)
     monkeypatch.chdir(tmp_path)
     assert packaged_names() == ["pocket"]
     assert open_model("pocket").content_hash() == open_model(tiny_sd).content_hash()

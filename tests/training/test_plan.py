@@ -8,6 +8,7 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 from sublimate.diffusion.conditions import Condition
+from sublimate.pipelines import locations
 from sublimate.pipelines.model import open_model
 from sublimate.pipelines.shapes import open_shapes
 from sublimate.training import registry
@@ -61,6 +62,18 @@ def test_one_file_has_no_shapes(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="give a folder"):
         open_shapes(tmp_path / "model.safetensors")
+
+
+def test_shapes_of_a_hub_id_fetch_no_weights(tiny_sd, monkeypatch):
+    asked = {}
+
+    def snapshot(name, **options):
+        asked.update(options, name=name)
+        return str(tiny_sd)
+
+    monkeypatch.setattr(locations, "snapshot_download", snapshot)
+    assert open_shapes("owner/name").source == "owner/name" == asked["name"]
+    assert not any("safetensors" in pattern for pattern in asked["allow_patterns"])
 
 
 def test_a_storage_counts_once_and_until_it_is_freed():
