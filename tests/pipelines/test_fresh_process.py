@@ -146,7 +146,8 @@ def test_a_fresh_process_draws_the_students_x0(fresh, name):
 @pytest.mark.parametrize("name", [*FEW_STEP_STUDENTS, "few-step-lora", "few-step-lora-in-one"])
 def test_a_fresh_process_samples_in_few_steps_like_ours(fresh, name):
     error, _ = fresh[name]
-    assert error < 5e-5
+    # Sana's linear attention sums without a softmax, so that rounding grows more from call to call.
+    assert error < (5e-5 if name.startswith("tiny_sana") else 2e-5)
 
 
 def test_pixel_students_are_saved_as_stock_pipelines(fresh):
