@@ -26,6 +26,7 @@ def command(
     resolved = load_config(DistillConfig, config, overrides or (), kind="distill")
     passes = resolved.passes()
     if dry_run:
+        from sublimate.pipelines.shapes import open_shapes
         from sublimate.training.plan import plan_distillation
 
         typer.echo(dump_config(resolved), nl=False)
@@ -33,7 +34,12 @@ def command(
             f"# {passes:,.0f} network passes of one sample to train (a backward pass counts 2, to inputs alone 1); "
             "the teacher's own samples, where the data ask for them, come on top"
         )
-        for line in plan_distillation(resolved).lines():
+        try:
+            shapes = open_shapes(resolved.model)
+        except ValueError as unknown:
+            typer.echo(f"# operations and memory are not counted: {unknown}")
+            return
+        for line in plan_distillation(resolved, shapes).lines():
             typer.echo(f"# {line}")
         return
     typer.echo(f"Wrote {distill(resolved)}; how to load it stands in its README.md.")

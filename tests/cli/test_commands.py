@@ -70,7 +70,14 @@ def test_distill_writes_a_student_and_the_same_command_resumes(capsys, tmp_path,
 def test_dry_run_prints_the_configuration_and_its_cost(capsys, tmp_path, distilling):
     status, out, _ = sublimate(capsys, *distilling, "--dry-run")
     assert status == 0 and "method: f_distill" in out and "network passes" in out
+    assert "# turn student: " in out and "# critic: weights " in out
     assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_of_what_cannot_be_reached_says_what_it_does_not_count(capsys, tmp_path, distilling):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    status, out, _ = sublimate(capsys, *distilling, f"model={tmp_path / 'model.safetensors'}", "--dry-run")
+    assert status == 0 and "network passes" in out and "are not counted: " in out and "give a folder" in out
 
 
 def test_erase_then_generate(capsys, tmp_path, tiny_sd_v):
@@ -82,6 +89,8 @@ def test_erase_then_generate(capsys, tmp_path, tiny_sd_v):
     edited = (images / "00000.png").read_bytes()
     assert sublimate(capsys, "generate", edit / "model", "red cat", *draw)[0] == 0
     assert (images / "00000.png").read_bytes() == edited
+    assert sublimate(capsys, *erase, "--lora")[0] == 0
+    assert {f.name for f in (edit / "lora").iterdir()} == {"pytorch_lora_weights.safetensors", "kohya.safetensors"}
 
 
 def test_classes_are_erased_and_drawn_by_name(capsys, tmp_path, tiny_dit):
