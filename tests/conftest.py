@@ -7,6 +7,21 @@ from pathlib import Path
 import pytest
 from checkpoints import modules, save
 
+QUICK = frozenset(
+    f"tiny_{name}" for name in ("sd", "sd_v", "sd3", "inpainting", "upscaling", "unconditional", "edm", "audio")
+)
+"""The checkpoints of the quick suite: tests of any other are slow."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    others = modules().keys() - QUICK
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        values = () if callspec is None else (v for v in callspec.params.values() if isinstance(v, str))
+        if others & {*getattr(item, "fixturenames", ()), *(value.split("#")[0].split("@")[0] for value in values)}:
+            item.add_marker("slow")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--families", default="", help="what the property matrices run on: names with commas, or all")

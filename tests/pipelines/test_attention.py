@@ -7,9 +7,10 @@ import importlib.util
 
 import pytest
 import torch
+from opened import Opened
 
 from sublimate.pipelines.attention import KERNELS, _attention, attention_report, set_attention
-from sublimate.pipelines.model import Model, open_model
+from sublimate.pipelines.model import Model
 
 FAMILIES = (
     "tiny_sd",
@@ -26,7 +27,7 @@ FAMILIES = (
 
 @pytest.fixture
 def models(request: pytest.FixtureRequest) -> dict[str, Model]:
-    return {name: open_model(request.getfixturevalue(name)) for name in FAMILIES}
+    return Opened(request)
 
 
 def output(model: Model) -> torch.Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from opened import Opened
 from pictures import shown_to
 from students import prompts_of
 
@@ -35,7 +36,7 @@ PROMPTS = ["a red cat", "a painting in the style of van gogh"]
 
 @pytest.fixture(scope="module")
 def models(request: pytest.FixtureRequest) -> dict[str, Model]:
-    return {name: open_model(request.getfixturevalue(name)) for name in FAMILIES}
+    return Opened(request)
 
 
 def draw(model: Model, seed: int = 0):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from opened import Opened
 
 from sublimate.diffusion.denoisers import Denoiser
 from sublimate.pipelines.generate import SAMPLERS, generate, generate_latents, image_generator, initial_noise
@@ -29,7 +30,7 @@ PROMPTS = ["a red cat", "a dog", "the style of van gogh", "a painting in red", "
 
 @pytest.fixture(scope="module")
 def models(request: pytest.FixtureRequest) -> dict[str, Model]:
-    return {name: open_model(request.getfixturevalue(name)) for name in FAMILIES}
+    return Opened(request)
 
 
 def prompts_of(model: Model):
