@@ -15,6 +15,10 @@ from sublimate.training.data_config import DataConfig
 _LOADERS = {"*.parquet": "parquet", "*.tar": "webdataset"}
 
 
+# What pyarrow says of a parquet file without rows.
+_NO_ROWS = "BatchSize must be greater than 0"
+
+
 def load(data: DataConfig) -> Any:
     """The `datasets.Dataset` or, when streaming, `IterableDataset` that a configuration names; pictures undecoded.
 
@@ -37,6 +41,11 @@ def load(data: DataConfig) -> Any:
         path, options["name"] = name, data.dataset_config_name
     try:
         found = datasets.load_dataset(path, **options)
+    except datasets.exceptions.DatasetGenerationError as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        if _NO_ROWS in reason:
+            raise ValueError(f"{name} has no rows: give another.") from error
+        raise ValueError(f"{name} cannot be read: {reason.removesuffix('.')}.") from error
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{name} cannot be read: {reason.removesuffix('.')}.") from error
@@ -124,7 +133,11 @@ class Part:
         self._dataset = dataset
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        return iter(self._dataset)
+        try:
+            yield from self._dataset
+        except ValueError as error:
+            if _NO_ROWS not in str(error):
+                raise
 
     def place(self) -> dict[str, Any]:
         """Where the next row is, as JSON; nothing before the first."""

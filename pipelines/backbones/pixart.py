@@ -100,7 +100,7 @@ class PixArtAlpha(Backbone):
         return StockSampling(self.pipeline_classes[0], scheduler, call, few)
 
     def feature_taps(self, network: Network) -> tuple[str, ...]:
-        return block_taps(network, self.discriminator_taps)
+        return block_taps(network.transformer_blocks, self.discriminator_taps)
 
     def text_entry_points(self, pipe: Pipeline) -> list[EntryPoint]:
         return caption_entry_points(pipe)

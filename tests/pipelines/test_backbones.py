@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from opened import Opened
-from pictures import shown_to
-from students import prompts_of
+from opened import Opened, draw
 
 from sublimate.pipelines.backbones.base import Backbone, backbone_for, known_backbones
 from sublimate.pipelines.model import Model, open_model
@@ -39,15 +37,6 @@ def models(request: pytest.FixtureRequest) -> dict[str, Model]:
     return Opened(request)
 
 
-def draw(model: Model, seed: int = 0):
-    """x_t, two times and a condition."""
-    generator = torch.Generator().manual_seed(seed)
-    x_t = torch.randn((2, *model.latent_shape), generator=generator)
-    t = model.schedule.uniform_time(torch.tensor([0.9, 0.3], dtype=torch.float64))
-    condition = model.encode_prompts(prompts_of(model) or ["", ""])
-    return x_t, t, condition.replace(**shown_to(model, 2))
-
-
 def test_every_adapter_is_found_by_its_pipeline_classes():
     assert {"StableDiffusionPipeline", "StableDiffusion3Pipeline", "DDIMPipeline"} <= known_backbones().keys()
     assert all(isinstance(backbone, Backbone) for backbone in known_backbones().values())
@@ -56,53 +45,6 @@ def test_every_adapter_is_found_by_its_pipeline_classes():
 def test_an_unknown_family_is_named_together_with_the_known_ones():
     with pytest.raises(ValueError, match=r"KandinskyPipeline is not supported.*StableDiffusionPipeline"):
         backbone_for("KandinskyPipeline")
-
-
-@torch.no_grad()
-def test_epsilon_algebra(models):
-    model = models["tiny_sd"]
-    x_t, t, condition = draw(model)
-    eps = model.pipeline.unet(x_t, t.long(), encoder_hidden_states=condition["text"]).sample
-    level = model.pipeline.scheduler.alphas_cumprod[t.long()].view(-1, 1, 1, 1)
-    prediction = model.denoiser(x_t, t, condition)
-    torch.testing.assert_close(prediction.eps, eps, atol=0, rtol=0)
-    torch.testing.assert_close(prediction.x0, (x_t - (1 - level).sqrt() * eps) / level.sqrt(), atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-def test_v_algebra(models):
-    model = models["tiny_sd_v"]
-    x_t, t, condition = draw(model)
-    v = model.pipeline.unet(x_t, t.long(), encoder_hidden_states=condition["text"]).sample
-    level = model.pipeline.scheduler.alphas_cumprod[t.long()].view(-1, 1, 1, 1)
-    x0 = level.sqrt() * x_t - (1 - level).sqrt() * v
-    torch.testing.assert_close(model.denoiser(x_t, t, condition).x0, x0, atol=1e-6, rtol=1e-5)
-
-
-@torch.no_grad()
-def test_flow_algebra(models):
-    model = models["tiny_sd3"]
-    x_t, t, condition = draw(model)
-    velocity = model.pipeline.transformer(
-        hidden_states=x_t,
-        timestep=1000 * t.float(),
-        encoder_hidden_states=condition["text"],
-        pooled_projections=condition["text.pooled"],
-    ).sample
-    x0 = x_t - t.float().view(-1, 1, 1, 1) * velocity
-    torch.testing.assert_close(model.denoiser(x_t, t, condition).x0, x0, atol=1e-6, rtol=1e-5)
-
-
-@torch.no_grad()
-def test_edm_preconditioning(models):
-    # Karras et al. 2022, table 1, with the consistency models' time 1000 c_noise.
-    model = models["tiny_edm"]
-    x_t, sigma, _ = draw(model)
-    s = sigma.float().view(-1, 1, 1, 1)
-    x_t = s * x_t
-    f = model.pipeline.unet(x_t / (s**2 + 0.25).sqrt(), 250 * sigma.log().float()).sample
-    x0 = 0.25 / (s**2 + 0.25) * x_t + s * 0.5 / (s**2 + 0.25).sqrt() * f
-    torch.testing.assert_close(model.denoiser(x_t, sigma).x0, x0, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -369,7 +369,7 @@ def test_what_does_not_fit_is_refused(request):
         ConsistencyTrajectoryConfig(student=PlayerConfig(kind="lora"))
     with pytest.raises(ValueError, match="unguided denoiser"):
         ConsistencyTrajectoryConfig(guidance_scale=2.0, denoising_weight=1.0)
-    with pytest.raises(ValueError, match="unconditional"):
+    with pytest.raises(ValueError, match="no null condition"):
         ConsistencyTrajectory(tiny_model(VP), ConsistencyTrajectoryConfig(guidance_scale=2.0))
     with pytest.raises(ValueError, match="cannot be told the guidance scale or a target time"):
         ConsistencyTrajectory(

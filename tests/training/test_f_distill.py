@@ -136,7 +136,7 @@ def test_reverse_kl_without_gan_needs_no_images():
 
 
 def test_guidance_of_an_unconditional_model_is_refused():
-    with pytest.raises(ValueError, match=r"guidance_scale.*1\.75.*unconditional"):
+    with pytest.raises(ValueError, match=r"guidance_scale.*1\.75.*no null condition"):
         plain_objective()
 
 

@@ -198,7 +198,7 @@ def test_an_extractor_sees_the_centre():
 
 
 def test_guidance_is_drawn_per_sample_and_refused_where_there_is_no_text():
-    with pytest.raises(ValueError, match="unconditional"):
+    with pytest.raises(ValueError, match="no null condition"):
         make(guidance_range=(3.0, 13.0))
     scale = prepared(make())["scale"]
     assert torch.equal(scale, torch.ones(16).double())

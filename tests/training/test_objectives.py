@@ -260,8 +260,8 @@ def test_every_objective_composes_by_configuration_alone(tiny_sd_v, tmp_path):
     refusals = {case: said for case, said in outcomes[0].items() if said}
     assert refusals.keys() == REFUSED and all("LoRA" in said for said in refusals.values()), refusals
     for case in CASES.keys() - REFUSED:
-        (file,) = (tmp_path / case / "student").glob("*.safetensors")
-        assert all(torch.isfinite(tensor).all() for tensor in load_file(file).values()), case
+        files = list((tmp_path / case / "student").glob("*.safetensors"))
+        assert files and all(torch.isfinite(t).all() for file in files for t in load_file(file).values()), case
 
 
 @pytest.mark.parametrize("case", ROWS)
@@ -293,8 +293,7 @@ class TestObjective:
         # One step: Adam turns the rounding of a near-zero gradient into a full step, so gradients are compared.
         whole = make_trainer(model, case, tmp_path / "a", train_batch_size=4)
         parts = make_trainer(model, case, tmp_path / "b", train_batch_size=1, gradient_accumulation_steps=4)
-        # Not where an eps-network near pure noise would multiply its rounding instead.
-        if not model.null_condition() and model.denoiser.parametrization.kind == "edm":
+        if not model.null_condition() and not case.startswith("disback-path-of-one"):  # LoRAs multiply rounding there
             for trainer in (whole, parts):
                 disturb_critic(trainer)
         for turn in whole.objective.turns(0):

@@ -259,5 +259,5 @@ def test_the_published_sampling_is_the_default():
 def test_options_that_make_no_targets_are_refused():
     with pytest.raises(ValueError, match="target_steps goes from"):
         TargetDrivenConfig(target_steps=(8, 4))
-    with pytest.raises(ValueError, match="unconditional"):
+    with pytest.raises(ValueError, match="no null condition"):
         objective_of(VP, guidance_scale=3.0)
