@@ -51,6 +51,7 @@ def test_shapes_know_sizes_and_no_values(tiny_sd):
         float(x0.sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["tiny_sd3", "tiny_unconditional", "tiny_audio"])
 def test_shapes_of_other_families(request, family):
     folder = request.getfixturevalue(family)
@@ -91,6 +92,7 @@ def test_a_storage_counts_once_and_until_it_is_freed():
         assert live.peak == 0
 
 
+@pytest.mark.slow
 def test_players_cost_what_they_do_not_share(tiny_sd_v, tmp_path):
     found = plan_distillation(configured(tiny_sd_v, tmp_path, objective={**SMALL, "student": LORA}))
     model, trainer = real_trainer(configured(tiny_sd_v, tmp_path, objective={**SMALL, "student": LORA}))
@@ -147,6 +149,7 @@ def test_the_peak_is_what_torchs_allocator_reports_of_a_real_step(tiny_sd_v, tmp
         assert found.turns[turn.name].peak == pytest.approx(peak, rel=0.15)
 
 
+@pytest.mark.slow
 def test_operations_of_a_pass_are_counted_with_attention(tiny_sd_v, tmp_path):
     one = plan_distillation(configured(tiny_sd_v, tmp_path)).flops
     two = plan_distillation(configured(tiny_sd_v, tmp_path, train_batch_size=4)).flops
@@ -156,6 +159,7 @@ def test_operations_of_a_pass_are_counted_with_attention(tiny_sd_v, tmp_path):
     assert plan_distillation(written).flops == pytest.approx(one, rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_condition_without_text_is_planned_too(tiny_unconditional, tmp_path):
     config = configured(tiny_unconditional, tmp_path, objective={**SMALL, "guidance_scale": 1.0})
     assert plan_distillation(config).peak > 0
