@@ -34,7 +34,7 @@ from sublimate.erasure.methods.esd import ESD
 from sublimate.erasure.methods.uce import UCE
 from sublimate.erasure.request import Concept, Request
 from sublimate.evaluation.hardware import hardware_line
-from sublimate.pipelines.attention import attention_chosen
+from sublimate.pipelines.attention import Kernel, attention_chosen
 from sublimate.pipelines.generate import generate
 from sublimate.pipelines.model import Model, open_model
 from sublimate.pipelines.shapes import open_shapes
@@ -47,7 +47,7 @@ from sublimate.training.plan import plan_distillation
 from sublimate.training.trainer import Trainer
 
 RESULTS = Path(__file__).parent / "results" / "gpu"
-KERNELS = ("sdpa", "flash", "efficient", "cudnn", "math", "xformers")
+KERNELS: tuple[Kernel, ...] = ("sdpa", "flash", "efficient", "cudnn", "math", "xformers")
 BATCHES: Mapping[str, int] = {"sd15": 16, "sdxl": 4, "pixart": 16, "ink": 4}
 UPDATES = 3
 """Timed updates of a run, after one that warms up."""
@@ -95,7 +95,7 @@ def generation(size: str, device: torch.device) -> dict[str, Any]:
     return {"batch": len(prompts), "one_step": one, "25_steps": many, "ratio": round(ratio, 2)}
 
 
-def update(size: str, kind: str, kernel: str, compiled: bool, device: torch.device) -> dict[str, Any]:
+def update(size: str, kind: str, kernel: Kernel, compiled: bool, device: torch.device) -> dict[str, Any]:
     """A training step of f-distill, one critic's turn and one student's, under bf16 autocast."""
     player = {"kind": kind}
     with tempfile.TemporaryDirectory() as folder:
@@ -112,7 +112,7 @@ def update(size: str, kind: str, kernel: str, compiled: bool, device: torch.devi
         counted = plan_distillation(config, shapes(size))
         model = opened(size, device)
         method = registry.load(OBJECTIVES, config.method, Objective)
-        with attention_chosen(model, kernel, autocast=True):  # type: ignore[arg-type]
+        with attention_chosen(model, kernel, autocast=True):
             objective = method(model, validate_section(method.Config, config.objective))
             source = ModelSource(model, ["a"], torch.zeros(1, *model.latent_shape))
             trainer = Trainer(objective, source, config.trainer, progress=False)

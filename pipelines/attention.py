@@ -35,7 +35,7 @@ Kernel = Literal["auto", "sdpa", "math", "flash", "efficient", "cudnn", "eager",
 forward-mode and higher derivatives; "xformers" its memory-efficient attention.
 """
 
-KERNELS: tuple[str, ...] = get_args(Kernel)
+KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 
 # Processors that have a counterpart in xformers.
 _XFORMERS: dict[str, type] = {

@@ -129,8 +129,6 @@ class Trainer:
         # Autocast is torch's own: accelerate's belongs to the whole Python process, which may hold several runs.
         self.accelerator = Accelerator(log_with=config.report_to, project_dir=config.output_dir)
         objective.mean_over_processes = lambda tensor: self.accelerator.reduce(tensor, "mean")
-        if config.mixed_precision == "bf16":
-            warn_of_slow_bf16(self.accelerator.device)
         self.players = objective.players()
         for player in self.players.values():
             if any(p.device != self.accelerator.device for p in player.module.parameters()):
@@ -155,6 +153,8 @@ class Trainer:
             ValueError: when the checkpoint to resume from does not fit.
         """
         config = self.config
+        if config.mixed_precision == "bf16":
+            warn_of_slow_bf16(self.accelerator.device)
         if found := checkpoints.find_checkpoint(config.output_dir, config.resume_from_checkpoint):
             self.load(found)
         if config.report_to:

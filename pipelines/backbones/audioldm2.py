@@ -101,9 +101,6 @@ class AudioLDM2(Backbone):
         t5 = torch.cat(states)[order]
         return Condition({"text": torch.cat(generated)[order], "text.t5": t5, "text.mask": t5_mask.to(t5)})
 
-    def null_condition(self, pipe: Pipeline) -> Condition:
-        return self.encode_prompts(pipe, [""])
-
     def encode(self, pipe: Pipeline, images: Tensor) -> Tensor:
         if images.shape[1] != 1:
             raise ValueError(f"AudioLDM 2 encodes spectrograms (batch, 1, frames, bins), not {tuple(images.shape)}.")

@@ -16,6 +16,7 @@ from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.predictions import KINDS, Parametrization
 from sublimate.diffusion.schedules import Schedule, from_scheduler
 from sublimate.pipelines import backbones
+from sublimate.pipelines.autoencoders import decode_latents, encode_images
 from sublimate.pipelines.few_steps import FewSteps
 from sublimate.pipelines.tokens import TokenSpan
 
@@ -188,12 +189,12 @@ class Backbone(ABC):
         """
         return self.encode_prompts(pipe, prompts)
 
-    @abstractmethod
     def null_condition(self, pipe: Pipeline) -> Condition:
-        """The condition, of batch size 1, that stands for no text.
+        """The condition, of batch size 1, that stands for no text: the empty prompt's, unless the family differs.
 
         Without keys for an unconditional model, and for one that has always to be told a class.
         """
+        return self.encode_prompts(pipe, [""])
 
     def any_condition(self, pipe: Pipeline) -> Condition:
         """A condition of batch size 1 that the network can be called with: the null condition, where there is one."""
@@ -226,16 +227,16 @@ class Backbone(ABC):
         """
         return self.show(pipe, images)
 
-    @abstractmethod
     def encode(self, pipe: Pipeline, images: Tensor) -> Tensor:
         """Media -> latents as x0, the mode of the posterior; differentiable.
 
         Media are images (batch, 3, height, width) in [0, 1], unless the family's class says otherwise.
         """
+        return encode_images(pipe.vae, images)
 
-    @abstractmethod
     def decode(self, pipe: Pipeline, latents: Tensor) -> Tensor:
         """Latents -> media, about in their range, not clamped; differentiable."""
+        return decode_latents(pipe.vae, latents)
 
     @abstractmethod
     def one_step(self, pipe: Pipeline, t: float | None = None) -> StockSampling:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from sublimate.diffusion.conditions import Condition
-from sublimate.pipelines.autoencoders import decode_latents, encode_images
 from sublimate.pipelines.backbones.base import (
     Backbone,
     EntryPoint,
@@ -70,17 +69,8 @@ class ClassToImage(Backbone):
         numbers = read_classes(prompts, class_names(pipe), count, null=count)
         return Condition({"text": torch.tensor(numbers, device=pipe.transformer.device)})
 
-    def null_condition(self, pipe: Pipeline) -> Condition:
-        return self.encode_prompts(pipe, [""])
-
     def prompt_argument(self, pipe: Pipeline) -> str:
         return "class_labels=[0]"
-
-    def encode(self, pipe: Pipeline, images: Tensor) -> Tensor:
-        return encode_images(pipe.vae, images)
-
-    def decode(self, pipe: Pipeline, latents: Tensor) -> Tensor:
-        return decode_latents(pipe.vae, latents)
 
     def one_step(self, pipe: Pipeline, t: float | None = None) -> StockSampling:
         call = {"num_inference_steps": 1, **self.no_guidance}

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.predictions import Parametrization
-from sublimate.pipelines.autoencoders import decode_latents, encode_images
 from sublimate.pipelines.backbones.base import (
     Backbone,
     EntryPoint,
@@ -113,15 +112,6 @@ class Flux1(Backbone):
         start, _ = tokenize(pipe.tokenizer, prompts, beginning=True)
         pooled = pipe.text_encoder(start.to(pipe.text_encoder.device)).pooler_output
         return Condition({"text": text, "text.pooled": pooled})
-
-    def null_condition(self, pipe: Pipeline) -> Condition:
-        return self.encode_prompts(pipe, [""])
-
-    def encode(self, pipe: Pipeline, images: Tensor) -> Tensor:
-        return encode_images(pipe.vae, images)
-
-    def decode(self, pipe: Pipeline, latents: Tensor) -> Tensor:
-        return decode_latents(pipe.vae, latents)
 
     def one_step(self, pipe: Pipeline, t: float | None = None) -> StockSampling:
         scheduler, call = flow_at(pipe.scheduler, t)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from sublimate.diffusion.conditions import Condition
-from sublimate.pipelines.autoencoders import decode_latents, encode_images
 from sublimate.pipelines.backbones.base import Backbone, EntryPoint, Network, Pipeline, StockSampling, refuse_unknown
 from sublimate.pipelines.captions import caption_concept, caption_entry_points, caption_rows, encoded_captions
 from sublimate.pipelines.features import block_taps, tapped
@@ -80,15 +79,6 @@ class PixArtAlpha(Backbone):
 
     def encode_prompts(self, pipe: Pipeline, prompts: Sequence[str]) -> Condition:
         return encoded_captions(pipe, prompts, self.text_length)
-
-    def null_condition(self, pipe: Pipeline) -> Condition:
-        return self.encode_prompts(pipe, [""])
-
-    def encode(self, pipe: Pipeline, images: Tensor) -> Tensor:
-        return encode_images(pipe.vae, images)
-
-    def decode(self, pipe: Pipeline, latents: Tensor) -> Tensor:
-        return decode_latents(pipe.vae, latents)
 
     def one_step(self, pipe: Pipeline, t: float | None = None) -> StockSampling:
         call = {"num_inference_steps": 1, **self.no_guidance, **self.as_asked}

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.predictions import Parametrization
-from sublimate.pipelines.autoencoders import decode_latents, encode_images
 from sublimate.pipelines.backbones.base import Backbone, EntryPoint, Network, Pipeline, StockSampling, refuse_unknown
 from sublimate.pipelines.captions import caption_concept, caption_entry_points, caption_rows, encoded_captions
 from sublimate.pipelines.features import block_taps, tapped
@@ -73,15 +72,6 @@ class Sana(Backbone):
     def encode_prefixes(self, pipe: Pipeline, prompts: Sequence[str], rows: int) -> Condition:
         """Gemma is causal: of each prompt `rows` tokens do."""
         return encoded_captions(pipe, prompts, TEXT_LENGTH, rows)
-
-    def null_condition(self, pipe: Pipeline) -> Condition:
-        return self.encode_prompts(pipe, [""])
-
-    def encode(self, pipe: Pipeline, images: Tensor) -> Tensor:
-        return encode_images(pipe.vae, images)
-
-    def decode(self, pipe: Pipeline, latents: Tensor) -> Tensor:
-        return decode_latents(pipe.vae, latents)
 
     def one_step(self, pipe: Pipeline, t: float | None = None) -> StockSampling:
         scheduler, call = flow_at(pipe.scheduler, t)

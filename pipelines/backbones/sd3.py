@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.predictions import Parametrization
-from sublimate.pipelines.autoencoders import decode_latents, encode_images
 from sublimate.pipelines.backbones.base import (
     Backbone,
     EntryPoint,
@@ -94,15 +93,6 @@ class StableDiffusion3(Backbone):
         clip = nn.functional.pad(clip, (0, width - clip.shape[-1]))
         text = torch.cat([clip, t5], dim=1)
         return Condition({"text": text, "text.pooled": torch.cat([pooled_first, pooled_second], dim=-1)})
-
-    def null_condition(self, pipe: Pipeline) -> Condition:
-        return self.encode_prompts(pipe, [""])
-
-    def encode(self, pipe: Pipeline, images: Tensor) -> Tensor:
-        return encode_images(pipe.vae, images)
-
-    def decode(self, pipe: Pipeline, latents: Tensor) -> Tensor:
-        return decode_latents(pipe.vae, latents)
 
     def one_step(self, pipe: Pipeline, t: float | None = None) -> StockSampling:
         scheduler, call = flow_at(pipe.scheduler, t)

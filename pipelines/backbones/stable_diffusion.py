@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from sublimate.diffusion.conditions import Condition
-from sublimate.pipelines.autoencoders import decode_latents, encode_images
 from sublimate.pipelines.backbones.base import Backbone, EntryPoint, Network, Pipeline, StockSampling, refuse_unknown
 from sublimate.pipelines.features import tapped, unet_taps
 from sublimate.pipelines.few_steps import FewSteps
@@ -71,15 +70,6 @@ class StableDiffusion(Backbone):
         uses_mask = getattr(encoder.config, "use_attention_mask", False)
         states = encoder(ids.to(encoder.device), attention_mask=mask.to(encoder.device) if uses_mask else None)
         return Condition({"text": states.last_hidden_state})
-
-    def null_condition(self, pipe: Pipeline) -> Condition:
-        return self.encode_prompts(pipe, [""])
-
-    def encode(self, pipe: Pipeline, images: Tensor) -> Tensor:
-        return encode_images(pipe.vae, images)
-
-    def decode(self, pipe: Pipeline, latents: Tensor) -> Tensor:
-        return decode_latents(pipe.vae, latents)
 
     def one_step(self, pipe: Pipeline, t: float | None = None) -> StockSampling:
         return StockSampling(
