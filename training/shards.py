@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -114,8 +114,7 @@ def read_mapped(file: Path) -> dict[str, Tensor]:
         ValueError: when the file is damaged.
     """
     try:
-        with safe_open(file, "pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+        return load_file(file)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} is damaged ({error}): delete its folder to have it made again.") from error
 
