@@ -28,6 +28,7 @@ def test_its_header_says_needs_memory_and_command(name):
     assert re.fullmatch(rf"# Command:  sublimate .*\b{name.split('/')[-1]}\b.*", header[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", packaged_configs("distill"))
 def test_a_distillation_has_options_of_its_objective_and_a_cost(name):
     config = load_config(DistillConfig, name, kind="distill")

@@ -35,6 +35,7 @@ def test_it_writes_a_report(capsys, tmp_path, edit):
     assert "safe" not in (tmp_path / "report.html").read_text().lower().replace("safetensors", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [

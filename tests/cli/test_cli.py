@@ -66,6 +66,7 @@ def test_no_subcommand_imports_torch_before_it_runs() -> None:
     assert done.returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", subcommands())
 def test_subcommand_help(name: str) -> None:
     done = start(name, "--help")

@@ -67,6 +67,7 @@ def test_distill_writes_a_student_and_the_same_command_resumes(capsys, tmp_path,
     assert {value.dtype for value in load_file(weights).values()} == {torch.float16}
 
 
+@pytest.mark.slow
 def test_dry_run_prints_the_configuration_and_its_cost(capsys, tmp_path, distilling):
     status, out, _ = sublimate(capsys, *distilling, "--dry-run")
     assert status == 0 and "method: f_distill" in out and "network passes" in out

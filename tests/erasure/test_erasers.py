@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from grid import called, families, refusals
+from grid import called, refusals, rows
 
 from sublimate.erasure.eraser import Eraser
 from sublimate.erasure.request import Concept, Request
@@ -12,7 +12,7 @@ from sublimate.training import registry
 from sublimate.training.randomness import SampleRandom
 
 ERASERS = "sublimate.erasure.methods"
-FAMILIES = ("tiny_sd", *(pytest.param(family, marks=pytest.mark.slow) for family in ("tiny_sd_v", "tiny_sd3")))
+FAMILIES = {"": ("tiny_sd", "tiny_sd_v", "tiny_sd3"), "image_to_image": ("tiny_inpainting",)}
 
 PICTURED = {"images": 2, "sampling_steps": 1, "max_train_steps": 2, "train_batch_size": 2, "learning_rate": 1e-3}
 
@@ -115,9 +115,6 @@ REFUSED = (
     ("prune_then_erase-attached", "tiny_sd3"),
 )
 
-# Families of methods that are for other models than those.
-OTHER_FAMILIES = {"image_to_image": ("tiny_inpainting",)}
-
 
 def test_every_eraser_has_a_row():
     missing = set(registry.available(ERASERS)) - set(CASES)
@@ -168,17 +165,8 @@ def answer(model):
 
 
 def pytest_generate_tests(metafunc):
-    if metafunc.cls is not TestEraser:
-        return
-    rows = []
-    for case in CASES:
-        for family in families(metafunc.config, OTHER_FAMILIES.get(case, FAMILIES)):
-            name, marks = (family.values[0], family.marks) if hasattr(family, "values") else (family, ())
-            if case not in registry.available(ERASERS):  # a method's second row
-                marks = pytest.mark.slow
-            if metafunc.config.getoption("--families") or (case, name) not in REFUSED:
-                rows.append(pytest.param(case, name, marks=marks, id=f"{case}-{name}"))
-    metafunc.parametrize(("case", "family"), rows)
+    if metafunc.cls is TestEraser:
+        metafunc.parametrize(("case", "family"), rows(metafunc.config, CASES, FAMILIES))
 
 
 class TestEraser:

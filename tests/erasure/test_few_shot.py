@@ -136,6 +136,7 @@ def test_checkpointing_activations_changes_nothing(tiny_sd):
     assert not model.component("unet").is_gradient_checkpointing
 
 
+@pytest.mark.slow
 def test_a_bound_that_no_step_meets_is_refused(tiny_sd):
     with pytest.raises(ValueError, match="raise max_drift"):
         FewShot(**SMALL, max_train_steps=2, max_drift=1e-12).fit(open_model(tiny_sd), CAT)

@@ -137,6 +137,7 @@ def test_the_gradients_are_summed_over_every_picture_once():
     assert [row for row, _ in LatentBank([own, shared, shared]).each()] == [0, 0, 1, 1, 1]
 
 
+@pytest.mark.slow
 def test_masked_weights_do_not_move_and_the_others_do(sd):
     options = {**SMALL, "weights": "x", "saliency": 0.25, "max_train_steps": 3}
     masks = SalUnObjective(sd, SalUnConfig(**options), CAT).masks

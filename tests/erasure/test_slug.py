@@ -297,6 +297,7 @@ def saved_clip(model, folder):
     return clip.eval()
 
 
+@pytest.mark.slow
 def test_a_clip_checkpoint_brings_both_towers(sd, tmp_path):
     clip = saved_clip(sd, tmp_path / "clip")
     pair, latents = CLIPPair(sd, str(tmp_path / "clip")), normal(2, *sd.latent_shape)

@@ -43,6 +43,7 @@ def test_only_clips_are_moved(tiny_sd3):
     assert list(text_encoders(open_model(tiny_sd3))) == ["text_encoder", "text_encoder_2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "problem"),
     [("tiny_unconditional", "no CLIP"), ("tiny_audio", "no CLIP"), ("tiny_inpainting", "sees pictures")],

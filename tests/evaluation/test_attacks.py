@@ -92,6 +92,7 @@ def test_every_attack_has_a_row():
     assert set(registry.available(ATTACKS)) == set(CASES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
 def test_an_attack_repeats_counts_its_passes_and_leaves_the_model_alone(name, model, tmp_path):
     if name == "distillation":
@@ -195,6 +196,7 @@ def test_words_are_searched_where_there_is_a_text_encoder(model, tiny_dit):
     assert not any("no text encoder" in attack.out_of_place(model, case) for attack in attacks.values())
 
 
+@pytest.mark.slow
 def test_seed_search_succeeds_where_any_seed_does(model):
     drawn = [generate(model, case_of(model).prompts, seed=key(1, "seed search", i)) for i in range(3)]
     # Half of the images are bright, so that seeds disagree.
@@ -242,6 +244,7 @@ def test_textual_inversion_learns_what_it_is_shown(model):
     assert (many.images - plain.cpu()).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_completion_at_full_strength_shows_nothing_of_the_picture(model):
     case = case_of(model)
     dark = case_of(model, pictures=torch.zeros_like(case.pictures))
@@ -253,6 +256,7 @@ def test_completion_at_full_strength_shows_nothing_of_the_picture(model):
     assert "without a prompt" in part.run(model, case, seed=0).found
 
 
+@pytest.mark.slow
 def test_classifier_guidance_raises_what_the_detector_sees(model):
     case = case_of(model)
     weak, strong = (attack_of("classifier_guidance", scale=s, sampling_steps=8) for s in (1e-6, 30.0))
@@ -359,6 +363,7 @@ class Constant(Brightness):
         return {"animal": row.expand(len(images), 3)}
 
 
+@pytest.mark.slow
 def test_an_audit_says_what_it_tried_and_what_not(model, tiny_sd):
     edited = open_model(tiny_sd)
     edited.defaults |= model.defaults

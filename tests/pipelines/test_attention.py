@@ -40,6 +40,7 @@ def processors(model: Model) -> list[str]:
     return [type(m.processor).__name__ for m in model.denoiser.network.modules() if hasattr(m, "set_processor")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_kernel_that_ran_is_reported(models, name):
     model = models[name]
@@ -51,6 +52,7 @@ def test_the_kernel_that_ran_is_reported(models, name):
         torch.testing.assert_close(output(model), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_report_names_the_processors(models):
     assert set_attention(models["tiny_sd"], "math").kernels == {"AttnProcessor2_0": ("math",)}
     assert set_attention(models["tiny_sd3"], "math").kernels == {"JointAttnProcessor2_0": ("math",)}

@@ -133,6 +133,7 @@ def transposed(model):
     return model
 
 
+@pytest.mark.slow
 def test_a_transposed_image_gives_the_transposed_result(tiny_sd):
     wide, tall = (open_model(tiny_sd).to(dtype=torch.float64) for _ in range(2))
     found = erase_object(wide, IMAGES, MASKS, **FEW, inversion="ddim")

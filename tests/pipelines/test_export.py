@@ -59,6 +59,7 @@ def test_an_export_opens_as_a_model_that_samples_alike(request, tmp_path, name):
     torch.testing.assert_close(drawn, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FEW_STEP_ROWS)
 def test_a_few_step_export_opens_as_a_model_that_samples_alike(request, tmp_path, name):
     few = FEW_STEP_STUDENTS[name]
@@ -79,6 +80,7 @@ def test_a_few_step_export_opens_as_a_model_that_samples_alike(request, tmp_path
     torch.testing.assert_close(drawn, expected, atol=tolerance, rtol=0)
 
 
+@pytest.mark.slow
 def test_what_is_no_student_is_sampled_as_its_base(tiny_sd, tmp_path):
     student = student_of(model := open_model(tiny_sd))
     again = open_model(export_student(model, student, tmp_path / "tuned", as_base=True))
@@ -166,6 +168,7 @@ def test_a_model_is_saved_as_it_is(tiny_sd, tmp_path):
     assert record["provenance"].items() >= given.items()
 
 
+@pytest.mark.slow
 def test_a_saved_student_stays_a_student(tiny_sd_v, tmp_path):
     model = open_model(tiny_sd_v)
     student = open_model(export_student(model, student_of(model), tmp_path / "student", t=700))
@@ -187,6 +190,7 @@ def test_pixel_students_that_no_stock_pipeline_runs_are_refused(tiny_uncondition
             export_student(model, model.denoiser, tmp_path / "student")
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["tiny_sd", "tiny_sdxl"])
 def test_kohyas_layout_is_the_same_lora_for_stock_diffusers_too(request, tmp_path, family):

@@ -174,6 +174,7 @@ def test_other_image_sizes(models):
     assert generate(models["tiny_sd"], ["a cat"], steps=1, height=24, width=32).shape == (1, 3, 24, 32)
 
 
+@pytest.mark.slow
 def test_the_checkpoints_defaults_are_used(tiny_sd, tmp_path, monkeypatch):
     folder = Path(shutil.copytree(tiny_sd, tmp_path / "own"))
     (folder / "sublimate.json").write_text(json.dumps({"guidance_scale": 1.0, "steps": 2, "start": 400.0}))

@@ -38,6 +38,7 @@ def dtypes(model) -> set[torch.dtype]:
     return {parameter.dtype for parameter in model.parameters().values()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_saved_model_opens_again_bit_for_bit(request, tmp_path, name):
     model = open_model(request.getfixturevalue(name))
@@ -300,6 +301,7 @@ def test_packaged_models_are_found_by_name(tiny_sd, tmp_path, monkeypatch):
         open_model("purse")
 
 
+@pytest.mark.slow
 def test_the_hash_follows_every_weight_and_comes_back(tiny_sd3):
     model = open_model(tiny_sd3)
     before = model.content_hash()

@@ -50,6 +50,7 @@ def test_single_files_of_other_families_are_refused(tmp_path, name):
         open_model(tmp_path / "model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny_sd", "tiny_sdxl"])
 def test_a_single_file_opens_without_the_hub(request, tmp_path, name):
     folder = request.getfixturevalue(name)

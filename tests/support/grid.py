@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,12 +12,26 @@ from checkpoints import modules
 from sublimate.pipelines.model import Model
 
 
-def families(config: pytest.Config, defaults: Sequence[Any]) -> list[Any]:
-    """The matrix's own choice, or what `--families` names: then slow tests are meant, whatever they are marked as."""
-    asked = config.getoption("--families")
-    if not asked:
-        return list(defaults)
-    return list(modules()) if asked == "all" else asked.split(",")
+def rows(
+    config: pytest.Config, cases: Mapping[str, tuple[str, Any]], families: Mapping[str, Sequence[str]]
+) -> list[Any]:
+    """Pairs (case, family) of a matrix: all cases on their first family, on others those that bear a method's name.
+
+    These on the first family make the quick suite. `--families` names what all cases run on instead.
+
+    Args:
+        config: pytest's.
+        cases: (method, options) by name.
+        families: names of tiny checkpoints by method; "" stands for all other methods.
+    """
+    asked, found = config.getoption("--families"), []
+    named = tuple(modules()) if asked == "all" else tuple(asked.split(",")) if asked else ()
+    for case, (method, _) in cases.items():
+        own = families.get(method, families[""])
+        for family in named or (own if case == method else own[:1]):
+            slow = [] if case == method and family == own[0] else [pytest.mark.slow]
+            found.append(pytest.param(case, family, marks=slow, id=f"{case}-{family}"))
+    return found
 
 
 NUMBERED = ("cat", "dog", "seven", "red", "red cat", "a dog")

@@ -285,6 +285,7 @@ def test_a_student_told_the_scale_starts_out_as_the_teacher(told):
     assert objective.exports().module.network.config.time_cond_proj_dim == 256
 
 
+@pytest.mark.slow
 def test_the_scale_is_drawn_from_the_range_and_told_to_student_and_target(told, monkeypatch):
     objective = ConsistencyDistillation(told, ConsistencyDistillationConfig(guidance_range=(3.0, 5.0)))
     batch = objective.prepare(TURN, told_batch(told), 0)

@@ -257,6 +257,7 @@ def test_shared_randomness_is_what_the_generator_would_have_given():
     assert not torch.equal(first, torch.rand(3))
 
 
+@pytest.mark.slow
 def test_random_weights_are_fresh_and_the_model_keeps_its_own(request):
     model = open_model(str(request.getfixturevalue("tiny_sd_v")))
     before = {name: value.clone() for name, value in model.denoiser.state_dict().items()}

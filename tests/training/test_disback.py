@@ -127,6 +127,7 @@ def test_a_recorded_node_is_the_target(tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_the_path_leads_to_the_students_score(tmp_path):
     """Nodes denoise the untrained student's samples better the later they were recorded."""
     slow = {**LORA, "learning_rate": 0.002}

@@ -113,6 +113,7 @@ def test_the_logit_is_positive_for_images():
     assert player.module(objective.model(torch.full((1, 1), 3.0), t, features=objective.taps), t) > 1
 
 
+@pytest.mark.slow
 def test_it_trains_exports_and_corrects_a_stable_diffusion(tiny_sd_v, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red cat\na dog\n")

@@ -128,6 +128,7 @@ def test_folders_without_data_are_named(tmp_path):
         DatasetRows(DataConfig(train_data_dir=tmp_path, cache_dir=tmp_path / "cache"))
 
 
+@pytest.mark.slow
 def test_a_data_set_that_is_not_there_is_named(tmp_path):
     pytest.importorskip("datasets")
     with pytest.raises(ValueError, match="nobody/nothing-at-all cannot be read"):

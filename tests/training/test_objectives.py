@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from diffusers import ModelMixin
-from grid import called, families, refusals
+from grid import called, refusals, rows
 from processes import launch
 from safetensors.torch import load_file
 
@@ -21,14 +21,7 @@ from sublimate.training.distill import OBJECTIVES
 from sublimate.training.objective import Objective
 from sublimate.training.trainer import Trainer, TrainerConfig
 
-# One family in the quick suite, the rest in the full one.
-FAMILIES = (
-    "tiny_sd_v",
-    *(
-        pytest.param(f, marks=pytest.mark.slow)
-        for f in ("tiny_sd", "tiny_unconditional", "tiny_sd3", "tiny_inpainting", "tiny_upscaling")
-    ),
-)
+FAMILIES = {"": ("tiny_sd_v", "tiny_sd", "tiny_unconditional", "tiny_sd3", "tiny_inpainting")}
 LORA = {"kind": "lora", "rank": 2}
 # A small c magnifies the rounding of x0 where an eps-network sees almost no signal.
 SOFT = {"huber_c": 0.1}
@@ -152,13 +145,13 @@ REASONS = (
 
 
 def pytest_generate_tests(metafunc):
-    if "model" in metafunc.fixturenames:
-        metafunc.parametrize("model", families(metafunc.config, FAMILIES), indirect=True)
+    if metafunc.cls is TestObjective:
+        metafunc.parametrize(("case", "family"), rows(metafunc.config, CASES, FAMILIES))
 
 
 @pytest.fixture
-def model(request):
-    return open_model(str(request.getfixturevalue(request.param)))
+def model(request, family):
+    return open_model(str(request.getfixturevalue(family)))
 
 
 def make(model, case):
@@ -197,10 +190,6 @@ def weights(trainer):
     live = {f"{n}.{k}": p.detach().clone() for n, q in trainer.players.items() for k, p in q.trainable().items()}
     averages = {f"average.{n}.{k}": v.clone() for n, a in trainer.averages.items() for k, v in a.values.items()}
     return {**live, **averages, **{f"state.{k}": v for k, v in trainer.objective.state().items()}}
-
-
-# The quick suite takes each method's first row.
-ROWS = [case if case == method else pytest.param(case, marks=pytest.mark.slow) for case, (method, _) in CASES.items()]
 
 
 # From an edited teacher, with a LoRA for a student, in bf16, as one of several processes: by configuration alone.
@@ -264,7 +253,6 @@ def test_every_objective_composes_by_configuration_alone(tiny_sd_v, tmp_path):
         assert files and all(torch.isfinite(t).all() for file in files for t in load_file(file).values()), case
 
 
-@pytest.mark.parametrize("case", ROWS)
 class TestObjective:
     def test_a_turn_moves_its_players_and_nothing_else(self, model, case, tmp_path):
         teacher = copy.deepcopy(model.denoiser.state_dict())
@@ -314,6 +302,7 @@ class TestObjective:
             for a, b in zip(gradients(plain, turn), gradients(saving, turn), strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * float(a.abs().max()) + 1e-10)
 
+    @pytest.mark.slow
     def test_a_step_makes_the_passes_that_its_options_name_and_no_other(self, model, case, tmp_path):
         trainer = make_trainer(model, case, tmp_path, train_batch_size=4)
         with counted(trainer, model) as passes:

@@ -19,6 +19,7 @@ def parked(model, folder, names=None, file_bytes=20000):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny_sd", "tiny_sd3", "tiny_audio", "tiny_unconditional"])
 def test_parked_networks_keep_every_bit_and_work(request, name, tmp_path):
     model, folder = open_model(request.getfixturevalue(name)), tmp_path / "parked"
@@ -35,6 +36,7 @@ def test_parked_networks_keep_every_bit_and_work(request, name, tmp_path):
     assert folder.exists() == bool(encoder_names(model))
 
 
+@pytest.mark.slow
 def test_files_measure_what_was_asked_for_and_are_shared(tiny_sd, tmp_path):
     model = parked(open_model(tiny_sd), tmp_path)
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
@@ -50,6 +52,7 @@ def test_files_measure_what_was_asked_for_and_are_shared(tiny_sd, tmp_path):
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 3
 
 
+@pytest.mark.slow
 def test_half_written_weights_are_written_again(tiny_sd, tmp_path):
     parked(open_model(tiny_sd), tmp_path)
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())

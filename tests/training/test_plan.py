@@ -40,6 +40,7 @@ def real_trainer(config):
     return model, Trainer(objective, source, config.trainer, progress=False)
 
 
+@pytest.mark.slow
 def test_shapes_know_sizes_and_no_values(tiny_sd):
     shapes, model = open_shapes(tiny_sd), open_model(tiny_sd)
     told = {key: (p.shape, p.dtype) for key, p in shapes.parameters().items()}
@@ -65,6 +66,7 @@ def test_one_file_has_no_shapes(tmp_path):
         open_shapes(tmp_path / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_shapes_of_a_hub_id_fetch_no_weights(tiny_sd, monkeypatch):
     asked = {}
 

@@ -31,6 +31,7 @@ def weighted_as_reverse_kl(alpha, teacher, a, b, levels=40, points=84):
     return 2 * integrated(objective, VE.t_at_log_snr(log_snr), over_times, points)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("alpha", "expected", "tolerance"),
     [(0.5, (-1.0241602, -0.5403363), 1e-6), (1.0, (-1.0534, -0.2051), 1e-4), (1.2, (-1.0650, -0.0710), 1e-4)],

@@ -42,6 +42,7 @@ def test_masks_are_rectangles_or_everything():
     assert torch.equal(masks[5:9], rectangles(SampleRandom(0, 0, "x", range(5, 9)), 16, 32))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_source_shows_masked_images(tiny_inpainting):
     model = open_model(tiny_inpainting)
@@ -56,6 +57,7 @@ def test_a_source_shows_masked_images(tiny_inpainting):
     assert len(batch.condition["extra.mask"].flatten(1).unique(dim=0)) > 3
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_source_shows_small_images(tiny_upscaling):
     model = open_model(tiny_upscaling)
@@ -68,6 +70,7 @@ def test_a_source_shows_small_images(tiny_upscaling):
     assert len(shown["extra.noise_level"].unique()) > 4
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_pictures_are_decoded_latents_unless_given(tiny_inpainting):
     model = open_model(tiny_inpainting)
@@ -77,6 +80,7 @@ def test_pictures_are_decoded_latents_unless_given(tiny_inpainting):
     torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_data_that_cannot_be_shown_are_refused(tiny_sd, tiny_inpainting, tiny_upscaling, tmp_path):
     (tmp_path / "p.txt").write_text("red cat\na dog\n")
     prompts = {"prompts": str(tmp_path / "p.txt")}

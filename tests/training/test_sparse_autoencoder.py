@@ -82,6 +82,7 @@ def test_prompts_are_drawn_by_group(source):
     assert 900 < drawn.count("a cat") < 1100 and 200 < drawn.count("seven") < 300
 
 
+@pytest.mark.slow
 def test_it_starts_tied_on_unit_directions_at_the_median(source):
     objective = SparseAutoencoding(source, CONFIG, seed=1)
     autoencoder = objective.autoencoder
@@ -108,6 +109,7 @@ def written_out(objective, states, dead=()):
     return total / (objective.variance * states.shape[:2].numel())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dead", [(), (3, 8), tuple(range(10, 20))])
 def test_the_loss_and_its_gradient_are_the_formula(source, dead):
     objective, twin = (SparseAutoencoding(source, CONFIG, seed=2) for _ in range(2))
@@ -152,6 +154,7 @@ def trained(source, folder, steps, seed=0, **options):
     return objective
 
 
+@pytest.mark.slow
 def test_training_explains_states_and_keeps_directions_at_length_one(source, tmp_path):
     start = SparseAutoencoding(source, CONFIG)
     objective = trained(source, tmp_path, 60)
@@ -161,6 +164,7 @@ def test_training_explains_states_and_keeps_directions_at_length_one(source, tmp
     torch.testing.assert_close(objective.autoencoder.decoder.norm(dim=1), torch.ones(64))
 
 
+@pytest.mark.slow
 def test_accumulation_and_resuming_change_nothing(source, tmp_path):
     whole = trained(source, tmp_path / "whole", 6)
     parts = trained(source, tmp_path / "parts", 6, train_batch_size=2, gradient_accumulation_steps=2)

@@ -87,6 +87,7 @@ def test_stage_1_is_its_formula(tiny_sd_v, guidance_range):
     assert objective.loss(TURN, batch, 0).total.item() == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance_range", RANGES)
 @pytest.mark.parametrize("weight", [0.0, 0.3])
 def test_stage_2_is_its_formula(tiny_sd_v, weight, guidance_range):
@@ -108,6 +109,7 @@ def test_long_steps_are_those_of_the_sampler_and_stage_1_has_times_of_its_own(ti
     assert "place" not in first.tensors
 
 
+@pytest.mark.slow
 def test_without_guidance_there_is_nothing_to_learn(tiny_sd_v):
     """At w = 1 the target is the network's own, whatever the adapter has become."""
     _, objective, batch = made(tiny_sd_v, FIRST)
@@ -116,6 +118,7 @@ def test_without_guidance_there_is_nothing_to_learn(tiny_sd_v):
     assert objective.loss(TURN, batch.adding(scale=torch.ones(4)), 0).total.item() < 1e-12
 
 
+@pytest.mark.slow
 def test_the_adapter_is_told_the_guidance_of_each_sample_and_the_teacher_no_negative(tiny_sd_v):
     _, objective, batch = made(tiny_sd_v, FIRST, samples=64, guidance_range=(1.0, 6.0))
     w = batch["scale"]
@@ -176,6 +179,7 @@ def test_options_that_contradict_each_other_are_named():
         SpeedUpNetConfig(adapter={"kind": "lora"})
 
 
+@pytest.mark.slow
 def test_it_trains_exports_and_draws(tiny_sd_v, tmp_path):
     (tmp_path / "p.txt").write_text("red cat\na dog\n")
     (tmp_path / "n.txt").write_text("gogh\n")

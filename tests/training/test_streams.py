@@ -134,6 +134,7 @@ def assert_equal(first, second):
     assert len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [(1, 24), (2, 12), (3, 8), (8, 3)])
 def test_processes_read_together_what_one_reads(model, layout):
     whole = together([draw(source(model, Listed(*files(*layout))), 0, 1, 7)])
@@ -160,6 +161,7 @@ def test_a_pass_reads_every_row_once(model):
     assert len(torch.cat(drawn).unique(dim=0)) == 24
 
 
+@pytest.mark.slow
 def test_captions_belong_to_their_pictures(model):
     (batch,) = draw(source(model, Listed(*files(4, 6)), images=True), 0, 1, 1)
     texts = {caption(i): i for i in range(24)}

@@ -42,6 +42,7 @@ def gradient(objective, batch):
     )
 
 
+@pytest.mark.slow
 def test_with_one_scale_it_is_reverse_kl_of_f_distill(tiny_sd_v):
     model, swift = make(tiny_sd_v, guidance_range=None, guidance_scale=2.0)
     options = {"divergence": "reverse_kl", "gan_weight": 0.0, "guidance_scale": 2.0}
@@ -52,6 +53,7 @@ def test_with_one_scale_it_is_reverse_kl_of_f_distill(tiny_sd_v):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.slow
 def test_the_teachers_scale_is_random_per_sample(tiny_sd_v):
     model, objective = make(tiny_sd_v, guidance_range=(0.5, 4.0), sample_normalization=False)
     batch = prepared(model, objective)
@@ -69,6 +71,7 @@ def test_the_teachers_scale_is_random_per_sample(tiny_sd_v):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * float(b.abs().max()) + 1e-10)
 
 
+@pytest.mark.slow
 def test_without_normalization_the_mean_scale_decides(tiny_sd_v):
     """The pull is affine in the scale, so that a range pulls as its middle does, on average."""
     model, objective = make(tiny_sd_v, guidance_range=(0.5, 4.0), sample_normalization=False)
@@ -80,6 +83,7 @@ def test_without_normalization_the_mean_scale_decides(tiny_sd_v):
         torch.testing.assert_close((a + c) / 2, b, rtol=1e-3, atol=1e-5 * float(c.abs().max()) + 1e-9)
 
 
+@pytest.mark.slow
 def test_guiding_the_critic_too_makes_the_teacher_a_fixed_point(tiny_sd_v):
     """The critic starts as the teacher: then the published variant pulls nowhere, whatever the scale."""
     largest = {}
@@ -89,6 +93,7 @@ def test_guiding_the_critic_too_makes_the_teacher_a_fixed_point(tiny_sd_v):
     assert largest[True] < 1e-4 * largest[False]
 
 
+@pytest.mark.slow
 def test_negative_prompts_reach_the_student_and_the_teachers_null_only(tiny_sd_v):
     model, objective = make(tiny_sd_v, negative_attention=True, sample_normalization=False)
     assert objective.needs == {"prompts", "negatives"}
@@ -129,11 +134,13 @@ def test_options_that_contradict_each_other_are_refused():
         SwiftBrush(tiny_model(), SwiftBrushConfig(critic={"kind": "lora", "rank": 1, "target_modules": ("0",)}))
 
 
+@pytest.mark.slow
 def test_negatives_that_nothing_reads_are_refused(tiny_sd_v):
     model, objective = make(tiny_sd_v)
     with pytest.raises(ValueError, match=r"set it, or data\.negatives to null"):
         prepared(model, objective, negatives=NEGATIVES)
 
 
+@pytest.mark.slow
 def test_it_needs_no_images(tiny_sd_v):
     assert make(tiny_sd_v)[1].needs == {"prompts"}

@@ -120,6 +120,7 @@ def test_lowered_targets_are_whole_on_a_table_and_clean_stays_clean():
     torch.testing.assert_close(lowered(RectifiedFlow(), t, torch.full((3,), 0.2)), t * 0.8)
 
 
+@pytest.mark.slow
 @EVERY
 def test_targets_lie_at_or_below_where_the_teacher_steps_to(schedule):
     objective = objective_of(schedule, eta=0.3)

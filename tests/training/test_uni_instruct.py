@@ -57,6 +57,7 @@ def close(found, expected, tolerance=1e-6):
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * max(1.0, float(expected.norm())))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("divergence", REFERENCE)
 def test_the_gradient_is_that_of_the_expanded_divergence(divergence):
     objective = exact(divergence)
@@ -103,6 +104,7 @@ def assembled(objective, loss):
     return (weights * loss(h, *identity_terms(x0, p, q))).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("divergence", REFERENCE)
 def test_the_expansion_has_the_divergences_value(divergence):
     """Theorem 3.1: the integral of (g^2/2) E[h |d|^2] over the levels."""
