@@ -25,9 +25,9 @@ Progress = Callable[[int, int, str], None]
 """(calls of a model done, calls in all, what comes next)."""
 
 
-def drawing(model: Model) -> Generate:
-    """The model as a study calls it, sampled as its checkpoint asks."""
-    return lambda texts, seed: generate(model, texts, seed=seed)
+def drawing(model: Model, steps: int | None = None) -> Generate:
+    """The model as a study calls it, sampled in some steps, or as its checkpoint asks."""
+    return lambda texts, seed: generate(model, texts, steps=steps, seed=seed)
 
 
 @dataclass(frozen=True)
