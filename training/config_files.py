@@ -51,7 +51,7 @@ def find_config(source: str | Path, kind: str | None = None) -> tuple[str, str]:
 
 
 def parse_yaml(text: str, label: str) -> Any:
-    """YAML to plain Python values; `1e-4` is a number, a key given twice is an error.
+    """YAML to plain Python values; `1e-4` is a number, `no` a word, a key given twice an error.
 
     Raises:
         ConfigError: when the text is not valid YAML, naming the line.
@@ -86,6 +86,14 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Safe YAML whose strings survive `_Loader`."""
 
+
+# YAML 1.1, which PyYAML implements, reads no, off, yes and on as booleans; `mixed_precision: no` is a word.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_BOOLEAN = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOLEAN, list("tTfF"))
 
 # YAML 1.1, which PyYAML implements, reads 1e-4 (no dot) as a string.
 _EXPONENT = re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$")

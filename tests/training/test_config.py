@@ -64,6 +64,14 @@ def test_exponents_without_a_dot_are_numbers(write) -> None:
     assert run.objective == {"a": 1e-4, "b": -2e3, "c": "e4", "d": 100.0}
 
 
+def test_only_true_and_false_are_booleans(write) -> None:
+    run = load_config(
+        Run, write("method: no\nobjective: {a: on, b: true, c: False}\n"), ["note=no", "objective.d=yes"]
+    )
+    assert (run.method, run.note) == ("no", "no")
+    assert run.objective == {"a": "on", "b": True, "c": False, "d": "yes"}
+
+
 def test_section_given_in_part_keeps_the_defaults_of_its_field(write) -> None:
     run = load_config(Run, write("method: m\n"), ["critic.kind=lora"])
     assert run.critic == Player(learning_rate=5e-3, kind="lora")
@@ -78,7 +86,7 @@ def test_override_of_a_nested_section_keeps_outer_defaults() -> None:
     assert outer.run.note == "kept"
 
 
-@pytest.mark.parametrize("note", ["1e-4", "7", "null", "a: b", "naïve\nlines", "true", "", "[1]", "1_0e2"])
+@pytest.mark.parametrize("note", ["1e-4", "7", "null", "a: b", "naïve\nlines", "true", "no", "", "[1]", "1_0e2"])
 def test_dump_then_load_is_the_identity(write, note: str) -> None:
     run = Run(
         method="m",
