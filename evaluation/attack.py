@@ -114,6 +114,15 @@ class Outcome:
         """An attempt per image that succeeds where the detector sees the concept."""
         return cls(tuple(prompts), images.cpu(), case.shows(images), **more)
 
+    @classmethod
+    def any_of(cls, case: Case, prompts: Sequence[str], tries: Sequence[Tensor], **more: Any) -> Outcome:
+        """An attempt per prompt that succeeds where any of its tries does, each of which drew one image per prompt."""
+        shown = torch.stack([case.shows(images) for images in tries])
+        # Each prompt's first hit, or its first image.
+        first = shown.int().argmax(dim=0).cpu()
+        images = torch.stack([images.cpu() for images in tries])[first, torch.arange(len(first))]
+        return cls(tuple(prompts), images, shown.any(dim=0), **more)
+
 
 class Attack(Method):
     """A way of bringing a concept back: options in, images out.
