@@ -26,6 +26,7 @@ from sublimate.training.checkpoints import fingerprint, lasting
 from sublimate.training.config import Config, dump_config, validate_section
 from sublimate.training.data import Placed, Source
 from sublimate.training.data_config import DataConfig
+from sublimate.training.forgetting import Forget, anchored, forgetful
 from sublimate.training.objective import Artefact, Objective, ObjectiveConfig
 from sublimate.training.parking import at_hand, park
 from sublimate.training.randomness import SampleRandom
@@ -45,6 +46,8 @@ class DistillConfig(Config):
             the model's own.
         method: name of a file in `training/objectives/`.
         objective: that method's options.
+        forget: concepts that the student shall not learn: for prompts that name one, the teacher is asked for its
+            anchor. A discriminator's features then take a pass of their own, which is not counted.
         data: prompts and images.
         trainer: the training run; the student is written to `<output_dir>/student`.
         save_dtype: precision of the exported student; training is not touched by it.
@@ -56,6 +59,7 @@ class DistillConfig(Config):
     attention: Kernel | None = None
     method: str = "f_distill"
     objective: dict[str, object] = Field(default_factory=dict)
+    forget: tuple[Forget, ...] = ()
     data: DataConfig = DataConfig()
     trainer: TrainerConfig = TrainerConfig()
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -63,6 +67,9 @@ class DistillConfig(Config):
 
     @model_validator(mode="after")
     def _validates(self) -> Self:
+        for one in self.forget:
+            if one.anchor and anchored(one.anchor, self.forget) != one.anchor:
+                raise ValueError(f"The anchor {one.anchor!r} of {one.concept!r} is to be forgotten itself.")
         if bool(self.validation_prompts) != (self.trainer.validation_steps is not None):
             raise ValueError("validation_prompts and trainer.validation_steps go together: set both or neither.")
         return self
@@ -110,10 +117,12 @@ def _run(
     config: DistillConfig, model: Model, method: type[Objective], options: ObjectiveConfig, *, progress: bool
 ) -> Path:
     torch.manual_seed(config.trainer.seed)
-    objective = method(model, options)
+    objective = method(forgetful(model) if config.forget else model, options)
     if config.data.negatives is not None and "negatives" not in objective.needs:
         raise ValueError(f"{config.method} reads no negative prompts with these options: set data.negatives to null.")
     artefact = objective.exports()
+    if artefact.kind == "attachment" and config.forget:
+        raise ValueError(f"{config.method} trains no student but adds to the model, which forgets nothing: edit it.")
     if artefact.kind == "attachment" and config.save_dtype != "float32":
         raise ValueError(f"{config.method} exports an attachment, which is float32: leave out save_dtype.")
     if artefact.kind != "attachment":  # refused now rather than after training
@@ -124,11 +133,15 @@ def _run(
         config.data,
         options.sample_guidance,
         needs=objective.needs,
+        forget=config.forget,
         global_batch=config.trainer.local_batch * accelerator.num_processes,
         progress=progress and accelerator.is_main_process,
     )
     validate = _validator(model, objective, config, source)
-    identity = fingerprint(model.content_hash(), lasting(options.model_dump(mode="json")), config.data.lasting())
+    concepts = [one.model_dump(mode="json") for one in config.forget]
+    identity = fingerprint(
+        model.content_hash(), lasting(options.model_dump(mode="json")), config.data.lasting(), *concepts
+    )
     if config.data.cache_dir is not None:
         unread = unread_networks(model, config.data)
         park(model, unread, config.data.cache_dir, file_bytes=config.data.cache_shard_bytes)

@@ -18,6 +18,7 @@ from sublimate.pipelines.model import open_model
 from sublimate.training import registry
 from sublimate.training.data import ModelSource
 from sublimate.training.distill import OBJECTIVES
+from sublimate.training.forgetting import forgetful
 from sublimate.training.objective import Objective
 from sublimate.training.trainer import Trainer, TrainerConfig
 
@@ -138,6 +139,12 @@ CASES = {
 def test_every_objective_has_a_row():
     missing = set(registry.available(OBJECTIVES)) - set(CASES)
     assert not missing, f"add a row of that name to CASES for {', '.join(sorted(missing))}"
+
+
+# No student reads prompts of its own in these: what is forgotten has no place.
+ATTACHED = {case for case, (method, _) in CASES.items() if method in ("speedupnet", "discriminator_guidance")}
+# These ask no teacher: what they forget is in their images. DisBack first aims at nodes of its own path.
+TAUGHT_BY_DATA = {"consistency_training", "consistency_training-tuning", "denoising", "denoising-lora", "disback"}
 
 
 # Why an objective may refuse a family: its network has no input for one more number, no cross-attention, masked text,
@@ -320,6 +327,29 @@ class TestObjective:
             for turn in trainer.objective.turns(0):
                 trainer._take(turn)
         assert sum(passes) == 4 * trainer.objective.config.passes(0)
+
+    @pytest.mark.slow
+    def test_the_teacher_alone_is_asked_for_anchors(self, model, case, tmp_path):
+        """A forgetful teacher that is told the same as everyone is the plain one; told an anchor, it teaches that."""
+        if "prompts" not in make(model, case).needs or case in ATTACHED:
+            return
+        anchor, encode = called(model, "cat")[0], model.encode_prompts
+        trainers = {
+            name: make_trainer(teacher, case, tmp_path / name, train_batch_size=4, max_train_steps=1)
+            for name, teacher in (("plain", model), ("same", forgetful(model)), ("anchor", forgetful(model)))
+        }
+        trainers["same"].source.encode = lambda texts: encode(texts).with_teacher(encode(texts))
+        trainers["anchor"].source.encode = lambda texts: encode(texts).with_teacher(encode([anchor] * len(texts)))
+        for trainer in trainers.values():
+            disturb_critic(trainer)
+        moved = False
+        for turn in trainers["plain"].objective.turns(0):
+            plain, same, led = (gradients(trainer, turn) for trainer in trainers.values())
+            for a, b in zip(plain, same, strict=True):
+                # Features that are a pass of their own have their gradient added in another order.
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(a.abs().max()) + 1e-10)
+            moved |= any(not torch.equal(a, b) for a, b in zip(plain, led, strict=True))
+        assert moved == (case not in TAUGHT_BY_DATA)
 
     @pytest.mark.slow
     def test_bf16_moves_the_same_players_the_same_way(self, model, case, tmp_path):
