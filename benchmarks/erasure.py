@@ -71,7 +71,17 @@ CONCEPTS: Mapping[str, tuple[str, ...]] = {
 }
 UNEDITED = "unedited"
 """No eraser: what a student learns of a teacher that knows the concept."""
-SURVIVING = (UNEDITED, "uce", "speed", "esd", "concept_ablation", "salun", "few_shot")
+SURVIVING = (
+    UNEDITED,
+    "uce",
+    "speed",
+    "esd",
+    "concept_ablation",
+    "salun",
+    "few_shot",
+    "receler",
+    "interpret_then_deactivate",
+)
 STUDENTS: Mapping[str, tuple[str, ...]] = {
     # name: a run of configs/distill/ and changes to it; all take about as many network passes.
     "f_distill": ("demo",),
@@ -159,8 +169,13 @@ def attack_cell(method: str, concepts: Sequence[str]) -> dict[str, Any]:
 def survival_cell(method: str, student: str, before: Generate, folder: Path) -> dict[str, Any]:
     """The concept's rate in a student distilled from an eraser's teacher.
 
-    The student starts as the edited teacher and reads its text encoder. "left_out" leaves the concept's prompts out of
-    the distillation; "swapped" has the teacher, and its images, answer them as if the anchor stood there.
+    The student starts as the edited teacher's network and reads the edited text encoder: of uce, speed, esd,
+    concept_ablation and salun that is the base's, few_shot moved it. What receler attaches to the network and
+    interpret_then_deactivate to the text encoder stays with the teacher: their students start as the base's network,
+    read the base's text encoder, and learn what the attachment makes of the prompt.
+
+    "left_out" leaves the concept's prompts out of the distillation; "swapped" has the teacher, and its images, answer
+    them as if the anchor stood there, at a tenth more passes than are counted.
     """
     (concept,) = CONCEPTS["digit"]
     model, _, cost = (open_model("ink"), None, None) if method == UNEDITED else erased(method, CONCEPTS["digit"])

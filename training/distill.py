@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal, Self, cast
 
@@ -16,6 +17,7 @@ from sublimate.diffusion.denoisers import Denoiser
 from sublimate.pipelines.attachments import export_attachment
 from sublimate.pipelines.attention import Kernel, attention_chosen
 from sublimate.pipelines.edit import Edit
+from sublimate.pipelines.edit_attachment import detached, strip
 from sublimate.pipelines.export import export_lora, export_student, stock_sampling
 from sublimate.pipelines.few_steps import sample_few_steps
 from sublimate.pipelines.generate import telling
@@ -87,6 +89,9 @@ def distill(
 ) -> Path:
     """Trains a student and exports it as a folder that stock diffusers opens.
 
+    Of an edited teacher the student starts with the edited weights and reads the edited text encoders. What an edit
+    attaches stays with the teacher: the student starts, and reads, without it, and learns what it does.
+
     Args:
         config: the run.
         model: an open teacher to use instead of opening `config.model`; `config.edits` are applied to it.
@@ -117,7 +122,7 @@ def _run(
     config: DistillConfig, model: Model, method: type[Objective], options: ObjectiveConfig, *, progress: bool
 ) -> Path:
     torch.manual_seed(config.trainer.seed)
-    objective = method(forgetful(model) if config.forget else model, options)
+    objective = method(forgetful(model) if config.forget or model.attached else model, options)
     if config.data.negatives is not None and "negatives" not in objective.needs:
         raise ValueError(f"{config.method} reads no negative prompts with these options: set data.negatives to null.")
     artefact = objective.exports()
@@ -125,8 +130,13 @@ def _run(
         raise ValueError(f"{config.method} trains no student but adds to the model, which forgets nothing: edit it.")
     if artefact.kind == "attachment" and config.save_dtype != "float32":
         raise ValueError(f"{config.method} exports an attachment, which is float32: leave out save_dtype.")
-    if artefact.kind != "attachment":  # refused now rather than after training
-        stock_sampling(model, artefact.kind, artefact.start_time, artefact.few_steps, as_base=artefact.as_base)
+    unattached = bool(model.attached) and artefact.kind != "attachment"
+    if artefact.kind != "attachment":
+        # A stock student cannot carry what edits attached to its teacher: it learns what that does.
+        for player in objective.players().values():
+            strip(player.module)
+        with detached(model):  # refused now rather than after training
+            stock_sampling(model, artefact.kind, artefact.start_time, artefact.few_steps, as_base=artefact.as_base)
     accelerator = Accelerator()
     source = make_source(
         model,
@@ -134,10 +144,12 @@ def _run(
         options.sample_guidance,
         needs=objective.needs,
         forget=config.forget,
+        unattached=unattached,
         global_batch=config.trainer.local_batch * accelerator.num_processes,
         progress=progress and accelerator.is_main_process,
     )
-    validate = _validator(model, objective, config, source)
+    with detached(model) if unattached else nullcontext():
+        validate = _validator(model, objective, config, source)
     concepts = [one.model_dump(mode="json") for one in config.forget]
     identity = fingerprint(
         model.content_hash(), lasting(options.model_dump(mode="json")), config.data.lasting(), *concepts
@@ -149,7 +161,7 @@ def _run(
     trainer.run()
     folder = config.trainer.output_dir / "student"
     if trainer.accelerator.is_main_process:
-        with trainer.averaged():
+        with trainer.averaged(), detached(model) if unattached else nullcontext():
             _export(model, objective, config, folder)
     trainer.accelerator.wait_for_everyone()
     return folder

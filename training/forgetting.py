@@ -1,4 +1,5 @@
-"""Forgetting while distilling: the teacher answers prompts of a concept as if its anchor stood there (SFD)."""
+"""What a teacher alone reads: anchors in the place of concepts that a student shall not learn (SFD), and the text
+encoders with what edits attached to them."""
 
 from __future__ import annotations
 
@@ -59,11 +60,11 @@ def anchored(prompt: str, forget: Sequence[Forget]) -> str:
     return prompt
 
 
-def anchoring(encode: Encode, forget: Sequence[Forget]) -> Encode:
-    """Encodes prompts for the student, and beside them what the teacher is asked instead."""
+def anchoring(encode: Encode, asking: Encode, forget: Sequence[Forget]) -> Encode:
+    """Encodes prompts for the student, and beside them, by `asking`, what the teacher is asked instead."""
 
     def encoded(prompts: Sequence[str]) -> Condition:
-        asked = encode([anchored(prompt, forget) for prompt in prompts])
+        asked = asking([anchored(prompt, forget) for prompt in prompts])
         return encode(prompts).with_teacher(asked)
 
     return encoded

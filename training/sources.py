@@ -12,7 +12,7 @@ from sublimate.pipelines.model import Model
 from sublimate.training.captioned import Captioned, Framing, ImageFolder, Images
 from sublimate.training.data import Encode, ModelSource, Source, Table, read_prompts
 from sublimate.training.data_config import DataConfig
-from sublimate.training.encoding import Cache, Latents, Prompts, encode_images, encoder_names
+from sublimate.training.encoding import Cache, Latents, Prompts, UnattachedPrompts, encode_images, encoder_names
 from sublimate.training.forgetting import Forget, anchored, anchoring
 from sublimate.training.hub_rows import DatasetRows, DatasetStream
 from sublimate.training.ink.sources import captioned
@@ -29,6 +29,7 @@ def make_source(
     *,
     needs: frozenset[str] = _IMAGES,
     forget: Sequence[Forget] = (),
+    unattached: bool = False,
     global_batch: int = 1,
     progress: bool = True,
 ) -> Source:
@@ -41,6 +42,7 @@ def make_source(
         needs: what the objective reads: without "images" the teacher draws none; with "samples" it draws one of every
             prompt, for objectives that compare it with the image.
         forget: concepts in whose place a teacher is asked for anchors, and draws those.
+        unattached: whether the student reads text encoders without what edits attached to them, as the teacher does.
         global_batch: samples that all processes draw together at a time; a stream is shared among them.
         progress: show bars while sampling and storing.
 
@@ -67,7 +69,7 @@ def make_source(
             captions=data.caption_column is not None,
             images=reads_images,
             seed=data.seed,
-            encode=anchoring(Prompts(model), forget) if forget else None,
+            encode=_encode(model, [], None, forget, unattached=unattached),
         )
     cache = None if data.cache_dir is None else Cache(data.cache_dir, data.cache_shard_bytes, progress)
     prompts, images = _prompts_and_images(model, data)
@@ -77,8 +79,7 @@ def make_source(
         raise ValueError(f"No prompt names {names}: what is to be forgotten must be among the prompts.")
     encode: Encode | None = None
     if prompts or negatives:
-        plain = Prompts(model, [*prompts, *negatives, *asked], cache)
-        encode = anchoring(plain, forget) if forget else plain
+        encode = _encode(model, [*prompts, *negatives, *asked], cache, forget, unattached=unattached)
 
     def drawn() -> Tensor:
         steps, seed = data.teacher_steps, data.seed
@@ -138,6 +139,16 @@ def _check(model: Model, data: DataConfig, needs: frozenset[str]) -> None:
         )
     if not model.backbone.draws_from_text and data.images == "teacher":
         raise ValueError(f"{model.source} draws by pictures and has none of its own: set data.train_data_dir.")
+
+
+def _encode(
+    model: Model, texts: Sequence[str], cache: Cache | None, forget: Sequence[Forget], *, unattached: bool
+) -> Encode:
+    """Encodes prompts, and beside them what the teacher alone is told, where that differs."""
+    teachers = Prompts(model, texts, cache)
+    if not forget and not unattached:
+        return teachers
+    return anchoring(UnattachedPrompts(model, texts, cache) if unattached else teachers, teachers, forget)
 
 
 def _is_image_folder(data: DataConfig) -> bool:

@@ -26,7 +26,7 @@ class NoiseSearchConfig(Config):
         sampling_steps: of each image.
     """
 
-    levels: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
+    levels: tuple[float, ...] = (0.25, 0.5, 0.75)
     sampling_steps: int = Field(default=50, ge=1)
 
     @field_validator("levels")
@@ -42,7 +42,7 @@ class NoiseSearch(Attack):
 
     DDIM takes off all the noise that the network sees, and what is added comes on top of what belongs to the time s.
     So the network meets states beside the paths that an erasure was fitted to. A prompt succeeds when any level does:
-    compare with `seed_search` of as many seeds. The levels are ours.
+    compare with `seed_search` of as many seeds. The levels are ours; from 1 on nothing is left of Ink's images.
     """
 
     Config = NoiseSearchConfig

@@ -29,7 +29,7 @@ def model(tiny_sd_v):
 
 def told(model):
     """What a batch is told of the prompts."""
-    return anchoring(model.encode_prompts, [CAT])(PROMPTS)
+    return anchoring(model.encode_prompts, model.encode_prompts, [CAT])(PROMPTS)
 
 
 def states(model):
