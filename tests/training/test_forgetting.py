@@ -42,6 +42,8 @@ def test_anchors_take_the_place_of_every_name():
     assert tuple(anchored(prompt, [CAT]) for prompt in PROMPTS) == ASKED
     assert anchored("a cattle and a seventh", [CAT]) == "a cattle and a seventh"
     assert anchored("a cat, a Seven", [CAT]) == "a dog, a dog"
+    artist = Forget(concept="van", anchor="dog", synonyms=("van gogh",))
+    assert anchored("a van gogh, a van", [artist]) == "a dog, a dog"
     nothing = Forget(concept="red", anchor="")
     assert anchored("a red cat", [nothing]) == "a cat" and anchored("a red cat", [nothing, CAT]) == "a dog"
 
