@@ -138,26 +138,40 @@ def test_the_images_of_a_forgotten_prompt_are_the_anchors(model, prompts, tmp_pa
     assert plain.batch(SampleRandom(0, 0, "student", range(2))).condition.keys() == {"text"}
 
 
-def test_what_would_teach_the_concept_or_forget_nothing_is_refused(model, prompts, tmp_path):
-    data = DataConfig(prompts=prompts, teacher_steps=1)
+def test_images_that_would_teach_the_concept_are_refused(model):
     with pytest.raises(ValueError, match="would teach it"):
         make_source(model, DataConfig(images="ink"), 1.0, forget=[CAT])
+
+
+def test_prompts_that_do_not_name_it_are_refused(model, prompts):
     with pytest.raises(ValueError, match="No prompt names 'bird'"):
-        make_source(model, data, 1.0, forget=[Forget(concept="bird", anchor="dog")])
-    for wrong, complaint in (
+        make_source(model, DataConfig(prompts=prompts), 1.0, forget=[Forget(concept="bird", anchor="dog")])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
         ({"concept": "cat", "anchor": "a Cat"}, "names 'cat' itself"),
         ({"concept": " ", "anchor": "dog"}, "must not be empty"),
         ({"concept": "cat", "anchor": "dog", "synonyms": [""]}, "must not be empty"),
-    ):
-        with pytest.raises(ValueError, match=complaint):
-            Forget(**wrong)
+    ],
+)
+def test_concepts_without_names_or_with_themselves_for_an_anchor_are_refused(wrong, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        Forget(**wrong)
+
+
+def test_anchors_that_are_to_be_forgotten_are_refused():
     with pytest.raises(ValueError, match="'dog' of 'cat' is to be forgotten itself"):
         DistillConfig(forget=[CAT, Forget(concept="dog", anchor="van gogh")])
+
+
+def test_what_trains_no_student_is_refused(model, prompts, tmp_path):
     config = DistillConfig(
         method="discriminator_guidance",
         objective={"discriminator_width": 8},
         forget=[CAT],
-        data=data,
+        data=DataConfig(prompts=prompts, teacher_steps=1),
         trainer={"output_dir": tmp_path / "out"},
     )
     with pytest.raises(ValueError, match="which forgets nothing"):
