@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from sublimate.diffusion.conditions import Condition
 from sublimate.evaluation.attack import Case, Outcome, pictured
 from sublimate.evaluation.intervals import Rate
 from sublimate.pipelines.model import Model
@@ -34,16 +35,21 @@ def finished(model: Model, case: Case, finish: Finish, *, seed: int, calls: int,
     def run(part: Part) -> Tensor:
         return model.render(finish(part, pictured(model, case.pictures[part.rows])))
 
-    options = {"seed": seed, "batch_size": 32, "calls": calls, "progress": progress}
-    unnamed = sample(model, lambda rows: null.expand(rows.stop - rows.start), run, count, **options)
-    named = sample(
-        model,
-        lambda rows: model.encode_prompts(case.captions[rows]),
-        run,
-        count,
-        null=null,
-        scale=model.guidance_scale,
-        **options,
-    )
+    def drawn(condition: Callable[[slice], Condition], scale: float) -> Tensor:
+        return sample(
+            model,
+            condition,
+            run,
+            count,
+            null=null,
+            scale=scale,
+            seed=seed,
+            batch_size=32,
+            calls=calls,
+            progress=progress,
+        )
+
+    unnamed = drawn(lambda rows: null.expand(rows.stop - rows.start), 1.0)
+    named = drawn(lambda rows: model.encode_prompts(case.captions[rows]), model.guidance_scale)
     copied = Rate.of(case.shows(unnamed).tolist())
     return Outcome.seen(case, case.captions, named, found=f"without a prompt: {copied}")
