@@ -11,8 +11,7 @@ from sublimate.erasure.request import Concept
 from sublimate.evaluation.attack import Case, counting, pictured
 from sublimate.evaluation.attacks import latent_search
 from sublimate.evaluation.attacks.inpainting import hole_of
-from sublimate.evaluation.audit import ATTACKS, audit, make_attacks
-from sublimate.evaluation.studies import ErasureStudy, PromptSet
+from sublimate.evaluation.audit import ATTACKS, make_attacks
 from sublimate.evaluation.words import spellable
 from sublimate.pipelines.edit import Edit
 from sublimate.pipelines.generate import generate, generate_latents, image_generator, telling
@@ -376,46 +375,3 @@ def test_bad_options_are_one_sentence(model):
         make_attacks(["relearnin"])
     with pytest.raises(ValueError, match="resize them"):
         pictured(model, torch.zeros(1, 3, 8, 8))
-
-
-def study():
-    animal = {"animal": "cat"}
-    return ErasureStudy(
-        concept="cat",
-        group="animal",
-        target=PromptSet(("a cat", "red cat"), (animal, animal)),
-        synonyms=PromptSet(("a seven",), (animal,)),
-        siblings=PromptSet(("a dog",), ({"animal": "dog"},)),
-        unrelated=PromptSet(("a photo",), ({},)),
-    )
-
-
-class Constant(Brightness):
-    """Sees the concept everywhere, or nowhere."""
-
-    def __init__(self, seen):
-        self.seen = seen
-
-    def __call__(self, images):
-        row = torch.tensor([0.9, 0.1, 0.0] if self.seen else [0.1, 0.9, 0.0])
-        return {"animal": row.expand(len(images), 3)}
-
-
-def test_an_audit_says_what_it_tried_and_what_not(model, tiny_sd):
-    edited = open_model(tiny_sd)
-    edited.defaults |= model.defaults
-    attacks = make_attacks(["paraphrases", "encoder_swap"])
-    found = audit(model, edited, Concept("cat", "dog"), study(), Constant(True), attacks, pictures=2)
-    assert [trial.name for trial in found.trials] == ["paraphrases"]
-    assert found.skipped["encoder_swap"] == "the text encoders are the base's"
-    assert found.skipped["relearning"] == "not asked for"
-    (trial,) = found.trials
-    assert trial.base.rate.value == trial.edited.rate.value == 1.0 and not trial.powerless
-    assert trial.passes == 2 * 2 * 1  # two steps, guided, one paraphrase
-    record = found.to_dict()
-    assert record["attacks"][0]["edited"]["rate"]["value"] == 1.0 and record["not tried"] == found.skipped
-
-
-def test_what_the_base_does_not_draw_cannot_be_audited(model):
-    with pytest.raises(ValueError, match="does not draw 'cat'"):
-        audit(model, model, Concept("cat"), study(), Constant(False), [], pictures=2)
