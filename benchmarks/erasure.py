@@ -69,11 +69,24 @@ CONCEPTS: Mapping[str, tuple[str, ...]] = {
     "style": ("striped",),
     "five": ("seven", "three", "red", "purple", "striped"),
 }
-SURVIVING = ("uce", "speed", "esd", "concept_ablation", "salun", "few_shot")
+UNEDITED = "unedited"
+"""No eraser: what a student learns of a teacher that knows the concept."""
+SURVIVING = (
+    UNEDITED,
+    "uce",
+    "speed",
+    "esd",
+    "concept_ablation",
+    "salun",
+    "few_shot",
+    "receler",
+    "interpret_then_deactivate",
+)
 STUDENTS: Mapping[str, tuple[str, ...]] = {
     # name: a run of configs/distill/ and changes to it; all take about as many network passes.
     "f_distill": ("demo",),
     "f_distill-left_out": ("demo", "data.prompts={without}"),
+    "f_distill-swapped": ("demo", "forget={forget}"),
     "em_distillation": ("ink_em_distillation",),
     # Renderings of Ink show the concept: the images are the edited teacher's own.
     "consistency_distillation": ("ink_consistency_distillation", "data.images=teacher", "data.count=1024"),
@@ -160,17 +173,24 @@ def attack_cell(method: str, concepts: Sequence[str]) -> dict[str, Any]:
 def survival_cell(method: str, student: str, before: Generate, folder: Path) -> dict[str, Any]:
     """The concept's rate in a student distilled from an eraser's teacher.
 
-    The student starts as the edited teacher and reads its text encoder; an edit with an attachment acts on the teacher
-    alone. "left_out" leaves the concept's prompts out of the distillation.
+    The student starts as the edited teacher's network and reads the edited text encoder: of uce, speed, esd,
+    concept_ablation and salun that is the base's, few_shot moved it. What receler attaches to the network and
+    interpret_then_deactivate to the text encoder stays with the teacher: their students start as the base's network,
+    read the base's text encoder, and learn what the attachment makes of the prompt.
+
+    "left_out" leaves the concept's prompts out of the distillation; "swapped" has the teacher, and its images, answer
+    them as if the anchor stood there, at a tenth more passes than are counted.
     """
     (concept,) = CONCEPTS["digit"]
-    model, _, cost = erased(method, CONCEPTS["digit"])
+    model, _, cost = (open_model("ink"), None, None) if method == UNEDITED else erased(method, CONCEPTS["digit"])
     name, *changes = STUDENTS[student]
     folder.mkdir(parents=True, exist_ok=True)
     words = SYNONYMS[concept]
     kept = [caption.text for caption in prompts(4096, 5) if not set(words) & set(re.findall(r"\w+", caption.text))]
     (folder / "without.txt").write_text("\n".join(kept) + "\n")
-    changes = [change.format(without=folder / "without.txt") for change in changes]
+    aim = ink_request(concept).erase[0]
+    forget = json.dumps([{"concept": aim.name, "anchor": aim.anchor, "synonyms": aim.synonyms}])
+    changes = [change.format(without=folder / "without.txt", forget=forget) for change in changes]
     config = load_config(DistillConfig, name, [*changes, f"trainer.output_dir={folder / 'run'}"])
     config = within_budget(config, PASSES)
     began = time.perf_counter()

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+TEACHER = "teacher."
+"""Before the name of an entry: what a teacher reads in that entry's place, and no one else."""
+
 
 class Condition(dict[str, Tensor]):
     """What a network is told, by name; every tensor is batch first. Without keys: unconditional.
@@ -15,7 +18,7 @@ class Condition(dict[str, Tensor]):
     "text" and every "text.<part>" ("text.pooled", "text.mask"; class labels sit in "text") are what the null condition
     replaces. Reserved besides: "negative" and "negative.mask" (a negative prompt), "target_time" (the time a
     consistency trajectory jumps to), "guidance" (the scale, where it is an input), "extra" and "extra.<part>" (masks,
-    small images, sizes).
+    small images, sizes), and "teacher.<entry>" (what a teacher reads in the place of another entry).
 
     Raises:
         TypeError: for a value that is not a tensor.
@@ -77,8 +80,21 @@ class Condition(dict[str, Tensor]):
         """A copy with some entries exchanged or added; pass keys with a dot as **{"text.pooled": value}."""
         return Condition({**self, **values})
 
+    def with_teacher(self, told: Condition) -> Condition:
+        """A copy that tells a teacher something else: `told`, in the place of entries of the same name."""
+        return Condition({**self, **{f"{TEACHER}{key}": value for key, value in told.items()}})
+
+    def for_teacher(self) -> Condition:
+        """What a teacher reads."""
+        own = {key.removeprefix(TEACHER): value for key, value in self.items() if key.startswith(TEACHER)}
+        return Condition({**self.for_student(), **own})
+
+    def for_student(self) -> Condition:
+        """What everyone but a teacher reads."""
+        return Condition({key: value for key, value in self.items() if not key.startswith(TEACHER)})
+
     def with_null(self, null: Condition) -> Condition:
-        """A copy whose text is the null condition's.
+        """A copy whose text is the null condition's, a teacher's too.
 
         Args:
             null: of batch size 1 or this one's; its other keys are not used.
@@ -93,7 +109,8 @@ class Condition(dict[str, Tensor]):
             )
         text = Condition({key: null[key].to(self[key].device) for key in self.text_keys})
         text = text.expand(self.batch_size or 1)
-        return Condition({**self, **text})
+        taught = {name: value for key, value in text.items() if (name := f"{TEACHER}{key}") in self}
+        return Condition({**self, **text, **taught})
 
     def dropping(self, rows: Tensor, null: Condition) -> Condition:
         """A copy in which some samples' text is the null condition's.

@@ -78,7 +78,7 @@ class Denoiser(nn.Module):
         Args:
             x_t: (batch, ...), the noised data.
             t: schedule time; a number, () or (batch,).
-            condition: of batch size 1 or batch; None is unconditional.
+            condition: of batch size 1 or batch; None is unconditional. What it tells a teacher is not read.
             features: names of inner activations to return.
 
         Returns:
@@ -92,7 +92,7 @@ class Denoiser(nn.Module):
         c = self.schedule.at(t)
         told = self.schedule.network_time(t).to(torch.float32).expand(batch)
         x_in = scaled(self.parametrization.input_scale(c), x_t) if self.parametrization.scales_input else x_t
-        condition = (Condition() if condition is None else condition).expand(batch)
+        condition = (Condition() if condition is None else condition.for_student()).expand(batch)
         output, taps = self.call(self.network, x_in, told, condition, features)
         return Prediction(x_t, output, c, self.parametrization, taps)
 

@@ -47,13 +47,21 @@ def ddim(
     if eta < 0 or (eta > 0 and noise is None):
         raise ValueError(f"eta={eta} needs to be 0 or positive, and with `noise` unless it is 0.")
     for t, to in _steps(grid):
-        (alpha, sigma), (alpha_to, sigma_to) = _level(schedule, t), _level(schedule, to)
-        # Eq. 16, the posterior's standard deviation, written for any alpha and sigma.
-        fresh = eta * sigma_to / sigma * math.sqrt(max(sigma**2 - (alpha / alpha_to * sigma_to) ** 2, 0.0))
+        alpha_to, sigma_to = _level(schedule, to)
+        fresh = eta * posterior_deviation(schedule, t, to)
         x = denoise(x, _times(x, t)).combine(alpha_to, math.sqrt(max(sigma_to**2 - fresh**2, 0.0)))
         if fresh > 0 and noise is not None:
             x = x + fresh * noise(x)
     return x
+
+
+def posterior_deviation(schedule: Schedule, t: float, to: float) -> float:
+    """The standard deviation of x at `to` given x0 and x at t, later than `to` (Song et al. 2021, eq. 16 at eta = 1).
+
+    Written for any alpha and sigma; it is the fresh noise of a step of ancestral sampling.
+    """
+    (alpha, sigma), (alpha_to, sigma_to) = _level(schedule, t), _level(schedule, to)
+    return sigma_to / sigma * math.sqrt(max(sigma**2 - (alpha / alpha_to * sigma_to) ** 2, 0.0))
 
 
 def euler(denoise: Denoise, x: Tensor, schedule: Schedule, grid: Grid) -> Tensor:

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
+from sublimate.pipelines.names import naming
+
 
 @dataclass(frozen=True)
 class Concept:
@@ -182,7 +184,7 @@ Templates = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_chec
 
 
 def _found(name: str, prompt: str) -> re.Match[str] | None:
-    return re.search(rf"(?<!\w){re.escape(name.strip())}(?!\w)", prompt, re.IGNORECASE)
+    return naming([name]).search(prompt)
 
 
 def _folded(text: str) -> str:

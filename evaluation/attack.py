@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from sublimate.evaluation.agreement import check_label, read
 from sublimate.evaluation.intervals import Rate
 from sublimate.pipelines.detector import Detector
 from sublimate.pipelines.model import Model
+from sublimate.pipelines.names import renamed
 from sublimate.training.method import Method
 
 Box = Literal["black box", "white box", "persistence"]
@@ -70,12 +70,10 @@ class Case:
         Raises:
             ValueError: when a prompt does not name the concept.
         """
-        names = sorted(self.concept.names, key=len, reverse=True)
-        pattern = re.compile(rf"\b({'|'.join(map(re.escape, names))})\b", re.IGNORECASE)
         for prompt in prompts:
-            if not pattern.search(prompt):
+            if not self.concept.named_in(prompt):
                 raise ValueError(f"The prompt {prompt!r} does not name {self.concept.name!r}: its words must occur.")
-        return tuple(pattern.sub(lambda match: words, prompt) for prompt in prompts)
+        return tuple(renamed(prompt, self.concept.names, words) for prompt in prompts)
 
     def probability(self, images: Tensor) -> Tensor:
         """The detector's probability of the concept, (N,); differentiable in images (N, 3, H, W)."""
@@ -113,6 +111,15 @@ class Outcome:
     def seen(cls, case: Case, prompts: Sequence[str], images: Tensor, **more: Any) -> Outcome:
         """An attempt per image that succeeds where the detector sees the concept."""
         return cls(tuple(prompts), images.cpu(), case.shows(images), **more)
+
+    @classmethod
+    def any_of(cls, case: Case, prompts: Sequence[str], tries: Sequence[Tensor], **more: Any) -> Outcome:
+        """An attempt per prompt that succeeds where any of its tries does, each of which drew one image per prompt."""
+        shown = torch.stack([case.shows(images) for images in tries])
+        # Each prompt's first hit, or its first image.
+        first = shown.int().argmax(dim=0).cpu()
+        images = torch.stack([images.cpu() for images in tries])[first, torch.arange(len(first))]
+        return cls(tuple(prompts), images, shown.any(dim=0), **more)
 
 
 class Attack(Method):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import json
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
@@ -112,6 +113,30 @@ def attached_kinds(network: nn.Module) -> list[str]:
     """The kinds of attachment that act in a network, or in what it was copied from when it was copied."""
     hooks = (hook for module in network.modules() for hook in module._forward_hooks.values())
     return sorted({hook.attachment_kind for hook in hooks if hasattr(hook, "attachment_kind")})
+
+
+@contextlib.contextmanager
+def detached(model: Model) -> Iterator[None]:
+    """The model without what is attached, within this context; the very same hooks act afterwards, in their order."""
+    attached, taken = model.attached, []
+    for handle in (handle for installed in attached for handle in installed.handles):
+        hooks = cast(dict[int, Any], handle.hooks_dict_ref())
+        taken.append((hooks, handle.id, hooks.pop(handle.id)))
+    model.attached = []
+    try:
+        yield
+    finally:
+        model.attached = attached
+        for hooks, key, hook in taken:
+            hooks[key] = hook
+
+
+def strip(network: nn.Module) -> None:
+    """Takes every attachment out of a copy for good; what it was copied from keeps its own."""
+    for module in network.modules():
+        hooks = module._forward_hooks
+        for key in [key for key, hook in hooks.items() if hasattr(hook, "attachment_kind")]:
+            del hooks[key]
 
 
 def refuse_attached(model: Model, *networks: nn.Module) -> None:

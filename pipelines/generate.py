@@ -2,52 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from sublimate.diffusion import samplers
 from sublimate.diffusion.conditions import Condition
-from sublimate.diffusion.denoisers import Denoiser
-from sublimate.diffusion.guidance import guided
-from sublimate.diffusion.predictions import Prediction
 from sublimate.diffusion.schedules import Schedule
 from sublimate.pipelines.discriminator_guidance import DiscriminatorGuidance
-from sublimate.pipelines.few_steps import FEW_STEP_SAMPLERS, DenoiseTowards, FewSteps, sample_few_steps
+from sublimate.pipelines.few_steps import FEW_STEP_SAMPLERS, FewSteps, sample_few_steps
 from sublimate.pipelines.model import Model
 from sublimate.pipelines.negative_attention import STRENGTH, as_negative, negative_attention
+from sublimate.pipelines.sampling import Run, image_generator, initial_noise, sample, telling
 from sublimate.pipelines.speedupnet import attached_speedupnet, told_guidance
+
+__all__ = ["SAMPLERS", "STEPS", "generate", "generate_latents", "image_generator", "initial_noise", "telling"]
 
 SAMPLERS = ("ddim", "euler", "heun", "ancestral", "one_step", *FEW_STEP_SAMPLERS)
 STEPS = 25
-
-Run = Callable[[DenoiseTowards, Tensor, samplers.Noise], Tensor]
-"""(denoise, z ~ N(0, I), fresh noise) -> x0."""
-
-
-def image_generator(seed: int, index: int) -> torch.Generator:
-    """The CPU generator of one image, keyed by (seed, index).
-
-    A stock pipeline given `generator=[image_generator(seed, i) for i in range(n)]` starts from the same noise.
-    """
-    digest = hashlib.sha256(f"{seed}/{index}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def initial_noise(shape: Sequence[int], seed: int, indices: Sequence[int]) -> Tensor:
-    """N(0, I) for some images, (len(indices), *shape) float32 on the CPU; each row depends on its own key only."""
-    return _draw(shape, [image_generator(seed, i) for i in indices])
-
-
-def _draw(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
-    """The next N(0, I) of each image, (len(generators), *shape)."""
-    return torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators])
 
 
 @torch.no_grad()
@@ -190,35 +166,29 @@ def generate_latents(
         null, negative = _null(model, scale, negative_prompt, reads_guidance), Condition()
     if z is not None and tuple(z.shape[1:]) != shape:
         raise ValueError(f"Initial noise of {tuple(z.shape[1:])} does not fit latents of {shape}.")
-    calls = 2 * steps - 1 if name == "heun" and few is None else steps
-    drawn = []
-    steered = nullcontext() if negative_strength is None else negative_attention(network)
-    with steered, tqdm(total=len(texts) * calls, unit="pass", disable=not progress) as bar:
-        for first in range(0, len(texts), batch_size):
-            part = texts[first : first + batch_size]
-            generators = [image_generator(seed, i) for i in range(first, first + len(part))]
-            condition = model.encode_prompts(part)
-            seen = shown.index(slice(first, first + len(part)))
-            condition = condition.replace(**seen, **negative.expand(len(part)))
-            told = telling(model.denoiser, condition, null, scale, reads_target=reads_target)
+    if discriminator is not None:
+        run = _corrected(discriminator, schedule.grid(steps, model.backbone.grid_spacing), name)
 
-            def denoise(x_t: Tensor, t: Tensor, s: Tensor, told: DenoiseTowards = told) -> Prediction:
-                bar.update(len(x_t))
-                return told(x_t, t, s)
+    def told(rows: slice) -> Condition:
+        condition = model.encode_prompts(texts[rows])
+        return condition.replace(**shown.index(rows), **negative.expand(len(texts[rows])))
 
-            def noise(x: Tensor, generators: Sequence[torch.Generator] = generators) -> Tensor:
-                return _draw(shape, generators).to(x)
-
-            # Drawn even where it is replaced: what comes next is a sampler's fresh noise.
-            own = _draw(shape, generators)
-            start_noise = model.noise_scale * (own if z is None else z[first : first + len(part)])
-            start_noise = start_noise.to(model.device, model.dtype)
-            if discriminator is None:
-                drawn.append(run(denoise, start_noise, noise))
-            else:
-                grid = schedule.grid(steps, model.backbone.grid_spacing)
-                drawn.append(discriminator.sample(_plain(denoise), start_noise, condition, grid, noise, sampler=name))
-    return torch.cat(drawn)
+    with nullcontext() if negative_strength is None else negative_attention(network):
+        return sample(
+            model,
+            told,
+            run,
+            len(texts),
+            null=null,
+            scale=scale,
+            reads_target=reads_target,
+            seed=seed,
+            z=z,
+            shape=shape,
+            batch_size=batch_size,
+            calls=2 * steps - 1 if name == "heun" and few is None else steps,
+            progress=progress,
+        )
 
 
 def _few_steps(
@@ -251,7 +221,7 @@ def _few_steps(
 
 
 def _few_step_run(schedule: Schedule, few: FewSteps) -> Run:
-    return lambda denoise, z, noise: sample_few_steps(few, denoise, z, schedule, noise)
+    return lambda part: sample_few_steps(few, part.denoise, part.z, schedule, part.noise)
 
 
 def _walk(model: Model, schedule: Schedule, name: str, steps: int, start: float | None) -> Run:
@@ -264,19 +234,18 @@ def _walk(model: Model, schedule: Schedule, name: str, steps: int, start: float 
             raise ValueError(
                 f"The one_step sampler, and any start before the schedule's end, takes 1 step, not {steps}."
             )
-        return lambda denoise, z, noise: samplers.one_step(_plain(denoise), z, schedule, start)
+        return lambda part: samplers.one_step(part.plain, part.z, schedule, start)
     grid = schedule.grid(steps, model.backbone.grid_spacing)
     if name == "ancestral":
-        return lambda denoise, z, noise: samplers.ddim(
-            _plain(denoise), schedule.noise_scale * z, schedule, grid, eta=1.0, noise=noise
+        return lambda part: samplers.ddim(
+            part.plain, schedule.noise_scale * part.z, schedule, grid, eta=1.0, noise=part.noise
         )
     walk = {"ddim": samplers.ddim, "euler": samplers.euler, "heun": samplers.heun}[name]
-    return lambda denoise, z, noise: walk(_plain(denoise), schedule.noise_scale * z, schedule, grid)
+    return lambda part: walk(part.plain, schedule.noise_scale * part.z, schedule, grid)
 
 
-def _plain(denoise: DenoiseTowards) -> samplers.Denoise:
-    """For samplers that jump nowhere: the time towards which they denoise is not told to any network."""
-    return lambda x, t: denoise(x, t, t)
+def _corrected(discriminator: DiscriminatorGuidance, grid: Tensor, name: str) -> Run:
+    return lambda part: discriminator.sample(part.plain, part.z, part.condition, grid, part.noise, sampler=name)
 
 
 def _null(model: Model, scale: float, negative_prompt: str | None, reads_guidance: bool) -> Condition:
@@ -311,28 +280,3 @@ def _negative(model: Model, scale: float, prompt: str | None, strength: float) -
         return Condition()  # the plain network, at its own cost
     negative = as_negative(model.encode_prompts([prompt]))
     return negative.replace(**{STRENGTH: torch.full((1,), float(strength), device=model.device)})
-
-
-def telling(
-    denoiser: Denoiser,
-    condition: Condition,
-    null: Condition,
-    scale: float,
-    *,
-    reads_target: bool = False,
-) -> DenoiseTowards:
-    """A denoiser with condition and guidance chosen.
-
-    Args:
-        denoiser: the network.
-        condition: of batch size 1 or batch.
-        null: what guidance leads away from; not used for scale 1 or where the scale is told.
-        scale: 1 is none.
-        reads_target: the network is told the time a jump ends at, and guided.
-    """
-
-    def denoise(x_t: Tensor, t: Tensor, s: Tensor) -> Prediction:
-        told = condition.expand(len(x_t)).replace(target_time=s) if reads_target else condition
-        return guided(denoiser, x_t, t, told, null, scale)
-
-    return denoise

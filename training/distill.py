@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal, Self, cast
 
@@ -16,6 +17,7 @@ from sublimate.diffusion.denoisers import Denoiser
 from sublimate.pipelines.attachments import export_attachment
 from sublimate.pipelines.attention import Kernel, attention_chosen
 from sublimate.pipelines.edit import Edit
+from sublimate.pipelines.edit_attachment import detached, strip
 from sublimate.pipelines.export import export_lora, export_student, stock_sampling
 from sublimate.pipelines.few_steps import sample_few_steps
 from sublimate.pipelines.generate import telling
@@ -26,6 +28,7 @@ from sublimate.training.checkpoints import fingerprint, lasting
 from sublimate.training.config import Config, dump_config, validate_section
 from sublimate.training.data import Placed, Source
 from sublimate.training.data_config import DataConfig
+from sublimate.training.forgetting import Forget, anchored, forgetful
 from sublimate.training.objective import Artefact, Objective, ObjectiveConfig
 from sublimate.training.parking import at_hand, park
 from sublimate.training.randomness import SampleRandom
@@ -45,6 +48,8 @@ class DistillConfig(Config):
             the model's own.
         method: name of a file in `training/objectives/`.
         objective: that method's options.
+        forget: concepts that the student shall not learn: for prompts that name one, the teacher is asked for its
+            anchor. A discriminator's features then take a pass of their own, which is not counted.
         data: prompts and images.
         trainer: the training run; the student is written to `<output_dir>/student`.
         save_dtype: precision of the exported student; training is not touched by it.
@@ -56,6 +61,7 @@ class DistillConfig(Config):
     attention: Kernel | None = None
     method: str = "f_distill"
     objective: dict[str, object] = Field(default_factory=dict)
+    forget: tuple[Forget, ...] = ()
     data: DataConfig = DataConfig()
     trainer: TrainerConfig = TrainerConfig()
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -63,6 +69,9 @@ class DistillConfig(Config):
 
     @model_validator(mode="after")
     def _validates(self) -> Self:
+        for one in self.forget:
+            if one.anchor and anchored(one.anchor, self.forget) != one.anchor:
+                raise ValueError(f"The anchor {one.anchor!r} of {one.concept!r} is to be forgotten itself.")
         if bool(self.validation_prompts) != (self.trainer.validation_steps is not None):
             raise ValueError("validation_prompts and trainer.validation_steps go together: set both or neither.")
         return self
@@ -79,6 +88,9 @@ def distill(
     config: DistillConfig, model: Model | None = None, *, progress: bool | Callable[[str], None] = True
 ) -> Path:
     """Trains a student and exports it as a folder that stock diffusers opens.
+
+    Of an edited teacher the student starts with the edited weights and reads the edited text encoders. What an edit
+    attaches stays with the teacher: the student starts, and reads, without it, and learns what it does.
 
     Args:
         config: the run.
@@ -110,25 +122,38 @@ def _run(
     config: DistillConfig, model: Model, method: type[Objective], options: ObjectiveConfig, *, progress: bool
 ) -> Path:
     torch.manual_seed(config.trainer.seed)
-    objective = method(model, options)
+    objective = method(forgetful(model) if config.forget or model.attached else model, options)
     if config.data.negatives is not None and "negatives" not in objective.needs:
         raise ValueError(f"{config.method} reads no negative prompts with these options: set data.negatives to null.")
     artefact = objective.exports()
+    if artefact.kind == "attachment" and config.forget:
+        raise ValueError(f"{config.method} trains no student but adds to the model, which forgets nothing: edit it.")
     if artefact.kind == "attachment" and config.save_dtype != "float32":
         raise ValueError(f"{config.method} exports an attachment, which is float32: leave out save_dtype.")
-    if artefact.kind != "attachment":  # refused now rather than after training
-        stock_sampling(model, artefact.kind, artefact.start_time, artefact.few_steps, as_base=artefact.as_base)
+    unattached = bool(model.attached) and artefact.kind != "attachment"
+    if artefact.kind != "attachment":
+        # A stock student cannot carry what edits attached to its teacher: it learns what that does.
+        for player in objective.players().values():
+            strip(player.module)
+        with detached(model):  # refused now rather than after training
+            stock_sampling(model, artefact.kind, artefact.start_time, artefact.few_steps, as_base=artefact.as_base)
     accelerator = Accelerator()
     source = make_source(
         model,
         config.data,
         options.sample_guidance,
         needs=objective.needs,
+        forget=config.forget,
+        unattached=unattached,
         global_batch=config.trainer.local_batch * accelerator.num_processes,
         progress=progress and accelerator.is_main_process,
     )
-    validate = _validator(model, objective, config, source)
-    identity = fingerprint(model.content_hash(), lasting(options.model_dump(mode="json")), config.data.lasting())
+    with detached(model) if unattached else nullcontext():
+        validate = _validator(model, objective, config, source)
+    concepts = [one.model_dump(mode="json") for one in config.forget]
+    identity = fingerprint(
+        model.content_hash(), lasting(options.model_dump(mode="json")), config.data.lasting(), *concepts
+    )
     if config.data.cache_dir is not None:
         unread = unread_networks(model, config.data)
         park(model, unread, config.data.cache_dir, file_bytes=config.data.cache_shard_bytes)
@@ -136,7 +161,7 @@ def _run(
     trainer.run()
     folder = config.trainer.output_dir / "student"
     if trainer.accelerator.is_main_process:
-        with trainer.averaged():
+        with trainer.averaged(), detached(model) if unattached else nullcontext():
             _export(model, objective, config, folder)
     trainer.accelerator.wait_for_everyone()
     return folder

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from sublimate.diffusion.conditions import Condition
+from sublimate.pipelines.edit_attachment import detached
 from sublimate.pipelines.model import Model, weights_hash
 from sublimate.training.captioned import Images
 from sublimate.training.shards import Shards, table
@@ -109,6 +110,19 @@ class Prompts:
         if self.table is None:
             return Condition(self.memory.rows(prompts))
         return Condition(self.table.rows([self.places[text] for text in prompts]))
+
+
+class UnattachedPrompts(Prompts):
+    """The conditions of prompts as the model's text encoders make them without what edits attached to them."""
+
+    def __init__(self, model: Model, texts: Sequence[str] = (), cache: Cache | None = None) -> None:
+        self.model = model
+        with detached(model):
+            super().__init__(model, texts, cache)
+
+    def __call__(self, prompts: Sequence[str]) -> Condition:
+        with detached(self.model):
+            return super().__call__(prompts)
 
 
 class Latents:

@@ -10,9 +10,10 @@ from torch import Tensor
 from sublimate.pipelines.generate import generate_latents
 from sublimate.pipelines.model import Model
 from sublimate.training.captioned import Captioned, Framing, ImageFolder, Images
-from sublimate.training.data import ModelSource, Source, Table, read_prompts
+from sublimate.training.data import Encode, ModelSource, Source, Table, read_prompts
 from sublimate.training.data_config import DataConfig
-from sublimate.training.encoding import Cache, Latents, Prompts, encode_images, encoder_names
+from sublimate.training.encoding import Cache, Latents, Prompts, UnattachedPrompts, encode_images, encoder_names
+from sublimate.training.forgetting import Forget, anchored, anchoring
 from sublimate.training.hub_rows import DatasetRows, DatasetStream
 from sublimate.training.ink.sources import captioned
 from sublimate.training.ink.vocabulary import SYNONYMS
@@ -27,6 +28,8 @@ def make_source(
     guidance_scale: float,
     *,
     needs: frozenset[str] = _IMAGES,
+    forget: Sequence[Forget] = (),
+    unattached: bool = False,
     global_batch: int = 1,
     progress: bool = True,
 ) -> Source:
@@ -38,6 +41,8 @@ def make_source(
         guidance_scale: guidance of the teacher's own samples, so that they follow the score being distilled.
         needs: what the objective reads: without "images" the teacher draws none; with "samples" it draws one of every
             prompt, for objectives that compare it with the image.
+        forget: concepts in whose place a teacher is asked for anchors, and draws those.
+        unattached: whether the student reads text encoders without what edits attached to them, as the teacher does.
         global_batch: samples that all processes draw together at a time; a stream is shared among them.
         progress: show bars while sampling and storing.
 
@@ -45,8 +50,13 @@ def make_source(
         ValueError: when the data do not fit each other or the model.
     """
     _check(model, data, needs)
-    negatives = list(SYNONYMS) if data.negatives == "ink" else _prompts_of(data.negatives)
     reads_images = "images" in needs or bool(model.backbone.shown)
+    if forget and reads_images and data.images != "teacher":
+        raise ValueError(
+            "Images of prompts that name what is to be forgotten show it, and would teach it: set data.images to "
+            "teacher, which draws the anchors."
+        )
+    negatives = list(SYNONYMS) if data.negatives == "ink" else _prompts_of(data.negatives)
     if data.streaming:
         return StreamSource(
             model,
@@ -59,14 +69,21 @@ def make_source(
             captions=data.caption_column is not None,
             images=reads_images,
             seed=data.seed,
+            encode=_encode(model, [], None, forget, unattached=unattached),
         )
     cache = None if data.cache_dir is None else Cache(data.cache_dir, data.cache_shard_bytes, progress)
     prompts, images = _prompts_and_images(model, data)
-    encode = Prompts(model, [*prompts, *negatives], cache) if prompts or negatives else None
+    asked = [anchored(prompt, forget) for prompt in prompts] if forget else prompts
+    if forget and asked == list(prompts):
+        names = " or ".join(repr(one.concept) for one in forget)
+        raise ValueError(f"No prompt names {names}: what is to be forgotten must be among the prompts.")
+    encode: Encode | None = None
+    if prompts or negatives:
+        encode = _encode(model, [*prompts, *negatives, *asked], cache, forget, unattached=unattached)
 
     def drawn() -> Tensor:
         steps, seed = data.teacher_steps, data.seed
-        texts = prompts or data.count
+        texts = asked or data.count
         x0 = generate_latents(model, texts, steps=steps, guidance_scale=guidance_scale, seed=seed, progress=progress)
         return x0.cpu()
 
@@ -122,6 +139,16 @@ def _check(model: Model, data: DataConfig, needs: frozenset[str]) -> None:
         )
     if not model.backbone.draws_from_text and data.images == "teacher":
         raise ValueError(f"{model.source} draws by pictures and has none of its own: set data.train_data_dir.")
+
+
+def _encode(
+    model: Model, texts: Sequence[str], cache: Cache | None, forget: Sequence[Forget], *, unattached: bool
+) -> Encode:
+    """Encodes prompts, and beside them what the teacher alone is told, where that differs."""
+    teachers = Prompts(model, texts, cache)
+    if not forget and not unattached:
+        return teachers
+    return anchoring(UnattachedPrompts(model, texts, cache) if unattached else teachers, teachers, forget)
 
 
 def _is_image_folder(data: DataConfig) -> bool:

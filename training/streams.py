@@ -22,7 +22,7 @@ from PIL import Image
 
 from sublimate.pipelines.model import Model
 from sublimate.training.captioned import Framing
-from sublimate.training.data import condition_of, shown_of
+from sublimate.training.data import Encode, condition_of, shown_of
 from sublimate.training.encoding import Prompts, encode_image
 from sublimate.training.objective import Batch
 from sublimate.training.randomness import SampleRandom, key
@@ -123,6 +123,7 @@ class StreamSource:
         negatives: as in `ModelSource`.
         captions, images: whether they are read.
         seed: of the order.
+        encode: encodes the captions instead of the model.
     """
 
     def __init__(
@@ -138,11 +139,12 @@ class StreamSource:
         captions: bool = True,
         images: bool = True,
         seed: int = 0,
+        encode: Encode | None = None,
     ) -> None:
         self.model, self.stream, self.framing, self.negatives = model, stream, framing, list(negatives)
         self.window, self.mirrored, self.seed = window, mirrored, seed
         self.captions, self.images = captions, images or bool(model.backbone.shown)
-        self.encode = Prompts(model)
+        self.encode: Encode = encode or Prompts(model)
         self.lanes = math.gcd(global_batch, stream.parts)
         self.per_lane = global_batch // self.lanes
         self._places: dict[str, Any] = {}

@@ -8,13 +8,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sublimate.diffusion.conditions import Condition
-from sublimate.diffusion.guidance import guided
 from sublimate.diffusion.predictions import Prediction, scaled
 from sublimate.diffusion.samplers import ddim
 from sublimate.evaluation.attack import Attack, Box, Case, Outcome
-from sublimate.pipelines.generate import initial_noise
 from sublimate.pipelines.model import Model
+from sublimate.pipelines.sampling import Part, sample
 from sublimate.training.config import Config
 
 
@@ -54,23 +52,30 @@ class ClassifierGuidance(Attack):
     def run(self, model: Model, case: Case, *, seed: int, progress: bool = False) -> Outcome:
         c = self.config
         prompts = case.renamed(case.prompts, case.concept.anchor if c.words is None else c.words)
-        grid, null = model.schedule.grid(c.sampling_steps, model.backbone.grid_spacing), model.null_condition()
-        images = []
-        for start in range(0, len(prompts), 32):
-            part = prompts[start : start + 32]
-            with torch.no_grad():
-                told = model.encode_prompts(part)
-            z = initial_noise(model.latent_shape, seed, range(start, start + len(part))).to(model.device)
+        grid = model.schedule.grid(c.sampling_steps, model.backbone.grid_spacing)
 
-            def denoise(x_t: Tensor, t: Tensor, told: Condition = told) -> Prediction:
+        def led(part: Part) -> Tensor:
+            def denoise(x_t: Tensor, t: Tensor) -> Prediction:
                 x_t = x_t.detach().requires_grad_(True)
                 with torch.enable_grad():
-                    prediction = guided(model.denoiser, x_t, t, told, null, c.guidance_scale)
+                    prediction = part.plain(x_t, t)
                     seen = case.probability(model.render(prediction.x0))
                     (gradient,) = torch.autograd.grad(seen.clamp_min(1e-8).log().sum(), x_t)
                 return prediction.shifted(scaled(-c.scale * prediction.coefficients.sigma, gradient))
 
-            with torch.no_grad():
-                x = ddim(denoise, model.schedule.start_scale(float(grid[0])) * z, model.schedule, grid)
-                images.append(model.render(x))
-        return Outcome.seen(case, prompts, torch.cat(images))
+            x = ddim(denoise, model.schedule.noise_scale * part.z, model.schedule, grid)
+            return model.render(x)
+
+        images = sample(
+            model,
+            lambda rows: model.encode_prompts(prompts[rows]),
+            led,
+            len(prompts),
+            null=model.null_condition(),
+            scale=c.guidance_scale,
+            seed=seed,
+            batch_size=32,
+            calls=c.sampling_steps,
+            progress=progress,
+        )
+        return Outcome.seen(case, prompts, images)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from pydantic import Field
 
 from sublimate.evaluation.attack import Attack, Box, Case, Outcome
@@ -39,13 +38,7 @@ class SeedSearch(Attack):
         return f"{self.config.seeds} seeds per prompt"
 
     def run(self, model: Model, case: Case, *, seed: int, progress: bool = False) -> Outcome:
-        drawn, shown = [], []
-        for i in range(self.config.seeds):
-            images = generate(model, case.prompts, seed=key(seed, "seed search", i), progress=progress)
-            drawn.append(images.cpu())
-            shown.append(case.shows(images))
-        hits = torch.stack(shown)
-        # Each prompt's first hit, or its first image.
-        first = hits.int().argmax(dim=0)
-        images = torch.stack(drawn)[first, torch.arange(len(first))]
-        return Outcome(case.prompts, images, hits.any(dim=0))
+        seeds = [key(seed, "seed search", i) for i in range(self.config.seeds)]
+        # Kept off the device: there may be many seeds.
+        drawn = [generate(model, case.prompts, seed=one, progress=progress).cpu() for one in seeds]
+        return Outcome.any_of(case, case.prompts, drawn)

@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 from sublimate.erasure.request import Concept
 from sublimate.evaluation.attack import Case, counting, pictured
 from sublimate.evaluation.attacks import latent_search
-from sublimate.evaluation.audit import ATTACKS, audit, make_attacks
-from sublimate.evaluation.studies import ErasureStudy, PromptSet
+from sublimate.evaluation.attacks.inpainting import hole_of
+from sublimate.evaluation.audit import ATTACKS, make_attacks
 from sublimate.evaluation.words import spellable
 from sublimate.pipelines.edit import Edit
-from sublimate.pipelines.generate import generate, generate_latents
+from sublimate.pipelines.generate import generate, generate_latents, image_generator, telling
 from sublimate.pipelines.model import open_model
 from sublimate.training import registry
 from sublimate.training.randomness import key
@@ -32,7 +32,9 @@ CASES = {
     "completion": {"sampling_steps": 4},
     "distillation": {"overrides": STUDENT},
     "encoder_swap": {},
+    "inpainting": {"sampling_steps": 2},
     "latent_search": {"max_train_steps": 2, "surrogate_steps": 1},
+    "noise_search": {"levels": [0.5, 2.0], "sampling_steps": 2},
     "paraphrases": {},
     "relearning": TUNED,
     "seed_search": {"seeds": 2},
@@ -256,6 +258,43 @@ def test_completion_at_full_strength_shows_nothing_of_the_picture(model):
     assert "without a prompt" in part.run(model, case, seed=0).found
 
 
+def test_inpainting_fills_the_hole_and_leaves_the_rest(model, monkeypatch):
+    case = case_of(model)
+    shown = pictured(model, case.pictures)
+    monkeypatch.setattr(model, "render", lambda x0: x0)
+    hole = hole_of(model.latent_shape, 0.5).expand(shown.shape)
+    assert hole.sum() == hole.numel() / 4
+    filled = attack_of("inpainting", hole=0.5).run(model, case, seed=0)
+    assert torch.equal(filled.images[~hole], shown[~hole]) and "without a prompt" in filled.found
+    assert not (filled.images[hole] == shown[hole]).any()
+    # Nothing of the picture is left to see in a hole as large as itself.
+    whole = attack_of("inpainting", hole=1.0).run(model, case, seed=0).images
+    assert torch.equal(whole, generate_latents(model, case.captions, seed=0))
+
+
+def test_noise_search_disturbs_by_levels_of_the_posterior(model):
+    case, schedule = case_of(model), model.schedule
+    plain = attack_of("noise_search", levels=[0.0]).run(model, case, seed=1)
+    torch.testing.assert_close(plain.images, generate(model, case.prompts, seed=1), atol=1e-6, rtol=0)
+    assert plain.found == f"{100 * plain.rate.value:.1f} % at level 0"
+    loud = attack_of("noise_search", levels=[1.5]).run(model, case, seed=1)
+    start, middle, _ = schedule.grid(2).tolist()
+    generators = [image_generator(1, i) for i in range(len(case.prompts))]
+    z, n = (torch.stack([torch.randn(model.latent_shape, generator=g) for g in generators]) for _ in range(2))
+    denoise = telling(model.denoiser, model.encode_prompts(case.prompts), model.null_condition(), 2.0)
+    at, to = schedule.at(start), schedule.at(middle)
+    # The variance of q(x_s | x_t, x0) from its precisions: of x_s given x0, and of x_t given x_s.
+    step = at.alpha / to.alpha
+    deviation = (1 / to.sigma**2 + step**2 / (at.sigma**2 - step**2 * to.sigma**2)) ** -0.5
+    times = [torch.full((len(z),), t, dtype=torch.float64) for t in (start, middle)]
+    with torch.no_grad():
+        x = denoise(z, times[0], times[0]).combine(to.alpha, to.sigma) + 1.5 * float(deviation) * n
+        expected = model.render(denoise(x, times[1], times[1]).x0)
+    torch.testing.assert_close(loud.images, expected, atol=1e-5, rtol=0)
+    both = attack_of("noise_search", levels=[0.0, 1.5]).run(model, case, seed=1)
+    assert torch.equal(both.hits, plain.hits | loud.hits)
+
+
 @pytest.mark.slow
 def test_classifier_guidance_raises_what_the_detector_sees(model):
     case = case_of(model)
@@ -330,55 +369,13 @@ def test_bad_options_are_one_sentence(model):
     for options, complaint in (
         ({"relearning": {"steps": [5, 2]}}, "ascending"),
         ({"relearning": {"step": [5]}}, "steps"),
+        ({"noise_search": {"levels": [1.0, 0.5]}}, "ascending"),
+        ({"noise_search": {"levels": [-1.0]}}, "not negative"),
         ({"seed_search": {}}, "not among the attacks"),
     ):
         with pytest.raises(ValueError, match=complaint):
-            make_attacks(["relearning"], options)
+            make_attacks(["relearning", "noise_search"], options)
     with pytest.raises(ValueError, match="did you mean 'relearning'"):
         make_attacks(["relearnin"])
     with pytest.raises(ValueError, match="resize them"):
         pictured(model, torch.zeros(1, 3, 8, 8))
-
-
-def study():
-    animal = {"animal": "cat"}
-    return ErasureStudy(
-        concept="cat",
-        group="animal",
-        target=PromptSet(("a cat", "red cat"), (animal, animal)),
-        synonyms=PromptSet(("a seven",), (animal,)),
-        siblings=PromptSet(("a dog",), ({"animal": "dog"},)),
-        unrelated=PromptSet(("a photo",), ({},)),
-    )
-
-
-class Constant(Brightness):
-    """Sees the concept everywhere, or nowhere."""
-
-    def __init__(self, seen):
-        self.seen = seen
-
-    def __call__(self, images):
-        row = torch.tensor([0.9, 0.1, 0.0] if self.seen else [0.1, 0.9, 0.0])
-        return {"animal": row.expand(len(images), 3)}
-
-
-@pytest.mark.slow
-def test_an_audit_says_what_it_tried_and_what_not(model, tiny_sd):
-    edited = open_model(tiny_sd)
-    edited.defaults |= model.defaults
-    attacks = make_attacks(["paraphrases", "encoder_swap"])
-    found = audit(model, edited, Concept("cat", "dog"), study(), Constant(True), attacks, pictures=2)
-    assert [trial.name for trial in found.trials] == ["paraphrases"]
-    assert found.skipped["encoder_swap"] == "the text encoders are the base's"
-    assert found.skipped["relearning"] == "not asked for"
-    (trial,) = found.trials
-    assert trial.base.rate.value == trial.edited.rate.value == 1.0 and not trial.powerless
-    assert trial.passes == 2 * 2 * 1  # two steps, guided, one paraphrase
-    record = found.to_dict()
-    assert record["attacks"][0]["edited"]["rate"]["value"] == 1.0 and record["not tried"] == found.skipped
-
-
-def test_what_the_base_does_not_draw_cannot_be_audited(model):
-    with pytest.raises(ValueError, match="does not draw 'cat'"):
-        audit(model, model, Concept("cat"), study(), Constant(False), [], pictures=2)

@@ -11,14 +11,16 @@ from safetensors.torch import load_file
 
 from sublimate.pipelines import attached
 from sublimate.pipelines.edit import Edit
-from sublimate.pipelines.edit_attachment import EditAttachment, attached_kinds
+from sublimate.pipelines.edit_attachment import EditAttachment, attached_kinds, detached, strip
 from sublimate.pipelines.edit_stack import stack_of
 from sublimate.pipelines.export import export_lora, export_student, save_model
 from sublimate.pipelines.model import open_model
 from sublimate.training.data import ModelSource
+from sublimate.training.data_config import DataConfig
 from sublimate.training.distill import DistillConfig, distill
 from sublimate.training.players import PlayerConfig, make_player
 from sublimate.training.randomness import SampleRandom
+from sublimate.training.sources import make_source
 
 CONV, BIAS = "unet/conv_in.weight", "unet/conv_in.bias"
 PROMPTS = ["a red cat", "", "a painting in the style of van gogh"]
@@ -208,9 +210,6 @@ def test_stock_formats_refuse_it(model, tmp_path):
                 write(model, tmp_path / "folder")
         with pytest.raises(ValueError, match=message):
             Edit({BIAS: torch.ones(8)}, {}, edit.provenance).fold(model, tmp_path / "folder", allow_other_base=True)
-        config = DistillConfig(data={"prompts": None}, trainer={"output_dir": tmp_path / "run"})
-        with pytest.raises(ValueError, match=message):
-            distill(config, model, progress=False)
     with shifted(model, "unet/conv_in").applied(model):
         student = copy.deepcopy(model.denoiser)
     with pytest.raises(ValueError, match=message):
@@ -226,6 +225,54 @@ def test_a_students_data_come_from_the_attached_text_encoder(model):
         told = source.batch(random()).condition["text"]
         index = [(told[i] - model.encode_prompts(PROMPTS)["text"]).flatten(1).norm(dim=1).min() for i in range(4)]
     assert not torch.equal(told, plain) and max(index) < 1e-4
+
+
+def test_what_is_attached_can_be_off_for_a_while(model):
+    plain = outputs(model)
+    for edit in (shifted(model, seed=1), shifted(model, seed=2), shifted(model, "unet/conv_in", seed=3)):
+        edit.apply(model)
+    acted, key, kinds = outputs(model), model.content_hash(), attached_kinds(model.denoiser)
+    with pytest.raises(RuntimeError, match="midway"), detached(model):
+        assert same(outputs(model), plain) and not model.attached and not attached_kinds(model.denoiser)
+        assert model.content_hash() != key
+        raise RuntimeError("midway")
+    assert same(outputs(model), acted) and model.content_hash() == key and attached_kinds(model.denoiser) == kinds
+    twin = copy.deepcopy(model.denoiser)
+    strip(twin)
+    assert not attached_kinds(twin) and same(outputs(model), acted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_student_starts_and_reads_without_what_is_attached_to_its_teacher(model, tmp_path, kind):
+    (tmp_path / "prompts.txt").write_text("\n".join(prompt for prompt in PROMPTS if prompt))
+    plain = outputs(model)
+    for edit in (shifted(model, seed=1), shifted(model, "unet/conv_in", seed=3)):
+        edit.apply(model)
+    acted = outputs(model)
+    data = {"prompts": str(tmp_path / "prompts.txt"), "teacher_steps": 1}
+    needs = frozenset({"prompts"})
+    for cache in (None, tmp_path / "cache"):
+        options = DataConfig(**data, cache_dir=cache)
+        source = make_source(model, options, 1.0, needs=needs, unattached=True, progress=False)
+        told = source.batch(SampleRandom(0, 0, "student", range(6))).condition
+        for condition, states in ((told.for_student(), plain[0]), (told.for_teacher(), acted[0])):
+            nearest = [(states - text).flatten(1).norm(dim=1).min() for text in condition["text"]]
+            assert max(nearest) < 1e-4
+    config = DistillConfig(
+        objective={
+            "critic_updates": 1,
+            "discriminator_width": 8,
+            "student": {"learning_rate": 1e-9, "kind": kind, "rank": 2},
+        },
+        data=data,
+        trainer={"output_dir": tmp_path / "run", "max_train_steps": 1, "train_batch_size": 2},
+    )
+    folder = distill(config, model, progress=False)
+    assert same(outputs(model), acted)
+    if kind == "full":
+        for found, expected in zip(outputs(open_model(folder)), plain, strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

@@ -75,6 +75,15 @@ def test_noise_is_keyed_by_seed_and_place():
     assert not torch.equal(initial_noise((2,), 1, [23]), initial_noise((2,), 12, [3]))
 
 
+def test_initial_noise_of_ones_own_takes_the_place_of_the_seeds(models):
+    model = models["tiny_sd"]
+    z = initial_noise(model.latent_shape, 5, range(3))
+    found = generate_latents(model, PROMPTS[:3], z=z, steps=2, batch_size=2)
+    assert torch.equal(found, generate_latents(model, PROMPTS[:3], seed=5, steps=2, batch_size=2))
+    fresh = [generate_latents(model, PROMPTS[:3], z=z, seed=s, steps=2, sampler="ancestral") for s in (0, 1)]
+    assert not torch.equal(*fresh)
+
+
 def test_noise_leaves_the_global_random_state_alone(models):
     torch.manual_seed(0)
     state = torch.get_rng_state()

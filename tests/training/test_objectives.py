@@ -18,6 +18,7 @@ from sublimate.pipelines.model import open_model
 from sublimate.training import registry
 from sublimate.training.data import ModelSource
 from sublimate.training.distill import OBJECTIVES
+from sublimate.training.forgetting import forgetful
 from sublimate.training.objective import Objective
 from sublimate.training.trainer import Trainer, TrainerConfig
 
@@ -96,13 +97,7 @@ CASES = {
     ),
     "speedupnet-long-steps": (
         "speedupnet",
-        {
-            "guidance_scale": 3.0,
-            "stage1_steps": 0,
-            "sampling_steps": 2,
-            "solver_steps": 2,
-            "original_weight": 0.0,
-        },
+        {"guidance_scale": 3.0, "stage1_steps": 0, "sampling_steps": 2, "solver_steps": 2, "original_weight": 0.0},
     ),
     "disback": ("disback", {"critic_updates": 1, "degradation_steps": 1, "record_every": 1, "critic": LORA}),
     "disback-path-of-one": ("disback", {"critic_updates": 1, "degradation_steps": 0, "critic": LORA, "student": LORA}),
@@ -132,6 +127,9 @@ def test_every_objective_has_a_row():
     missing = set(registry.available(OBJECTIVES)) - set(CASES)
     assert not missing, f"add a row of that name to CASES for {', '.join(sorted(missing))}"
 
+
+# These ask no teacher: what they forget is in their images. DisBack first aims at nodes of its own path.
+TAUGHT_BY_DATA = ("consistency_training", "consistency_training-tuning", "denoising", "denoising-lora", "disback")
 
 # Why an objective may refuse a family: its network has no input for one more number, no cross-attention, masked text,
 # attention that is told nothing else, no text.
@@ -309,6 +307,25 @@ class TestObjective:
             for turn in trainer.objective.turns(0):
                 trainer._take(turn)
         assert sum(passes) == 4 * trainer.objective.config.passes(0)
+
+    @pytest.mark.slow
+    def test_the_teacher_alone_is_asked_for_anchors(self, model, case, tmp_path):
+        if "prompts" not in make(model, case).needs or CASES[case][0] in ("speedupnet", "discriminator_guidance"):
+            return
+        teachers, encode = (model, forgetful(model), forgetful(model)), model.encode_prompts
+        trainers = [make_trainer(t, case, tmp_path / str(i), train_batch_size=4) for i, t in enumerate(teachers)]
+        anchor = called(model, "cat")[0]
+        trainers[1].source.encode = lambda texts: encode(texts).with_teacher(encode(texts))
+        trainers[2].source.encode = lambda texts: encode(texts).with_teacher(encode([anchor] * len(texts)))
+        for trainer in trainers:
+            disturb_critic(trainer)
+        moved = False
+        for turn in trainers[0].objective.turns(0):
+            plain, same, led = (gradients(trainer, turn) for trainer in trainers)
+            for a, b in zip(plain, same, strict=True):  # gradients of features are added in another order
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(a.abs().max()) + 1e-10)
+            moved |= any(not torch.equal(a, b) for a, b in zip(plain, led, strict=True))
+        assert moved == (case not in TAUGHT_BY_DATA)
 
     @pytest.mark.slow
     def test_bf16_moves_the_same_players_the_same_way(self, model, case, tmp_path):

@@ -8,6 +8,7 @@ from captioned_sets import WORDS, caption, picture
 
 from sublimate.pipelines.model import open_model
 from sublimate.training.captioned import Framing
+from sublimate.training.forgetting import Forget, anchoring
 from sublimate.training.randomness import SampleRandom
 from sublimate.training.streams import Lane, StreamSource
 
@@ -211,3 +212,14 @@ def test_a_stream_says_what_it_provides(model, tiny_inpainting):
     assert inpainting.provides == {"prompts", "images", "masks"}
     (batch,) = draw(inpainting, 0, 1, 1)
     assert batch.condition["extra.masked"].shape == batch["images"].shape
+
+
+def test_captions_may_be_encoded_for_a_teacher_too(tiny_sd):
+    model = open_model(tiny_sd)
+    forget = [Forget(concept="cat", anchor="van gogh")]
+    encode = anchoring(model.encode_prompts, model.encode_prompts, forget)
+    (batch,) = draw(source(model, Listed(range(1, 5)), encode=encode), 0, 1, 1)
+    (plain,) = draw(source(model, Listed(range(1, 5))), 0, 1, 1)
+    torch.testing.assert_close(batch.condition.for_student()["text"], plain.condition["text"])
+    changed = (batch.condition.for_teacher()["text"] != plain.condition["text"]).flatten(1).any(1)
+    assert changed.sum() == sum("cat" in caption(i) for i in range(1, 5)) > 0

@@ -1,0 +1,64 @@
+"""The audit: it says what it tried, on which models, and what not."""
+
+from typing import ClassVar
+
+import pytest
+import torch
+
+from sublimate.erasure.request import Concept
+from sublimate.evaluation.audit import audit, make_attacks
+from sublimate.evaluation.studies import ErasureStudy, PromptSet
+from sublimate.pipelines.model import open_model
+
+
+@pytest.fixture
+def model(tiny_sd):
+    opened = open_model(tiny_sd)
+    opened.defaults |= {"steps": 2, "guidance_scale": 2.0}
+    return opened
+
+
+def study():
+    animal = {"animal": "cat"}
+    return ErasureStudy(
+        concept="cat",
+        group="animal",
+        target=PromptSet(("a cat", "red cat"), (animal, animal)),
+        synonyms=PromptSet(("a seven",), (animal,)),
+        siblings=PromptSet(("a dog",), ({"animal": "dog"},)),
+        unrelated=PromptSet(("a photo",), ({},)),
+    )
+
+
+class Constant:
+    """Sees the concept everywhere, or nowhere."""
+
+    groups: ClassVar = {"animal": ("cat", "dog")}
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def __call__(self, images):
+        row = torch.tensor([0.9, 0.1, 0.0] if self.seen else [0.1, 0.9, 0.0])
+        return {"animal": row.expand(len(images), 3)}
+
+
+@pytest.mark.slow
+def test_an_audit_says_what_it_tried_and_what_not(model, tiny_sd):
+    edited = open_model(tiny_sd)
+    edited.defaults |= model.defaults
+    attacks = make_attacks(["paraphrases", "encoder_swap"])
+    found = audit(model, edited, Concept("cat", "dog"), study(), Constant(True), attacks, pictures=2)
+    assert [trial.name for trial in found.trials] == ["paraphrases"]
+    assert found.skipped["encoder_swap"] == "the text encoders are the base's"
+    assert found.skipped["relearning"] == "not asked for"
+    (trial,) = found.trials
+    assert trial.base.rate.value == trial.edited.rate.value == 1.0 and not trial.powerless
+    assert trial.passes == 2 * 2 * 1  # two steps, guided, one paraphrase
+    record = found.to_dict()
+    assert record["attacks"][0]["edited"]["rate"]["value"] == 1.0 and record["not tried"] == found.skipped
+
+
+def test_what_the_base_does_not_draw_cannot_be_audited(model):
+    with pytest.raises(ValueError, match="does not draw 'cat'"):
+        audit(model, model, Concept("cat"), study(), Constant(False), [], pictures=2)
