@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from transformers import PreTrainedModel
 
 from sublimate.pipelines.backbones.base import backbone_for
-from sublimate.pipelines.checkpoints import read_json
+from sublimate.pipelines.carried import carried, without
+from sublimate.pipelines.checkpoints import INDEX, read_json
 from sublimate.pipelines.locations import checkpoint_folder
 from sublimate.pipelines.model import DEFAULTS_FILE, Model
 from sublimate.pipelines.progress import without_bars
@@ -35,18 +36,20 @@ def open_shapes(source: str | Path) -> Model:
     if Path(source).is_file():
         raise ValueError(f"{source} is one file, whose shapes cannot be known without opening it: give a folder.")
     folder = checkpoint_folder(source, weights=False)
-    index = read_json(folder / "model_index.json")
+    index = read_json(folder / INDEX)
     kind = str(index.get("_class_name"))
     backbone = backbone_for(kind)
+    cls = getattr(diffusers, kind)
+    absent = without(cls, carried(folder, index, cls))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with without_bars():
         # Components are [library, class]; anything else is an option of the pipeline's.
         components = {
             name: _component(mode, folder / name, *value) if isinstance(value, list) else value
             for name, value in index.items()
-            if not name.startswith("_")
+            if not name.startswith("_") and name not in absent
         }
-    pipeline = getattr(diffusers, kind)(**components)
+    pipeline = cls(**components, **absent)
     file = folder / DEFAULTS_FILE
     defaults = read_json(file) if file.is_file() else backbone.published_defaults(pipeline)
     return Model(pipeline, str(source), defaults)
