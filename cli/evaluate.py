@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from sublimate.cli.opening import Precision, Revision, Variant
+
 
 def command(
     model: Annotated[str, typer.Argument(help="A packaged name (ink, ink_one_step), a folder, a file or a hub id.")],
@@ -25,10 +27,15 @@ def command(
     eta: Annotated[float | None, typer.Option(min=0, max=1, help="As in `generate`.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Keys the noise and the prompts.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Also write the numbers to this JSON file.")] = None,
+    revision: Revision = None,
+    variant: Variant = None,
+    dtype: Precision = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Draw prompts with known answers and count what a detector sees; on Ink, also FID, KID, precision and recall."""
     import json
+
+    import torch
 
     from sublimate.evaluation.agreement import agreement
     from sublimate.evaluation.detectors import open_detector
@@ -41,7 +48,10 @@ def command(
 
     if prompts is not None and (n is not None or judged is not None):
         raise ValueError("--n and --judged are for Ink's grammar: your own prompts are all drawn and judged.")
-    opened, judge = open_model(model, device=device), open_detector(detector, device=device)
+    opened, judge = (
+        open_model(model, revision=revision, variant=variant, dtype=getattr(torch, dtype), device=device),
+        open_detector(detector, device=device),
+    )
     for path in edit or ():
         Edit.load(path).apply(opened)
 

@@ -20,6 +20,7 @@ from sublimate.diffusion.predictions import Prediction
 from sublimate.diffusion.schedules import Schedule
 from sublimate.pipelines.discriminator_guidance import DiscriminatorGuidance
 from sublimate.pipelines.few_steps import FEW_STEP_SAMPLERS, DenoiseTowards, FewSteps, sample_few_steps
+from sublimate.pipelines.finite import finite
 from sublimate.pipelines.model import Model
 from sublimate.pipelines.negative_attention import STRENGTH, as_negative, negative_attention
 from sublimate.pipelines.speedupnet import attached_speedupnet, told_guidance
@@ -103,7 +104,8 @@ def generate(
         float32, on the model's device.
 
     Raises:
-        ValueError: for options that do not fit each other or the model, or a prompt that is too long.
+        ValueError: for options that do not fit each other or the model, a prompt that is too long, or a model that
+            overflows its precision.
     """
     latents = generate_latents(
         model,
@@ -124,7 +126,8 @@ def generate(
         width=width,
         progress=progress,
     )
-    return torch.cat([model.render(part) for part in latents.split(batch_size)])
+    decoded = (finite(model, model.decode(part), model.backbone.medium + "s") for part in latents.split(batch_size))
+    return torch.cat([model.bounded(media) for media in decoded])
 
 
 @torch.no_grad()
@@ -218,7 +221,7 @@ def generate_latents(
             else:
                 grid = schedule.grid(steps, model.backbone.grid_spacing)
                 drawn.append(discriminator.sample(_plain(denoise), start_noise, condition, grid, noise, sampler=name))
-    return torch.cat(drawn)
+    return finite(model, torch.cat(drawn), "latents")
 
 
 def _few_steps(

@@ -21,7 +21,7 @@ from sublimate.pipelines.model import DEFAULTS_FILE, Model
 from sublimate.pipelines.progress import without_bars
 
 
-def open_shapes(source: str | Path) -> Model:
+def open_shapes(source: str | Path, *, revision: str | None = None) -> Model:
     """Opens a checkpoint's shapes: what a run would cost can be counted before anything large is read or downloaded.
 
     The weights are torch's fake tensors, in float32: operations with them give fake tensors, at once, whatever their
@@ -29,13 +29,14 @@ def open_shapes(source: str | Path) -> Model:
 
     Args:
         source: a diffusers folder, the name of a packaged model, or a hub id.
+        revision: branch, tag or commit of a hub id.
 
     Raises:
         ValueError: when the checkpoint is missing or of an unknown family, or one file, which holds no configuration.
     """
     if Path(source).is_file():
         raise ValueError(f"{source} is one file, whose shapes cannot be known without opening it: give a folder.")
-    folder = checkpoint_folder(source, weights=False)
+    folder = checkpoint_folder(source, revision=revision, weights=False)
     index = read_json(folder / INDEX)
     kind = str(index.get("_class_name"))
     backbone = backbone_for(kind)

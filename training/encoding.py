@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from sublimate.diffusion.conditions import Condition
+from sublimate.pipelines.finite import finite
 from sublimate.pipelines.model import Model, weights_hash
 from sublimate.training.captioned import Images
 from sublimate.training.shards import Shards, table
@@ -144,13 +145,13 @@ def encode_prompt(model: Model, text: str) -> dict[str, Tensor]:
     """One prompt's condition, without its batch dimension, on the CPU."""
     with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
         condition = model.encode_prompts([text])
-    return {name: value[0].cpu() for name, value in condition.items()}
+    return {name: finite(model, value, "text encoder's states")[0].cpu() for name, value in condition.items()}
 
 
 def encode_image(model: Model, image: Tensor) -> Tensor:
     """The latents (channels, height, width) of an image (3, height, width) in [0, 1], on the CPU."""
     with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-        return model.encode(image[None].to(model.device))[0].cpu()
+        return finite(model, model.encode(image[None].to(model.device)), "encoded pictures")[0].cpu()
 
 
 def encode_images(model: Model, images: Tensor, batch: int = 64) -> Tensor:
