@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers.optimization import get_scheduler
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -68,6 +68,11 @@ class TrainerConfig(Config):
     report_to: str | None = None
     logging_steps: int = Field(default=10, ge=1)
     validation_steps: int | None = Field(default=None, ge=1)
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _spelled_out(cls, value: Any) -> Any:
+        return "no" if value is False else value  # which is what YAML makes of a bare no
 
     @model_validator(mode="after")
     def _warms_up(self) -> Self:
