@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -27,12 +28,15 @@ from torch import Tensor
 from sublimate.diffusion.conditions import Condition
 from sublimate.pipelines.finite import finite
 from sublimate.pipelines.model import Model, weights_hash
+from sublimate.pipelines.tokens import cut_to_fit
 from sublimate.training.captioned import Images
 from sublimate.training.shards import Shards, table
 
 REMEMBERED_BYTES = 2**30
 FORMAT = 1
 """Counts up when the same prompts and pictures come to be encoded differently."""
+
+log = logging.getLogger(__name__)
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -87,19 +91,23 @@ class Prompts:
         model: its text encoders stay as they are.
         texts: the prompts that will be asked for, when they are to be stored.
         cache: where to store them; None keeps them in memory.
+        truncate: cut prompts that are too long, and log how many those are, instead of refusing them.
     """
 
-    def __init__(self, model: Model, texts: Sequence[str] = (), cache: Cache | None = None) -> None:
+    def __init__(
+        self, model: Model, texts: Sequence[str] = (), cache: Cache | None = None, *, truncate: bool = False
+    ) -> None:
         self.table: Shards | None = None
+        encode = _Cutting(model) if truncate else lambda text: encode_prompt(model, text)
         if cache is None:
-            self.memory: Remembered[str] = Remembered(lambda text: encode_prompt(model, text))
+            self.memory: Remembered[str] = Remembered(encode)
             return
         different = list(dict.fromkeys(texts))
         self.places = {text: row for row, text in enumerate(different)}
         self.table = cache.table(
             "prompts",
             len(different),
-            lambda row: encode_prompt(model, different[row]),
+            lambda row: encode(different[row]),
             prompts=digest(different),
             encoders=encoders_hash(model),
             precision=str(model.dtype),
@@ -110,6 +118,27 @@ class Prompts:
         if self.table is None:
             return Condition(self.memory.rows(prompts))
         return Condition(self.table.rows([self.places[text] for text in prompts]))
+
+
+class _Cutting:
+    """Encodes prompts, cut to what the text encoders read, and logs at each doubling how many had to be."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.cut: set[str] = set()
+
+    def __call__(self, text: str) -> dict[str, Tensor]:
+        with cut_to_fit() as cut:
+            encoded = encode_prompt(self.model, text)
+        if cut and text not in self.cut:
+            self.cut.add(text)
+            if (count := len(self.cut)).bit_count() == 1:
+                log.warning(
+                    "%d of the prompts encoded so far %s longer than the text encoder reads and cut to fit.",
+                    count,
+                    "was" if count == 1 else "were",
+                )
+        return encoded
 
 
 class Latents:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from torch import Tensor
 
 from sublimate.pipelines.generate import generate_latents
 from sublimate.pipelines.model import Model
+from sublimate.pipelines.tokens import cut_to_fit
 from sublimate.training.captioned import Captioned, Framing, ImageFolder, Images
 from sublimate.training.data import ModelSource, Source, Table, read_prompts
 from sublimate.training.data_config import DataConfig
@@ -58,17 +60,18 @@ def make_source(
             negatives=negatives,
             captions=data.caption_column is not None,
             images=reads_images,
+            truncate=data.truncate_prompts,
             seed=data.seed,
         )
     cache = None if data.cache_dir is None else Cache(data.cache_dir, data.cache_shard_bytes, progress)
     prompts, images = _prompts_and_images(model, data)
-    encode = Prompts(model, [*prompts, *negatives], cache) if prompts or negatives else None
+    texts = [*prompts, *negatives]
+    encode = Prompts(model, texts, cache, truncate=data.truncate_prompts) if texts else None
 
     def drawn() -> Tensor:
-        steps, seed = data.teacher_steps, data.seed
-        texts = prompts or data.count
-        x0 = generate_latents(model, texts, steps=steps, guidance_scale=guidance_scale, seed=seed, progress=progress)
-        return x0.cpu()
+        options = {"steps": data.teacher_steps, "guidance_scale": guidance_scale, "seed": data.seed}
+        with cut_to_fit() if data.truncate_prompts else nullcontext():
+            return generate_latents(model, prompts or data.count, progress=progress, **options).cpu()
 
     latents: Table | None = None
     if reads_images and data.images == "teacher":

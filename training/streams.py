@@ -122,6 +122,7 @@ class StreamSource:
         mirrored: draw half of the images mirrored.
         negatives: as in `ModelSource`.
         captions, images: whether they are read.
+        truncate: as in `Prompts`.
         seed: of the order.
     """
 
@@ -137,12 +138,13 @@ class StreamSource:
         negatives: Sequence[str] = (),
         captions: bool = True,
         images: bool = True,
+        truncate: bool = False,
         seed: int = 0,
     ) -> None:
         self.model, self.stream, self.framing, self.negatives = model, stream, framing, list(negatives)
         self.window, self.mirrored, self.seed = window, mirrored, seed
         self.captions, self.images = captions, images or bool(model.backbone.shown)
-        self.encode = Prompts(model)
+        self.encode = Prompts(model, truncate=truncate)
         self.lanes = math.gcd(global_batch, stream.parts)
         self.per_lane = global_batch // self.lanes
         self._places: dict[str, Any] = {}
