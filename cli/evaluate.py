@@ -37,7 +37,7 @@ def command(
 
     import torch
 
-    from sublimate.evaluation.agreement import agreement
+    from sublimate.evaluation.agreement import agreement, check_judge
     from sublimate.evaluation.detectors import open_detector
     from sublimate.evaluation.hardware import hardware_line
     from sublimate.evaluation.ink_study import ink_quality
@@ -61,9 +61,11 @@ def command(
 
     if prompts is not None:
         asked = read_prompt_set(prompts)
+        check_judge(opened, judge, asked.expected)
         found = agreement(judge, draw(asked.texts, seed), asked.expected)
         measured = {"agreement": found.to_dict()}
     else:
+        check_judge(opened, judge)
         n = 5000 if n is None else n
         quality = ink_quality(draw, judge, n=n, judged=min(2000, n) if judged is None else judged, seed=seed)
         found, measured = quality.agreement, quality.to_dict()
