@@ -69,9 +69,13 @@ def make_source(
     encode = Prompts(model, texts, cache, truncate=data.truncate_prompts) if texts else None
 
     def drawn() -> Tensor:
-        options = {"steps": data.teacher_steps, "guidance_scale": guidance_scale, "seed": data.seed}
+        steps, seed = data.teacher_steps, data.seed
+        texts = prompts or data.count
         with cut_to_fit() if data.truncate_prompts else nullcontext():
-            return generate_latents(model, prompts or data.count, progress=progress, **options).cpu()
+            x0 = generate_latents(
+                model, texts, steps=steps, guidance_scale=guidance_scale, seed=seed, progress=progress
+            )
+        return x0.cpu()
 
     latents: Table | None = None
     if reads_images and data.images == "teacher":
