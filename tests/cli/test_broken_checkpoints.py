@@ -106,6 +106,8 @@ def test_a_variant_is_chosen_by_option(capsys, broken, tmp_path):
     assert sublimate(capsys, *draw, "--variant", "fp16")[0] == 0
     edit = ["erase", broken, "cat", "--anchor", "dog", "--out", tmp_path / "edit", "--variant", "fp16"]
     assert sublimate(capsys, *edit)[0] == 0
+    distill = ["distill", "demo", f"model={broken}", "variant=fp16", "data.prompts=nowhere.txt"]
+    assert "There is no prompt file nowhere.txt" in failed(capsys, *distill)  # the model is open by then
     other = ["distill", "demo", f"model={broken}", "variant=bf16"]
     assert "it has model.fp16.safetensors: pass their variant" in failed(capsys, *other)
 

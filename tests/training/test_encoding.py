@@ -160,3 +160,16 @@ def test_long_prompts_are_refused_or_cut_and_counted(model, cache, caplog):
         assert said[0].endswith("was longer than the text encoder reads and cut to fit.")
     with pytest.raises(ValueError, match="23 tokens"):
         model.encode_prompts(LONG[1:2])
+
+
+def test_encoders_that_leave_float16_are_one_sentence(model, tmp_path):
+    model.to(dtype=torch.float16)
+    with torch.no_grad():
+        model.pipeline.vae.encoder.conv_in.weight.mul_(1e4)
+        model.pipeline.vae.encoder.conv_in.bias.fill_(6e4)
+        model.pipeline.text_encoder.get_submodule("embeddings.position_embedding").weight.fill_(torch.inf)
+    latents = Latents(model, images(tmp_path / "data"))
+    with pytest.raises(ValueError, match=r"The encoded pictures of .* overflow float16 .*: open it in bfloat16"):
+        latents[torch.tensor([1])]
+    with pytest.raises(ValueError, match=r"The text encoder's states of .* overflow float16"):
+        Prompts(model)(TEXTS[:1])
