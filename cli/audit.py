@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from sublimate.cli.opening import Revision, Variant
+
 
 def command(
     base: Annotated[
@@ -34,6 +36,8 @@ def command(
     label: Annotated[str | None, typer.Option(help="The detector's label, where it is not the concept.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="All randomness derives from it.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for report.html and report.json.")] = Path("runs/audit"),
+    revision: Revision = None,
+    variant: Variant = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Measure an erasure, then try to undo it; the report says what was tried, with which budget, and what was not."""
@@ -43,6 +47,7 @@ def command(
     from tqdm.auto import tqdm
 
     from sublimate.erasure.request import Concept
+    from sublimate.evaluation.agreement import check_judge
     from sublimate.evaluation.audit import ATTACKS, audit, make_attacks
     from sublimate.evaluation.audit_report import attack_table, audit_report
     from sublimate.evaluation.detectors import open_detector
@@ -67,10 +72,13 @@ def command(
         study, asked = read_study(prompts, concept, group, label), Concept(concept)
     words = tuple(dict.fromkeys((*asked.synonyms, *(synonym or ()))))
     asked = Concept(asked.name, asked.anchor if anchor is None else anchor, words)
-    before = open_model(base, device=device)
-    after = open_model(base if Path(edited).suffix == ".safetensors" else edited, device=device)
+    before = open_model(base, revision=revision, variant=variant, device=device)
+    check_judge(before, judge)
     if Path(edited).suffix == ".safetensors":
+        after = open_model(base, revision=revision, variant=variant, device=device)
         Edit.load(edited).apply(after)
+    else:
+        after = open_model(edited, device=device)
 
     with tqdm(desc="auditing", unit="part") as bar:
 

@@ -35,7 +35,7 @@ def command(
             "the teacher's own samples, where the data ask for them, come on top"
         )
         try:
-            shapes = open_shapes(resolved.model)
+            shapes = open_shapes(resolved.model, revision=resolved.revision)
         except ValueError as unknown:
             typer.echo(f"# operations and memory are not counted: {unknown}")
             return

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from sublimate.cli.opening import Revision, Variant
+
 
 def command(
     model: Annotated[str, typer.Argument(help="A packaged name (ink, ink_one_step), a folder, a file or a hub id.")],
@@ -25,6 +27,8 @@ def command(
         bool, typer.Option("--lora", help="Also write the edit as a LoRA, for diffusers and in kohya's layout.")
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="All randomness derives from it.")] = 0,
+    revision: Revision = None,
+    variant: Variant = None,
     device: Annotated[
         str,
         typer.Option(help="Where the model is opened; training goes where accelerate says (ACCELERATE_USE_CPU=1)."),
@@ -64,7 +68,7 @@ def command(
         raise ValueError(
             f"{method} makes an attachment, which no diffusers folder holds: leave out --fold and --lora."
         )
-    opened = open_model(model, device=device)
+    opened = open_model(model, revision=revision, variant=variant, device=device)
     edit = eraser.fit(opened, request, seed=seed, progress=True)
     out.mkdir(parents=True, exist_ok=True)
     typer.echo(f"Wrote {edit.save(out / 'edit.safetensors')}")

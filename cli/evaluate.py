@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from sublimate.cli.opening import Precision, Revision, Variant
+
 
 def command(
     model: Annotated[str, typer.Argument(help="A packaged name (ink, ink_one_step), a folder, a file or a hub id.")],
@@ -25,12 +27,17 @@ def command(
     eta: Annotated[float | None, typer.Option(min=0, max=1, help="As in `generate`.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Keys the noise and the prompts.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Also write the numbers to this JSON file.")] = None,
+    revision: Revision = None,
+    variant: Variant = None,
+    dtype: Precision = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Draw prompts with known answers and count what a detector sees; on Ink, also FID, KID, precision and recall."""
     import json
 
-    from sublimate.evaluation.agreement import agreement
+    import torch
+
+    from sublimate.evaluation.agreement import agreement, check_judge
     from sublimate.evaluation.detectors import open_detector
     from sublimate.evaluation.hardware import hardware_line
     from sublimate.evaluation.ink_study import ink_quality
@@ -41,7 +48,10 @@ def command(
 
     if prompts is not None and (n is not None or judged is not None):
         raise ValueError("--n and --judged are for Ink's grammar: your own prompts are all drawn and judged.")
-    opened, judge = open_model(model, device=device), open_detector(detector, device=device)
+    opened, judge = (
+        open_model(model, revision=revision, variant=variant, dtype=getattr(torch, dtype), device=device),
+        open_detector(detector, device=device),
+    )
     for path in edit or ():
         Edit.load(path).apply(opened)
 
@@ -51,9 +61,11 @@ def command(
 
     if prompts is not None:
         asked = read_prompt_set(prompts)
+        check_judge(opened, judge, asked.expected)
         found = agreement(judge, draw(asked.texts, seed), asked.expected)
         measured = {"agreement": found.to_dict()}
     else:
+        check_judge(opened, judge)
         n = 5000 if n is None else n
         quality = ink_quality(draw, judge, n=n, judged=min(2000, n) if judged is None else judged, seed=seed)
         found, measured = quality.agreement, quality.to_dict()

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from sublimate.cli.opening import Precision, Revision, Variant
+
 
 def command(
     model: Annotated[str, typer.Argument(help="A packaged name (ink, ink_one_step), a folder, a file or a hub id.")],
@@ -33,9 +35,14 @@ def command(
         str | None, typer.Option(help="Attention kernel: auto, sdpa, math, flash, efficient, cudnn, eager, xformers.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Keys the noise.")] = 0,
+    revision: Revision = None,
+    variant: Variant = None,
+    dtype: Precision = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Draw images and write them as PNG files, with a sheet of all of them; sounds as WAV files too."""
+    import torch
+
     from sublimate.pipelines.attention import set_attention
     from sublimate.pipelines.edit import Edit
     from sublimate.pipelines.generate import generate
@@ -43,7 +50,7 @@ def command(
     from sublimate.pipelines.pictures import image_grid, pictures_of, to_png
     from sublimate.pipelines.sound import to_wav, waveforms
 
-    opened = open_model(model, device=device)
+    opened = open_model(model, revision=revision, variant=variant, dtype=getattr(torch, dtype), device=device)
     if attention is not None:
         set_attention(opened, attention)
     for path in edit or ():

@@ -7,6 +7,8 @@ from typing import Annotated, cast
 
 import typer
 
+from sublimate.cli.opening import Revision, Variant
+
 
 def command(
     model: Annotated[
@@ -24,6 +26,8 @@ def command(
         str | None, typer.Option(help="Attention kernel: auto, sdpa, math, flash, efficient, cudnn, eager, xformers.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Keys the noise.")] = 0,
+    revision: Revision = None,
+    variant: Variant = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Remove an object from an image and fill its place from what is around it; the model stays as it is."""
@@ -37,7 +41,7 @@ def command(
     if out.suffix.lower() != ".png":
         raise ValueError(f"{out} is not the name of a PNG file: let it end in .png.")
     pictures, masks = read_image(image)[None], read_image(mask).mean(0, keepdim=True)[None]
-    opened = open_model(model, device=device)
+    opened = open_model(model, revision=revision, variant=variant, device=device)
     if attention is not None:
         set_attention(opened, attention)
     (erased,) = erase_object(

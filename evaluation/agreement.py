@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sublimate.evaluation.intervals import Rate, plain
 from sublimate.pipelines.detector import Detector
+from sublimate.pipelines.model import Model
 
 _MANY = 40  # labels that still fit into a sentence
 Expected = Mapping[str, str | None]
@@ -84,6 +85,23 @@ def _listed(labels: tuple[str, ...], wanted: str) -> str:
     containing = [label for label in labels if wanted.lower() in label.lower()]
     alike = (containing or difflib.get_close_matches(wanted, labels, cutoff=0.4))[:5]
     return f"{len(labels)} labels" + (f", among them {'; '.join(alike)}" if alike else "")
+
+
+def check_judge(model: Model, detector: Detector, expected: Iterable[Expected] = ()) -> None:
+    """Makes sure, before anything is drawn, that a detector can judge what will be.
+
+    Args:
+        model: what will draw.
+        detector: what will judge.
+        expected: what the prompts ask for.
+
+    Raises:
+        ValueError: for pictures that the detector does not read, or a group or label that it does not know.
+    """
+    for group, label in {(g, label) for asked in expected for g, label in asked.items() if label is not None}:
+        check_label(detector.groups, group, label)
+    with torch.no_grad():
+        read(detector, model.render(torch.zeros(1, *model.latent_shape, device=model.device, dtype=model.dtype)))
 
 
 @torch.no_grad()

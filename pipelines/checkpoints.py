@@ -11,8 +11,15 @@ from typing import Any
 import torch
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+INDEX = "model_index.json"
+"""What makes a folder a diffusers pipeline: its class, and the library and class of each component."""
 
 PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
+
+# What diffusers and transformers call the files of a component's weights.
+_WEIGHTS = ("diffusion_pytorch_model", "model")
 
 # What diffusers calls the families of single files, and their pipelines.
 _SINGLE_FILE_FAMILIES = {
@@ -69,7 +76,7 @@ def check_folder(folder: Path, variant: str | None = None) -> str:
     Raises:
         ValueError: when something is missing, damaged or a pickle, naming it.
     """
-    index = folder / "model_index.json"
+    index = folder / INDEX
     if not index.is_file():
         raise ValueError(f"{folder} has no model_index.json: it is not a diffusers pipeline, or only half written.")
     contents = read_json(index)
@@ -111,6 +118,26 @@ def check_safetensors(path: Path) -> list[str]:
         raise ValueError(f"{path} is damaged ({error}): download or export the checkpoint again.") from error
 
 
+def cast_file(file: Path, dtype: torch.dtype) -> None:
+    """Rewrites a safetensors file's floating-point weights in another precision.
+
+    Raises:
+        ValueError: for numbers that are too large for it; the file is left as it was.
+    """
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    weights = load_file(file)
+    # Copies: what `load_file` gives may be views of the file that is written.
+    cast = {k: v.to(dtype, copy=True) if v.is_floating_point() else v.clone() for k, v in weights.items()}
+    for name, value in cast.items():
+        if value.is_floating_point() and not torch.equal(value.isfinite(), weights[name].isfinite()):
+            raise ValueError(
+                f"{name} of {file.parent.name} holds numbers too large for {str(dtype).removeprefix('torch.')}: save "
+                "it in bfloat16 or float32."
+            )
+    save_file(cast, file, metadata)
+
+
 def single_file_family(path: Path) -> str:
     """The pipeline class of a single-file checkpoint, from the names and shapes in its header.
 
@@ -149,26 +176,32 @@ def _check_component(folder: Path, kind: str, variant: str | None) -> None:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder / 'config.json'} is missing, so the checkpoint is only half written: get it again.")
     read_json(folder / "config.json")
-    for path in _weights(folder, variant):
-        check_safetensors(path)
+    for path in weights_files(folder, variant):
+        if path.suffix != ".json":
+            check_safetensors(path)
 
 
-def _weights(folder: Path, variant: str | None) -> list[Path]:
-    """The safetensors files that `variant` of a component consists of."""
-    names = (f"{base}.{variant}" if variant else base for base in ("diffusion_pytorch_model", "model"))
-    stems = tuple(names)
-    for stem in stems:
-        if (whole := folder / f"{stem}.safetensors").is_file():
-            return [whole]
-    base_names = ("diffusion_pytorch_model", "model")
+def weights_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """The files that the weights of a component consist of: one, or an index and the shards that it names.
+
+    Args:
+        folder: the component's.
+        variant: of the files ("fp16"), None for the plain ones.
+
+    Raises:
+        ValueError: when some are missing, or they are pickles.
+    """
     suffix = f".{variant}" if variant else ""
-    for base in base_names:
+    for base in _WEIGHTS:
+        if (whole := folder / f"{base}{suffix}.safetensors").is_file():
+            return [whole]
+    for base in _WEIGHTS:
         for index in (
             folder / f"{base}.safetensors.index{suffix}.json",
             folder / f"{base}{suffix}.safetensors.index.json",
         ):
             if index.is_file():
-                return _shards(folder, read_json(index))
+                return [index, *_shards(folder, read_json(index))]
     if any(path.suffix in PICKLE_SUFFIXES for path in folder.iterdir()):
         raise ValueError(
             f"{folder} holds its weights as a pickle only, which can run code when opened: convert them with "

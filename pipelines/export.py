@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,14 +14,12 @@ import diffusers
 import torch
 from diffusers import ModelMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sublimate.diffusion.denoisers import Denoiser
 from sublimate.pipelines.backbones.base import StockSampling
 from sublimate.pipelines.cards import inherited_license, model_card, public_name
-from sublimate.pipelines.checkpoints import keep_options
+from sublimate.pipelines.checkpoints import INDEX, cast_file, keep_options
 from sublimate.pipelines.edit_attachment import refuse_attached
 from sublimate.pipelines.few_steps import FewSteps
 from sublimate.pipelines.folders import written_aside
@@ -31,7 +29,6 @@ from sublimate.pipelines.model import DEFAULTS_FILE, Model
 from sublimate.pipelines.progress import without_bars
 from sublimate.pipelines.versions import versions
 
-INDEX = "model_index.json"
 _AS_BASE = ("steps", "guidance_scale", "few_steps", "sampler", "noise_scale")
 """How a base is sampled, and what was tuned from it."""
 
@@ -86,7 +83,7 @@ def export_student(
         'pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")',
     ]
     card = _card(model, record, usage, title or f"{_pace(record)} {'model' if as_base else 'student'}", license)
-    return _write(Path(folder), INDEX, record, card, lambda aside: pipeline.save_pretrained(aside), dtype)
+    return _write(Path(folder), INDEX, record, card, _saving(model, pipeline), dtype)
 
 
 def export_lora(
@@ -186,7 +183,7 @@ def save_model(
         'pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")',
     ]
     card = _card(model, record, usage, title or "Edited model", license)
-    return _write(Path(folder), INDEX, record, card, lambda aside: model.pipeline.save_pretrained(aside))
+    return _write(Path(folder), INDEX, record, card, _saving(model, model.pipeline))
 
 
 def _unwrapped(model: Model, network: nn.Module) -> nn.Module:
@@ -348,9 +345,25 @@ def _summary(record: Mapping[str, Any], result: str) -> str:
     return summary
 
 
+def _saving(model: Model, pipeline: Any) -> Callable[[Path], None]:
+    """Writes a pipeline of the model's, with what the model carries."""
+
+    def save(aside: Path) -> None:
+        pipeline.save_pretrained(aside)
+        if model.carried is not None:
+            model.carried.copy_to(aside)
+
+    return save
+
+
 @without_bars()
 def _write(
-    folder: Path, marker: str, record: Mapping[str, Any], card: str, save: Any, dtype: torch.dtype | None = None
+    folder: Path,
+    marker: str,
+    record: Mapping[str, Any],
+    card: str,
+    save: Callable[[Path], None],
+    dtype: torch.dtype | None = None,
 ) -> Path:
     with written_aside(folder, marker) as aside:
         save(aside)
@@ -358,7 +371,7 @@ def _write(
             _without_place(file)
         if dtype is not None:
             for file in aside.rglob("*.safetensors"):
-                _cast(file, dtype)
+                cast_file(file, dtype)
         (aside / DEFAULTS_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         (aside / "README.md").write_text(card, encoding="utf-8")
     return folder
@@ -369,13 +382,3 @@ def _without_place(file: Path) -> None:
     content = json.loads(file.read_text(encoding="utf-8"))
     if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
         file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _cast(file: Path, dtype: torch.dtype) -> None:
-    """Rewrites a file's floating-point weights in another precision."""
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
-    weights = load_file(file)
-    # Copies: what `load_file` gives may be views of the file that is written.
-    cast = {k: v.to(dtype, copy=True) if v.is_floating_point() else v.clone() for k, v in weights.items()}
-    save_file(cast, file, metadata)

@@ -15,6 +15,7 @@ from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.schedules import Schedule
 from sublimate.pipelines.discriminator_guidance import DiscriminatorGuidance
 from sublimate.pipelines.few_steps import FEW_STEP_SAMPLERS, FewSteps, sample_few_steps
+from sublimate.pipelines.finite import finite
 from sublimate.pipelines.model import Model
 from sublimate.pipelines.negative_attention import STRENGTH, as_negative, negative_attention
 from sublimate.pipelines.sampling import Run, image_generator, initial_noise, sample, telling
@@ -79,7 +80,8 @@ def generate(
         float32, on the model's device.
 
     Raises:
-        ValueError: for options that do not fit each other or the model, or a prompt that is too long.
+        ValueError: for options that do not fit each other or the model, a prompt that is too long, or a model that
+            overflows its precision.
     """
     latents = generate_latents(
         model,
@@ -100,7 +102,8 @@ def generate(
         width=width,
         progress=progress,
     )
-    return torch.cat([model.render(part) for part in latents.split(batch_size)])
+    decoded = (finite(model, model.decode(part), model.backbone.medium + "s") for part in latents.split(batch_size))
+    return torch.cat([model.bounded(media) for media in decoded])
 
 
 @torch.no_grad()
@@ -174,7 +177,7 @@ def generate_latents(
         return condition.replace(**shown.index(rows), **negative.expand(len(texts[rows])))
 
     with nullcontext() if negative_strength is None else negative_attention(network):
-        return sample(
+        drawn = sample(
             model,
             told,
             run,
@@ -189,6 +192,7 @@ def generate_latents(
             calls=2 * steps - 1 if name == "heun" and few is None else steps,
             progress=progress,
         )
+    return finite(model, drawn, "latents")
 
 
 def _few_steps(

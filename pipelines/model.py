@@ -15,7 +15,15 @@ from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.denoisers import Denoiser
 from sublimate.diffusion.schedules import Schedule
 from sublimate.pipelines.backbones.base import Backbone, EntryPoint, backbone_for
-from sublimate.pipelines.checkpoints import check_folder, keep_options, read_json, refuse_pickle, single_file_family
+from sublimate.pipelines.carried import Carried, carried, without
+from sublimate.pipelines.checkpoints import (
+    INDEX,
+    check_folder,
+    keep_options,
+    read_json,
+    refuse_pickle,
+    single_file_family,
+)
 from sublimate.pipelines.locations import checkpoint_folder, first_line
 from sublimate.pipelines.progress import without_bars
 from sublimate.pipelines.tokens import TokenSpan
@@ -39,14 +47,23 @@ class Model:
         defaults: "guidance_scale", "steps", "start", "few_steps", "sampler" and "noise_scale" (of the initial noise)
             from the checkpoint's `sublimate.json`, or, without that file, as far as its folder or family says them.
         attached: what applied edits carry beside the weights, in the order in which it acts.
+        carried: components that nothing here reads and the pipeline is without, such as a safety checker: still on
+            disk, for whole exports to carry on.
     """
 
-    def __init__(self, pipeline: Any, source: str, defaults: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        source: str,
+        defaults: Mapping[str, Any] | None = None,
+        carried: Carried | None = None,
+    ) -> None:
         self.pipeline = pipeline
         self.backbone: Backbone = backbone_for(type(pipeline).__name__)
         self.source = source
         self.defaults = dict(defaults or {})
         self.attached: list[InstalledAttachment] = []
+        self.carried = carried
         for module in self.components().values():
             module.requires_grad_(False).eval()
         self.schedule: Schedule = self.backbone.schedule(pipeline)
@@ -93,7 +110,7 @@ class Model:
         """Moves every network, in place; what is attached keeps its precision."""
         for installed in self.attached:
             installed.module.to(device=device)
-        # All of the pipeline's, a safety checker too, which is none of the model's components.
+        # All of the pipeline's, also those that are none of the model's components.
         for module in self.pipeline.components.values():
             if not isinstance(module, nn.Module):
                 continue
@@ -270,17 +287,17 @@ def open_model(
     if path.is_file():
         if revision or variant:
             raise ValueError(f"{path} is one file: it has no revision and no variant.")
-        pipeline, file = _open_file(path, dtype, token, config), None
+        pipeline, file, unread = _open_file(path, dtype, token, config), None, None
     elif config is not None:
         raise ValueError(f"{name} is no single file and has its own configuration: leave out config.")
     else:
         folder = checkpoint_folder(name, revision=revision, variant=variant, token=token)
-        pipeline = _open_folder(folder, variant, dtype)
+        pipeline, unread = _open_folder(folder, variant, dtype)
         file = folder / DEFAULTS_FILE if (folder / DEFAULTS_FILE).is_file() else None
     backbone = backbone_for(type(pipeline).__name__)
     defaults = backbone.published_defaults(pipeline) if file is None else read_json(file)
     # transformers keeps the precision of a text encoder's file; a mixed pipeline would fail at its first step.
-    return Model(pipeline, name, defaults).to(device, dtype)
+    return Model(pipeline, name, defaults, unread).to(device, dtype)
 
 
 def weights_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -293,17 +310,18 @@ def weights_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 @without_bars()
-def _open_folder(folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
+def _open_folder(folder: Path, variant: str | None, dtype: torch.dtype) -> tuple[Any, Carried | None]:
     kind = check_folder(folder, variant)
     backbone_for(kind)
+    cls, index = getattr(diffusers, kind), read_json(folder / INDEX)
+    unread = carried(folder, index, cls, variant)
+    options = {"dtype": dtype, "variant": variant, "use_safetensors": True, "local_files_only": True}
     try:
-        pipeline = getattr(diffusers, kind).from_pretrained(
-            folder, dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True
-        )
+        pipeline = cls.from_pretrained(folder, **options, **without(cls, unread))
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ValueError(f"{folder} cannot be opened as a {kind} ({first_line(error)})") from error
-    keep_options(pipeline, read_json(folder / "model_index.json"))
-    return pipeline
+    keep_options(pipeline, index)
+    return pipeline, unread
 
 
 @without_bars()

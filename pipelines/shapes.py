@@ -14,13 +14,14 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from transformers import PreTrainedModel
 
 from sublimate.pipelines.backbones.base import backbone_for
-from sublimate.pipelines.checkpoints import read_json
+from sublimate.pipelines.carried import carried, without
+from sublimate.pipelines.checkpoints import INDEX, read_json
 from sublimate.pipelines.locations import checkpoint_folder
 from sublimate.pipelines.model import DEFAULTS_FILE, Model
 from sublimate.pipelines.progress import without_bars
 
 
-def open_shapes(source: str | Path) -> Model:
+def open_shapes(source: str | Path, *, revision: str | None = None) -> Model:
     """Opens a checkpoint's shapes: what a run would cost can be counted before anything large is read or downloaded.
 
     The weights are torch's fake tensors, in float32: operations with them give fake tensors, at once, whatever their
@@ -28,25 +29,28 @@ def open_shapes(source: str | Path) -> Model:
 
     Args:
         source: a diffusers folder, the name of a packaged model, or a hub id.
+        revision: branch, tag or commit of a hub id.
 
     Raises:
         ValueError: when the checkpoint is missing or of an unknown family, or one file, which holds no configuration.
     """
     if Path(source).is_file():
         raise ValueError(f"{source} is one file, whose shapes cannot be known without opening it: give a folder.")
-    folder = checkpoint_folder(source, weights=False)
-    index = read_json(folder / "model_index.json")
+    folder = checkpoint_folder(source, revision=revision, weights=False)
+    index = read_json(folder / INDEX)
     kind = str(index.get("_class_name"))
     backbone = backbone_for(kind)
+    cls = getattr(diffusers, kind)
+    absent = without(cls, carried(folder, index, cls))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with without_bars():
         # Components are [library, class]; anything else is an option of the pipeline's.
         components = {
             name: _component(mode, folder / name, *value) if isinstance(value, list) else value
             for name, value in index.items()
-            if not name.startswith("_")
+            if not name.startswith("_") and name not in absent
         }
-    pipeline = getattr(diffusers, kind)(**components)
+    pipeline = cls(**components, **absent)
     file = folder / DEFAULTS_FILE
     defaults = read_json(file) if file.is_file() else backbone.published_defaults(pipeline)
     return Model(pipeline, str(source), defaults)

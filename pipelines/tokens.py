@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,8 @@ from torch import Tensor
 
 Tokenizer = Any
 """A Hugging Face tokenizer."""
+
+_cut: ContextVar[set[str] | None] = ContextVar("cut", default=None)
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,28 @@ class TokenSpan:
         return slice(self.start, self.last)
 
 
+@contextmanager
+def cut_to_fit() -> Iterator[set[str]]:
+    """Within this context prompts that are too long are cut, as stock pipelines do, instead of refused.
+
+    Whether they may be is for who gives the prompts to say, and concerns no family: each of its tokenizers cuts to its
+    own limit and keeps the token that ends a text.
+
+    Yields:
+        the prompts that were cut, as they were tokenised; they become more while the context lasts.
+    """
+    found: set[str] = set()
+    token = _cut.set(found)
+    try:
+        yield found
+    finally:
+        _cut.reset(token)
+
+
 def tokenize(
     tokenizer: Tokenizer, prompts: Sequence[str], length: int | None = None, *, beginning: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Token ids padded to one length; nothing is ever cut off, unless a prompt's beginning is asked for.
+    """Token ids padded to one length; nothing is cut off, unless `cut_to_fit` or a prompt's beginning is asked for.
 
     Args:
         tokenizer: of the model.
@@ -64,16 +86,20 @@ def tokenize(
     if not prompts:
         raise ValueError("There is no prompt to encode: give at least one, '' for the empty one.")
     limit = tokenizer.model_max_length if length is None else length
+    cut = _cut.get()
     for prompt, ids in zip(prompts, tokenizer(list(prompts), verbose=False).input_ids, strict=True):
-        if len(ids) > limit and not beginning:
+        if len(ids) <= limit or beginning:
+            continue
+        if cut is None:
             raise ValueError(f"The prompt {prompt!r} has {len(ids)} tokens but the model reads {limit}: shorten it.")
+        cut.add(prompt)
     # Gemma's tokenizer would put the padding first.
     encoded = tokenizer(
         list(prompts),
         padding="max_length",
         padding_side="right",
         max_length=limit,
-        truncation=beginning,
+        truncation=beginning or cut is not None,
         return_tensors="pt",
     )
     return encoded.input_ids, encoded.attention_mask

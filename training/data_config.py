@@ -35,6 +35,8 @@ class DataConfig(Config):
         shuffle_buffer_size: rows of a stream that are shuffled among each other, and held in memory undecoded.
         image_column: the column with pictures; a folder with `metadata.jsonl` always has them under `file_name`.
         caption_column: the column with captions; None for an unconditional model.
+        truncate_prompts: cut captions and prompts that are longer than a text encoder reads, as diffusers' training
+            scripts do, and log how many those are; otherwise the first of them ends the run.
         resolution: pixels of the pictures' sides; None is the model's own size.
         center_crop: crop the middle of a picture; otherwise a place that is drawn once for each.
         random_flip: draw half of the pictures mirrored.
@@ -56,6 +58,7 @@ class DataConfig(Config):
     shuffle_buffer_size: int = Field(default=1000, ge=1)
     image_column: str = "image"
     caption_column: str | None = "text"
+    truncate_prompts: bool = False
     resolution: int | None = Field(default=None, ge=1)
     center_crop: bool = False
     random_flip: bool = False
@@ -69,7 +72,8 @@ class DataConfig(Config):
 
     def lasting(self) -> dict[str, Any]:
         """The options that results depend on, as JSON."""
-        return self.model_dump(mode="json", exclude={"cache_dir", "cache_shard_bytes"})
+        # What `truncate_prompts` changes would have ended the run, which may then be resumed with it.
+        return self.model_dump(mode="json", exclude={"cache_dir", "cache_shard_bytes", "truncate_prompts"})
 
     @model_validator(mode="before")
     @classmethod

@@ -43,6 +43,8 @@ class DistillConfig(Config):
 
     Attributes:
         model: the teacher: a packaged name, a diffusers folder, a `.safetensors` file or a hub id.
+        revision: branch, tag or commit of a hub id.
+        variant: of the weights' files, such as "fp16".
         edits: edit files applied to the teacher first, in order.
         attention: the attention kernel of the teacher and its players (`sublimate.pipelines.attention`); None leaves
             the model's own.
@@ -57,6 +59,8 @@ class DistillConfig(Config):
     """
 
     model: str = "ink"
+    revision: str | None = None
+    variant: str | None = None
     edits: tuple[Path, ...] = ()
     attention: Kernel | None = None
     method: str = "f_distill"
@@ -106,7 +110,7 @@ def distill(
     """
     method = registry.load(OBJECTIVES, config.method, Objective)
     options = validate_section(method.Config, config.objective)
-    model = open_model(config.model) if model is None else model
+    model = open_model(config.model, revision=config.revision, variant=config.variant) if model is None else model
     for path in config.edits:
         Edit.load(path).apply(model)
     home = model.device

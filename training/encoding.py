@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -26,13 +27,17 @@ from torch import Tensor
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.pipelines.edit_attachment import detached
+from sublimate.pipelines.finite import finite
 from sublimate.pipelines.model import Model, weights_hash
+from sublimate.pipelines.tokens import cut_to_fit
 from sublimate.training.captioned import Images
 from sublimate.training.shards import Shards, table
 
 REMEMBERED_BYTES = 2**30
 FORMAT = 1
 """Counts up when the same prompts and pictures come to be encoded differently."""
+
+log = logging.getLogger(__name__)
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -87,19 +92,23 @@ class Prompts:
         model: its text encoders stay as they are.
         texts: the prompts that will be asked for, when they are to be stored.
         cache: where to store them; None keeps them in memory.
+        truncate: cut prompts that are too long, and log how many those are, instead of refusing them.
     """
 
-    def __init__(self, model: Model, texts: Sequence[str] = (), cache: Cache | None = None) -> None:
+    def __init__(
+        self, model: Model, texts: Sequence[str] = (), cache: Cache | None = None, *, truncate: bool = False
+    ) -> None:
         self.table: Shards | None = None
+        encode = _Cutting(model) if truncate else lambda text: encode_prompt(model, text)
         if cache is None:
-            self.memory: Remembered[str] = Remembered(lambda text: encode_prompt(model, text))
+            self.memory: Remembered[str] = Remembered(encode)
             return
         different = list(dict.fromkeys(texts))
         self.places = {text: row for row, text in enumerate(different)}
         self.table = cache.table(
             "prompts",
             len(different),
-            lambda row: encode_prompt(model, different[row]),
+            lambda row: encode(different[row]),
             prompts=digest(different),
             encoders=encoders_hash(model),
             precision=str(model.dtype),
@@ -115,14 +124,37 @@ class Prompts:
 class UnattachedPrompts(Prompts):
     """The conditions of prompts as the model's text encoders make them without what edits attached to them."""
 
-    def __init__(self, model: Model, texts: Sequence[str] = (), cache: Cache | None = None) -> None:
+    def __init__(
+        self, model: Model, texts: Sequence[str] = (), cache: Cache | None = None, *, truncate: bool = False
+    ) -> None:
         self.model = model
         with detached(model):
-            super().__init__(model, texts, cache)
+            super().__init__(model, texts, cache, truncate=truncate)
 
     def __call__(self, prompts: Sequence[str]) -> Condition:
         with detached(self.model):
             return super().__call__(prompts)
+
+
+class _Cutting:
+    """Encodes prompts, cut to what the text encoders read, and logs at each doubling how many had to be."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.cut: set[str] = set()
+
+    def __call__(self, text: str) -> dict[str, Tensor]:
+        with cut_to_fit() as cut:
+            encoded = encode_prompt(self.model, text)
+        if cut and text not in self.cut:
+            self.cut.add(text)
+            if (count := len(self.cut)).bit_count() == 1:
+                log.warning(
+                    "%d of the prompts encoded so far %s longer than the text encoder reads and cut to fit.",
+                    count,
+                    "was" if count == 1 else "were",
+                )
+        return encoded
 
 
 class Latents:
@@ -158,13 +190,13 @@ def encode_prompt(model: Model, text: str) -> dict[str, Tensor]:
     """One prompt's condition, without its batch dimension, on the CPU."""
     with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
         condition = model.encode_prompts([text])
-    return {name: value[0].cpu() for name, value in condition.items()}
+    return {name: finite(model, value, "text encoder's states")[0].cpu() for name, value in condition.items()}
 
 
 def encode_image(model: Model, image: Tensor) -> Tensor:
     """The latents (channels, height, width) of an image (3, height, width) in [0, 1], on the CPU."""
     with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-        return model.encode(image[None].to(model.device))[0].cpu()
+        return finite(model, model.encode(image[None].to(model.device)), "encoded pictures")[0].cpu()
 
 
 def encode_images(model: Model, images: Tensor, batch: int = 64) -> Tensor:

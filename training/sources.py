@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from torch import Tensor
 
 from sublimate.pipelines.generate import generate_latents
 from sublimate.pipelines.model import Model
+from sublimate.pipelines.tokens import cut_to_fit
 from sublimate.training.captioned import Captioned, Framing, ImageFolder, Images
 from sublimate.training.data import Encode, ModelSource, Source, Table, read_prompts
 from sublimate.training.data_config import DataConfig
@@ -69,7 +71,7 @@ def make_source(
             captions=data.caption_column is not None,
             images=reads_images,
             seed=data.seed,
-            encode=_encode(model, [], None, forget, unattached=unattached),
+            encode=_encode(model, [], None, forget, unattached=unattached, truncate=data.truncate_prompts),
         )
     cache = None if data.cache_dir is None else Cache(data.cache_dir, data.cache_shard_bytes, progress)
     prompts, images = _prompts_and_images(model, data)
@@ -79,12 +81,16 @@ def make_source(
         raise ValueError(f"No prompt names {names}: what is to be forgotten must be among the prompts.")
     encode: Encode | None = None
     if prompts or negatives:
-        encode = _encode(model, [*prompts, *negatives, *asked], cache, forget, unattached=unattached)
+        texts = [*prompts, *negatives, *asked]
+        encode = _encode(model, texts, cache, forget, unattached=unattached, truncate=data.truncate_prompts)
 
     def drawn() -> Tensor:
         steps, seed = data.teacher_steps, data.seed
         texts = asked or data.count
-        x0 = generate_latents(model, texts, steps=steps, guidance_scale=guidance_scale, seed=seed, progress=progress)
+        with cut_to_fit() if data.truncate_prompts else nullcontext():
+            x0 = generate_latents(
+                model, texts, steps=steps, guidance_scale=guidance_scale, seed=seed, progress=progress
+            )
         return x0.cpu()
 
     latents: Table | None = None
@@ -142,13 +148,20 @@ def _check(model: Model, data: DataConfig, needs: frozenset[str]) -> None:
 
 
 def _encode(
-    model: Model, texts: Sequence[str], cache: Cache | None, forget: Sequence[Forget], *, unattached: bool
+    model: Model,
+    texts: Sequence[str],
+    cache: Cache | None,
+    forget: Sequence[Forget],
+    *,
+    unattached: bool,
+    truncate: bool,
 ) -> Encode:
     """Encodes prompts, and beside them what the teacher alone is told, where that differs."""
-    teachers = Prompts(model, texts, cache)
+    teachers = Prompts(model, texts, cache, truncate=truncate)
     if not forget and not unattached:
         return teachers
-    return anchoring(UnattachedPrompts(model, texts, cache) if unattached else teachers, teachers, forget)
+    own = UnattachedPrompts(model, texts, cache, truncate=truncate) if unattached else teachers
+    return anchoring(own, teachers, forget)
 
 
 def _is_image_folder(data: DataConfig) -> bool:

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from commands import failed, sublimate
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -24,24 +25,6 @@ DISTILL = (
     "trainer.train_batch_size=2",
     "trainer.checkpointing_steps=1",
 )
-
-
-def sublimate(capsys, *arguments):
-    """Runs a command line in this process: (exit status, standard output, what it said of errors)."""
-    with pytest.raises(SystemExit) as stop:
-        run([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    return stop.value.code, out, err
-
-
-def failed(capsys, *arguments):
-    """The one sentence of a command that fails."""
-    status, _, err = sublimate(capsys, *arguments)
-    said = [line for line in err.splitlines() if line.startswith("Error: ")]
-    assert status == 1, err
-    assert len(said) == 1, err
-    assert "Traceback" not in err
-    return said[0]
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from opened import Opened, draw
 
 from sublimate.pipelines.backbones.base import Backbone, backbone_for, known_backbones
 from sublimate.pipelines.model import Model, open_model
-from sublimate.pipelines.tokens import concept_span
+from sublimate.pipelines.tokens import concept_span, cut_to_fit
 
 FLUX_FAMILIES = ("tiny_flux", "tiny_flux_schnell")
 MASKED_FAMILIES = ("tiny_pixart", "tiny_pixart_sigma", "tiny_sana")
@@ -30,6 +30,7 @@ TEXT_FAMILIES = (*CONCEPT_FAMILIES, "tiny_audio")
 CLASS_FAMILIES = ("tiny_dit", "tiny_edm_classes", "tiny_class_conditional")
 FAMILIES = (*TEXT_FAMILIES, *CLASS_FAMILIES, "tiny_unconditional", "tiny_edm")
 PROMPTS = ["a red cat", "a painting in the style of van gogh"]
+LONG = ["a red cat", " ".join(["cat", "red", "dog", "a", "painting", "of"] * 60)]
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +49,16 @@ def test_an_unknown_family_is_named_together_with_the_known_ones():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("prompts", [PROMPTS, LONG], ids=["short", "cut"])
 @pytest.mark.parametrize("name", TEXT_FAMILIES)
-def test_prompts_are_encoded_as_the_stock_pipeline_does(models, name):
+def test_prompts_are_encoded_as_the_stock_pipeline_does(models, name, prompts):
     model = models[name]
-    ours = model.encode_prompts(PROMPTS)
+    with cut_to_fit() as cut:
+        ours = model.encode_prompts(prompts)
+    assert cut == ({LONG[1]} if prompts == LONG else set())
     if name == "tiny_audio":
         # Stock pads the null prompt to the prompt's length, which changes it; alone it is a prompt like any other.
-        for prompt, row in (*((p, ours.index(i)) for i, p in enumerate(PROMPTS)), ("", model.null_condition())):
+        for prompt, row in (*((p, ours.index(i)) for i, p in enumerate(prompts)), ("", model.null_condition())):
             t5, mask, generated = model.pipeline.encode_prompt([prompt], "cpu", 1, False)
             torch.testing.assert_close(row["text"], generated, atol=1e-6, rtol=0)
             torch.testing.assert_close(row["text.t5"][:, : t5.shape[1]], t5, atol=1e-6, rtol=0)
@@ -63,21 +67,21 @@ def test_prompts_are_encoded_as_the_stock_pipeline_does(models, name):
             )
         return
     if name in MASKED_FAMILIES:
-        text, mask, null, null_mask = model.pipeline.encode_prompt(PROMPTS, device="cpu")
+        text, mask, null, null_mask = model.pipeline.encode_prompt(prompts, device="cpu")
         assert torch.equal(ours["text.mask"], mask.float())
         assert torch.equal(model.null_condition()["text.mask"], null_mask[:1].float())
     elif name in FLUX_FAMILIES:
-        text, pooled, _ = model.pipeline.encode_prompt(PROMPTS, device="cpu", max_sequence_length=24)
+        text, pooled, _ = model.pipeline.encode_prompt(prompts, device="cpu", max_sequence_length=24)
         null, null_pooled, _ = model.pipeline.encode_prompt("", device="cpu", max_sequence_length=24)
         torch.testing.assert_close(ours["text.pooled"], pooled, atol=0, rtol=0)
         torch.testing.assert_close(model.null_condition()["text.pooled"], null_pooled, atol=1e-6, rtol=0)
     elif "text.pooled" in ours:
         others = [None] * (len(model.backbone.text_components) - 1)
-        text, null, pooled, null_pooled = model.pipeline.encode_prompt(PROMPTS, *others, device="cpu")
+        text, null, pooled, null_pooled = model.pipeline.encode_prompt(prompts, *others, device="cpu")
         torch.testing.assert_close(ours["text.pooled"], pooled, atol=0, rtol=0)
         torch.testing.assert_close(model.null_condition()["text.pooled"], null_pooled[:1], atol=1e-6, rtol=0)
     else:
-        text, null = model.pipeline.encode_prompt(PROMPTS, "cpu", 1, True)
+        text, null = model.pipeline.encode_prompt(prompts, "cpu", 1, True)
     torch.testing.assert_close(ours["text"], text, atol=0, rtol=0)
     torch.testing.assert_close(model.null_condition()["text"], null[:1], atol=1e-6, rtol=0)
 

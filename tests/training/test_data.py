@@ -78,8 +78,8 @@ def test_data_that_do_not_fit_each_other_are_refused(options, message):
         DataConfig(**options)
 
 
-def test_where_results_are_kept_does_not_make_another_run():
-    plain, cached = DataConfig(), DataConfig(cache_dir="somewhere", cache_shard_bytes=1)
+def test_where_results_are_kept_and_what_would_end_a_run_do_not_make_another_run():
+    plain, cached = DataConfig(), DataConfig(cache_dir="somewhere", cache_shard_bytes=1, truncate_prompts=True)
     assert plain.lasting() == cached.lasting() != DataConfig(random_flip=True).lasting()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from captioned_sets import LAYOUTS, caption
+from captioned_sets import LAYOUTS, caption, image_folder
 from PIL import Image
 from processes import launch
 from safetensors.torch import load_file
@@ -145,3 +145,17 @@ def test_a_distillation_without_its_encoders_validates_and_exports(request, tmp_
         assert max(abs(a - b) for a, b in zip(first.tobytes(), second.tobytes(), strict=True)) <= 1
     kinds = {path.name.split("-")[0] for path in (tmp_path / "cache").iterdir() if path.is_dir()}
     assert kinds == {"prompts", "latents", "encoders"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("images", [None, "teacher"])
+def test_long_captions_end_a_run_or_are_cut(tiny_sd, tmp_path, images):
+    data = {"train_data_dir": image_folder(tmp_path / "data", 2), "images": images}
+    lines = [{"file_name": f"{i}.png", "text": "red " * 20 + "cat" * i} for i in range(2)]
+    (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(ValueError, match="tokens but the model reads 16"):
+        trained(tiny_sd, data, tmp_path / "refused", steps=2)
+    cut = trained(tiny_sd, {**data, "truncate_prompts": True}, tmp_path / "cut", steps=2)
+    lines = [{**line, "text": "red " * 14} for line in lines]
+    (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert_same(cut, trained(tiny_sd, data, tmp_path / "short", steps=2))

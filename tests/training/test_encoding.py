@@ -140,3 +140,36 @@ def test_only_what_encodes_counts(model, tiny_sd):
 
 def test_captions_of_the_tests_differ():
     assert len({caption(i) for i in range(64)}) == 64
+
+
+LONG = ["red cat", *(f"{'a ' * count}dog" for count in (20, 30, 40))]
+
+
+def test_long_prompts_are_refused_or_cut_and_counted(model, cache, caplog):
+    with pytest.raises(ValueError, match="23 tokens"):
+        Prompts(model)(LONG[:2])
+    for where in (None, cache):
+        caplog.clear()
+        prompts = Prompts(model, LONG, where, truncate=True)
+        found = prompts([*LONG, LONG[1]])["text"]
+        # 16 tokens, of which the first and the last are no words.
+        assert torch.equal(found[1], model.encode_prompts(["a " * 14])["text"][0]) and torch.equal(found[1], found[3])
+        assert torch.equal(found[0], model.encode_prompts(LONG[:1])["text"][0])
+        said = [record.message for record in caplog.records]
+        assert [message.split(" of ")[0] for message in said] == ["1", "2"]
+        assert said[0].endswith("was longer than the text encoder reads and cut to fit.")
+    with pytest.raises(ValueError, match="23 tokens"):
+        model.encode_prompts(LONG[1:2])
+
+
+def test_encoders_that_leave_float16_are_one_sentence(model, tmp_path):
+    model.to(dtype=torch.float16)
+    with torch.no_grad():
+        model.pipeline.vae.encoder.conv_in.weight.mul_(1e4)
+        model.pipeline.vae.encoder.conv_in.bias.fill_(6e4)
+        model.pipeline.text_encoder.get_submodule("embeddings.position_embedding").weight.fill_(torch.inf)
+    latents = Latents(model, images(tmp_path / "data"))
+    with pytest.raises(ValueError, match=r"The encoded pictures of .* overflow float16 .*: open it in bfloat16"):
+        latents[torch.tensor([1])]
+    with pytest.raises(ValueError, match=r"The text encoder's states of .* overflow float16"):
+        Prompts(model)(TEXTS[:1])

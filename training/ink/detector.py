@@ -61,7 +61,9 @@ class InkDetector(nn.Module):
             ValueError: for pictures of another shape.
         """
         if images.ndim != 4 or images.shape[1:] != (3, SIZE, SIZE):
-            raise ValueError(f"Ink's detector reads pictures (B, 3, {SIZE}, {SIZE}), not {tuple(images.shape)}.")
+            raise ValueError(
+                f"Ink's detector reads pictures (B, 3, {SIZE}, {SIZE}), not {tuple(images.shape)}: choose another."
+            )
         return F.silu(self.pool(self.trunk(2 * images - 1)).flatten(1))
 
     def logits(self, images: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,13 @@
+"""Options of every command that opens a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+Variant = Annotated[str | None, typer.Option(help="Of the weights' files, such as fp16.")]
+Precision = Annotated[
+    Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="Precision of all weights.")
+]
