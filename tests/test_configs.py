@@ -37,11 +37,6 @@ def test_a_distillation_has_options_of_its_objective_and_a_cost(name):
     assert config.passes() > 0
 
 
-def test_no_mixed_precision_may_be_said_by_command_line():
-    config = load_config(DistillConfig, "sd15_f_distill", ["trainer.mixed_precision=no"], kind="distill")
-    assert config.trainer.mixed_precision == "no"
-
-
 @pytest.mark.parametrize("name", packaged_configs("erase"))
 def test_an_erasure_has_options_of_its_eraser(name):
     eraser = registry.load(ERASERS, method_of(name), Eraser)
