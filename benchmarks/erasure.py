@@ -28,7 +28,8 @@ from torch import Tensor
 from sublimate.evaluation.attack import counting
 from sublimate.evaluation.audit import ATTACKS, Audit, audit, make_attacks
 from sublimate.evaluation.detectors import open_detector
-from sublimate.evaluation.erasure import Generate, drawing, run
+from sublimate.evaluation.drawing import Generate, drawing
+from sublimate.evaluation.erasure import run
 from sublimate.evaluation.erasure_result import ErasureResult
 from sublimate.evaluation.hardware import hardware_line
 from sublimate.evaluation.ink_demo import ink_eraser, ink_request

@@ -60,6 +60,7 @@ def generate(
     negative_prompt: str | None = None,
     negative_strength: float | None = None,
     seed: int = 0,
+    first: int = 0,
     batch_size: int = 64,
     sampler: str | None = None,
     eta: float | None = None,
@@ -83,6 +84,7 @@ def generate(
         negative_strength: of negative attention, for networks that are called once a step; about 0.1 to 0.5, 0 is
             none.
         seed: keys the noise, together with each image's place in `prompts`.
+        first: the place of the first prompt: a part of a longer list, drawn alone, keeps its noise.
         batch_size: images at once.
         sampler: "ddim", "euler", "heun", "ancestral" (DDPM's, with fresh noise in every step), "one_step", or a
             few-step student's "consistency", "target_driven" or "trajectory" (see `FewSteps`); the checkpoint's own
@@ -113,6 +115,7 @@ def generate(
         negative_prompt=negative_prompt,
         negative_strength=negative_strength,
         seed=seed,
+        first=first,
         batch_size=batch_size,
         sampler=sampler,
         eta=eta,
@@ -137,6 +140,7 @@ def generate_latents(
     negative_prompt: str | None = None,
     negative_strength: float | None = None,
     seed: int = 0,
+    first: int = 0,
     batch_size: int = 64,
     sampler: str | None = None,
     eta: float | None = None,
@@ -194,11 +198,11 @@ def generate_latents(
     drawn = []
     steered = nullcontext() if negative_strength is None else negative_attention(network)
     with steered, tqdm(total=len(texts) * calls, unit="pass", disable=not progress) as bar:
-        for first in range(0, len(texts), batch_size):
-            part = texts[first : first + batch_size]
-            generators = [image_generator(seed, i) for i in range(first, first + len(part))]
+        for start in range(0, len(texts), batch_size):
+            part = texts[start : start + batch_size]
+            generators = [image_generator(seed, first + start + i) for i in range(len(part))]
             condition = model.encode_prompts(part)
-            seen = shown.index(slice(first, first + len(part)))
+            seen = shown.index(slice(start, start + len(part)))
             condition = condition.replace(**seen, **negative.expand(len(part)))
             told = telling(model.denoiser, condition, null, scale, reads_target=reads_target)
 
@@ -211,7 +215,7 @@ def generate_latents(
 
             # Drawn even where it is replaced: what comes next is a sampler's fresh noise.
             own = _draw(shape, generators)
-            start_noise = model.noise_scale * (own if z is None else z[first : first + len(part)])
+            start_noise = model.noise_scale * (own if z is None else z[start : start + len(part)])
             start_noise = start_noise.to(model.device, model.dtype)
             if discriminator is None:
                 drawn.append(run(denoise, start_noise, noise))
