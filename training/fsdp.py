@@ -101,7 +101,7 @@ class ShardedTree:
     def end(self) -> None:
         """Makes the tree what it was, whole in every process: the same modules and parameters. All must take part."""
         for module, name, parameter in self._places:
-            parameter.data = whole(module._parameters[name]).detach()  # type: ignore[arg-type]
+            parameter.data = whole(module._parameters[name])  # type: ignore[arg-type]
             module._parameters[name] = parameter
         for module, kind, added in self._added:
             module.__class__ = kind

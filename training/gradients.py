@@ -9,8 +9,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from sublimate.training.whole import whole
-
 
 def average_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:
     """Mean over processes in one message; explicit, so that it also holds for losses DDP's hooks cannot see.
@@ -32,14 +30,14 @@ def average_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerat
 
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
     """Scales gradients, sharded ones among them, so that their L2 norm is at most `max_norm`; returns what it was."""
-    groups: dict[bool, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        groups.setdefault(isinstance(parameter, DTensor), []).append(parameter)
-    norms = [
-        whole(torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]))
-        for group in groups.values()
-    ]
-    norm = torch.stack(norms).norm() if len(norms) > 1 else norms[0]
-    for group in groups.values():
+    plain = [p for p in parameters if not isinstance(p, DTensor)]
+    sharded = [p for p in parameters if isinstance(p, DTensor)]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in plain if p.grad is not None])
+    if sharded:
+        shares = [p.grad.to_local() for p in sharded if isinstance(p.grad, DTensor)]
+        squared = torch.nn.utils.get_total_norm(shares).square()
+        torch.distributed.all_reduce(squared, group=sharded[0].device_mesh.get_group())
+        norm = (squared + norm.to(squared).square()).sqrt()
+    for group in (plain, sharded):
         torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
     return norm

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered, which every process must take part in; any other as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """A tensor that is cut along its first dimension, gathered without gradients; any other as it is.
+
+    Every process must take part. `DTensor.full_tensor` is not used: its functional collectives now and then end in a
+    segmentation fault over gloo (torch 2.13).
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    local, group = tensor.detach().to_local(), tensor.device_mesh.get_group()
+    # Shares are as torch.chunk makes them: of one size, but for the last ones, which may be smaller or empty.
+    processes, (rows, *rest) = torch.distributed.get_world_size(group), tensor.shape
+    size = -(-rows // processes)
+    padded = local.new_zeros(size, *rest)
+    padded[: len(local)] = local
+    found = local.new_empty(processes * size, *rest)
+    torch.distributed.all_gather(list(found.chunk(processes)), padded, group=group)
+    return found[:rows]
 
 
 def share(tensor: Tensor, like: Tensor) -> Tensor:
