@@ -92,8 +92,7 @@ class ShardedTree:
             fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
         # Torch has no way back: what it put on the modules is noted, and taken off at the end.
         self._added = [
-            (module, kind, [(now, keys - held[name][1]) for name, (now, keys) in _held(module).items()])
-            for module, (kind, held) in before.items()
+            (module, kind, [(now, now.keys() - keys) for now, keys in held]) for module, (kind, held) in before.items()
         ]
         for _, _, parameter in self._places:
             parameter.data = torch.empty(0, device=parameter.device)
@@ -110,10 +109,10 @@ class ShardedTree:
                     del held[key]
 
 
-def _held(module: nn.Module) -> dict[str, tuple[dict[Any, Any], set[Any]]]:
-    """A module's attributes and its hooks of every kind: where they are held, and their keys now."""
-    hooks = {name: held for name, held in vars(module).items() if "_hooks" in name and isinstance(held, dict)}
-    return {name: (held, set(held)) for name, held in {"": vars(module), **hooks}.items()}
+def _held(module: nn.Module) -> list[tuple[dict[Any, Any], set[Any]]]:
+    """Where a module's attributes and its hooks of every kind are held, and their keys now."""
+    hooks = [held for name, held in vars(module).items() if "_hooks" in name and isinstance(held, dict)]
+    return [(held, set(held)) for held in (vars(module), *hooks)]
 
 
 def _groups(module: nn.Module, trained: set[int]) -> Iterator[nn.Module]:

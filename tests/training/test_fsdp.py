@@ -53,15 +53,13 @@ for case in sys.argv[5:]:
         first = str(folder / case / "sharded" / "checkpoint-1")
         train(case, name, sharded, resume_from_checkpoint=first)
 """
-# One step of each kind of loss: a critic and a discriminator, gradients through a network and a second call of it, the
+# Each kind of loss: a critic and a discriminator, gradients through a network and a second call of it, the
 # Langevin chain's gradients to inputs alone, players that train a part of their weights.
 CASES = (
     "f_distill-checkpointing",
-    "uni_instruct",
     "em_distillation",
     "score_identity-adversarial",
     "speedupnet",
-    "consistency_distillation-self",
 )
 
 
