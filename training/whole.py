@@ -17,7 +17,7 @@ def whole(tensor: Tensor) -> Tensor:
     """
     if not isinstance(tensor, DTensor):
         return tensor
-    local, group = tensor.detach().to_local(), tensor.device_mesh.get_group()
+    local, group = tensor.to_local().detach(), tensor.device_mesh.get_group()
     # Shares are as torch.chunk makes them: of one size, but for the last ones, which may be smaller or empty.
     processes, (rows, *rest) = torch.distributed.get_world_size(group), tensor.shape
     size = -(-rows // processes)
