@@ -18,10 +18,11 @@ from typing import Any
 
 from sublimate.erasure.eraser import Eraser
 from sublimate.evaluation.detectors import open_detector
+from sublimate.evaluation.drawing import drawing
 from sublimate.evaluation.erasure import run
 from sublimate.evaluation.erasure_result import ErasureResult
 from sublimate.evaluation.hardware import hardware_line
-from sublimate.evaluation.ink_demo import drawing, ink_eraser, ink_request, remembering, sized
+from sublimate.evaluation.ink_demo import ink_eraser, ink_request, remembering, sized
 from sublimate.evaluation.ink_study import ink_study
 from sublimate.evaluation.intervals import plain
 from sublimate.pipelines.model import open_model

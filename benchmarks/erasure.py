@@ -28,7 +28,8 @@ from torch import Tensor
 from sublimate.evaluation.attack import counting
 from sublimate.evaluation.audit import ATTACKS, Audit, audit, make_attacks
 from sublimate.evaluation.detectors import open_detector
-from sublimate.evaluation.erasure import Generate, drawing, run
+from sublimate.evaluation.drawing import Generate, drawing
+from sublimate.evaluation.erasure import run
 from sublimate.evaluation.erasure_result import ErasureResult
 from sublimate.evaluation.hardware import hardware_line
 from sublimate.evaluation.ink_demo import ink_eraser, ink_request
@@ -153,7 +154,7 @@ def erase_cell(method: str, concepts: Sequence[str], before: Generate) -> dict[s
     siblings = CONTENDERS_SIBLINGS if method in CONTENDERS and len(concepts) == 1 else TARGETS
     found = {
         concept: rates_of(
-            run(study_of(concept, concepts, siblings), before, drawing(model, STEPS), detector, examples=0)
+            run(study_of(concept, concepts, siblings), before, drawing(model, steps=STEPS), detector, examples=0)
         )
         for concept in concepts
     }
@@ -304,7 +305,7 @@ def main() -> None:
     if not options.table:
         RESULTS.mkdir(parents=True, exist_ok=True)
         base = open_model("ink")
-        before = kept(drawing(base, STEPS), RUNS / f"base-{base.content_hash()[:8]}-{STEPS}")
+        before = kept(drawing(base, steps=STEPS), RUNS / f"base-{base.content_hash()[:8]}-{STEPS}")
         for name, work in cells(before).items():
             path = RESULTS / f"{name}.json"
             if path.exists() or options.only not in name:

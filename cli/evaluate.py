@@ -32,22 +32,27 @@ def command(
     dtype: Precision = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
-    """Draw prompts with known answers and count what a detector sees; on Ink, also FID, KID, precision and recall."""
+    """Draw prompts with known answers and count what a detector sees; on Ink, also FID, KID, precision and recall.
+
+    On several processes, each of which draws its share: accelerate launch -m sublimate.cli evaluate MODEL
+    """
     import json
 
     import torch
+    from accelerate import Accelerator
 
     from sublimate.evaluation.agreement import agreement, check_judge
     from sublimate.evaluation.detectors import open_detector
+    from sublimate.evaluation.drawing import drawing
     from sublimate.evaluation.hardware import hardware_line
     from sublimate.evaluation.ink_study import ink_quality
     from sublimate.evaluation.studies import read_prompt_set
     from sublimate.pipelines.edit import Edit
-    from sublimate.pipelines.generate import generate
     from sublimate.pipelines.model import open_model
 
     if prompts is not None and (n is not None or judged is not None):
         raise ValueError("--n and --judged are for Ink's grammar: your own prompts are all drawn and judged.")
+    accelerator = Accelerator()  # chooses the process's own device, which is then "cuda"
     opened, judge = (
         open_model(model, revision=revision, variant=variant, dtype=getattr(torch, dtype), device=device),
         open_detector(detector, device=device),
@@ -55,10 +60,8 @@ def command(
     for path in edit or ():
         Edit.load(path).apply(opened)
 
-    def draw(texts, seed):  # type: ignore[no-untyped-def]
-        options = {"guidance_scale": guidance_scale, "sampler": sampler, "eta": eta}
-        return generate(opened, texts, steps=steps, seed=seed, progress=True, **options)  # type: ignore[arg-type]
-
+    options = {"steps": steps, "guidance_scale": guidance_scale, "sampler": sampler, "eta": eta}
+    draw = drawing(opened, progress=True, **options)
     if prompts is not None:
         asked = read_prompt_set(prompts)
         check_judge(opened, judge, asked.expected)
@@ -69,10 +72,14 @@ def command(
         n = 5000 if n is None else n
         quality = ink_quality(draw, judge, n=n, judged=min(2000, n) if judged is None else judged, seed=seed)
         found, measured = quality.agreement, quality.to_dict()
-        typer.echo(f"fidelity: {quality.fidelity}\nfloor (real against real): {quality.floor}")
-    for name, rate in {**found.groups, "all that was asked": found.together, "rejected": found.rejected}.items():
-        typer.echo(f"{name}: {rate}")
-    if out is not None:
-        record = {"model": opened.source, "content_hash": opened.content_hash(), "seed": seed, **measured}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({**record, "hardware": hardware_line()}, indent=2) + "\n")
+        if accelerator.is_main_process:
+            typer.echo(f"fidelity: {quality.fidelity}\nfloor (real against real): {quality.floor}")
+    if accelerator.is_main_process:
+        for name, rate in {**found.groups, "all that was asked": found.together, "rejected": found.rejected}.items():
+            typer.echo(f"{name}: {rate}")
+        if out is not None:
+            record = {"model": opened.source, "content_hash": opened.content_hash(), "seed": seed, **measured}
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps({**record, "hardware": hardware_line()}, indent=2) + "\n")
+    # A process that leaves while the group's threads run may be aborted by them.
+    accelerator.end_training()

@@ -14,7 +14,8 @@ from sublimate.erasure.request import Concept
 from sublimate.evaluation.agreement import Readings, read
 from sublimate.evaluation.attack import Attack, Box, Case, Outcome, counting
 from sublimate.evaluation.blindspots import Atom, blindspots
-from sublimate.evaluation.erasure import Generate, Progress, drawing
+from sublimate.evaluation.drawing import Generate, drawing
+from sublimate.evaluation.erasure import Progress
 from sublimate.evaluation.erasure import run as run_study
 from sublimate.evaluation.erasure_result import ErasureResult
 from sublimate.evaluation.fidelity import extract

@@ -11,23 +11,14 @@ from torch import Tensor
 
 from sublimate.evaluation.agreement import Expected, Readings, obeyed, read
 from sublimate.evaluation.criteria import Criterion, loss_criterion, rate_criterion, rise_criterion
+from sublimate.evaluation.drawing import Generate
 from sublimate.evaluation.erasure_result import Comparison, Drift, ErasureResult, Example
 from sublimate.evaluation.fidelity import Extractor, extract
 from sublimate.evaluation.studies import ErasureStudy
 from sublimate.pipelines.detector import Detector
-from sublimate.pipelines.generate import generate
-from sublimate.pipelines.model import Model
-
-Generate = Callable[[Sequence[str], int], Tensor]
-"""(prompts, seed) -> images (N, 3, H, W) in [0, 1]; the same seed must give both models the same noise."""
 
 Progress = Callable[[int, int, str], None]
 """(calls of a model done, calls in all, what comes next)."""
-
-
-def drawing(model: Model, steps: int | None = None) -> Generate:
-    """The model as a study calls it, sampled in some steps, or as its checkpoint asks."""
-    return lambda texts, seed: generate(model, texts, steps=steps, seed=seed)
 
 
 @dataclass(frozen=True)

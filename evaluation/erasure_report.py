@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from sublimate.evaluation.erasure import Generate
+from sublimate.evaluation.drawing import Generate
 from sublimate.evaluation.erasure_result import Comparison, ErasureResult
 from sublimate.evaluation.hardware import hardware_line
 from sublimate.evaluation.intervals import Rate

@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 from sublimate.erasure.eraser import Eraser
 from sublimate.erasure.request import Concept, Request
 from sublimate.evaluation.detectors import open_detector
-from sublimate.evaluation.erasure import Generate, drawing, run
+from sublimate.evaluation.drawing import Generate, drawing
+from sublimate.evaluation.erasure import run
 from sublimate.evaluation.erasure_report import erasure_report, example_pictures, result_tables
 from sublimate.evaluation.erasure_result import ErasureResult
 from sublimate.evaluation.ink_study import ink_study

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from sublimate.evaluation.detectors import open_detector
-from sublimate.evaluation.erasure import Generate
+from sublimate.evaluation.drawing import Generate
 from sublimate.evaluation.quality import Quality, measure_quality
 from sublimate.evaluation.studies import Bars, ErasureStudy, PromptSet
 from sublimate.pipelines.detector import Detector

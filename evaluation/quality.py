@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from sublimate.evaluation.agreement import Agreement, agreement
-from sublimate.evaluation.erasure import Generate
+from sublimate.evaluation.drawing import Generate
 from sublimate.evaluation.fidelity import Extractor, Fidelity, extract, fidelity, real_versus_real
 from sublimate.evaluation.studies import PromptSet
 from sublimate.pipelines.detector import Detector

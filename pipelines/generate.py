@@ -37,6 +37,7 @@ def generate(
     negative_prompt: str | None = None,
     negative_strength: float | None = None,
     seed: int = 0,
+    first: int = 0,
     batch_size: int = 64,
     sampler: str | None = None,
     eta: float | None = None,
@@ -60,6 +61,7 @@ def generate(
         negative_strength: of negative attention, for networks that are called once a step; about 0.1 to 0.5, 0 is
             none.
         seed: keys the noise, together with each image's place in `prompts`.
+        first: the place of the first prompt: a part of a longer list, drawn alone, keeps its noise.
         batch_size: images at once.
         sampler: "ddim", "euler", "heun", "ancestral" (DDPM's, with fresh noise in every step), "one_step", or a
             few-step student's "consistency", "target_driven" or "trajectory" (see `FewSteps`); the checkpoint's own
@@ -91,6 +93,7 @@ def generate(
         negative_prompt=negative_prompt,
         negative_strength=negative_strength,
         seed=seed,
+        first=first,
         batch_size=batch_size,
         sampler=sampler,
         eta=eta,
@@ -116,6 +119,7 @@ def generate_latents(
     negative_prompt: str | None = None,
     negative_strength: float | None = None,
     seed: int = 0,
+    first: int = 0,
     batch_size: int = 64,
     sampler: str | None = None,
     eta: float | None = None,
@@ -186,6 +190,7 @@ def generate_latents(
             scale=scale,
             reads_target=reads_target,
             seed=seed,
+            first=first,
             z=z,
             shape=shape,
             batch_size=batch_size,

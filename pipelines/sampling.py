@@ -57,6 +57,7 @@ def sample(
     scale: float = 1.0,
     reads_target: bool = False,
     seed: int = 0,
+    first: int = 0,
     z: Tensor | None = None,
     shape: Sequence[int] | None = None,
     batch_size: int = 64,
@@ -74,6 +75,7 @@ def sample(
         scale: of guidance, 1 is none.
         reads_target: the network is told the time a jump ends at, and guided.
         seed: keys the noise, together with each image's place.
+        first: the place of the first image.
         z: (count, *shape), replaces the initial noise of the seed; fresh noise stays the seed's.
         shape: of one latent; the model's own unless given.
         batch_size: images at once.
@@ -86,15 +88,15 @@ def sample(
     shape, null = model.latent_shape if shape is None else shape, Condition() if null is None else null
     found = []
     with tqdm(total=count * calls, unit="pass", disable=not progress) as bar:
-        for first in range(0, count, batch_size):
-            rows = slice(first, min(first + batch_size, count))
+        for start in range(0, count, batch_size):
+            rows = slice(start, min(start + batch_size, count))
             told = condition(rows)
             denoise = _counted(telling(model.denoiser, told, null, scale, reads_target=reads_target), bar)
-            generators = [image_generator(seed, i) for i in range(rows.start, rows.stop)]
+            generators = [image_generator(seed, first + i) for i in range(rows.start, rows.stop)]
             # Drawn even where it is replaced: what comes next is a sampler's fresh noise.
             own = _draw(shape, generators)
-            start = (model.noise_scale * (own if z is None else z[rows])).to(model.device, model.dtype)
-            found.append(run(Part(rows, told, denoise, start, _fresh(shape, generators))))
+            noise = (model.noise_scale * (own if z is None else z[rows])).to(model.device, model.dtype)
+            found.append(run(Part(rows, told, denoise, noise, _fresh(shape, generators))))
     return torch.cat(found)
 
 

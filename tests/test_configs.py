@@ -25,7 +25,7 @@ def test_its_header_says_needs_memory_and_command(name):
     header = list(itertools.takewhile(lambda line: line[0] == "#", packaged_configs()[name].read_text().splitlines()))
     assert header[0].endswith(".")
     assert [word for line in header[1:] if (word := line[2:].split(":")[0]) in FIELDS] == FIELDS
-    assert re.fullmatch(rf"# Command:  sublimate .*\b{name.split('/')[-1]}\b.*", header[-1])
+    assert re.fullmatch(rf"# Command:  (?:sublimate|accelerate launch) .*\b{name.split('/')[-1]}\b.*", header[-1])
 
 
 @pytest.mark.slow

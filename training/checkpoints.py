@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sublimate.pipelines.folders import written_aside
+from sublimate.training.whole import share
 
 PREFIX = "checkpoint-"
-Sections = Mapping[str, Mapping[str, Tensor]]
 
 
-def write_checkpoint(folder: Path, step: int, sections: Sections, facts: Mapping[str, Any], limit: int | None) -> Path:
+def write_checkpoint(
+    folder: Path,
+    step: int,
+    sections: Iterable[tuple[str, Mapping[str, Tensor]]],
+    facts: Mapping[str, Any],
+    limit: int | None,
+) -> Path:
     """Writes `checkpoint-{step}` aside, syncs it to disk, renames it into place, then drops the oldest over `limit`.
 
     Args:
         folder: the run's output folder.
         step: finished training steps.
-        sections: named groups of tensors, one safetensors file each.
+        sections: named groups of whole tensors, one safetensors file each; asked for one after the other.
         facts: JSON-serialisable facts.
         limit: how many checkpoints to keep; None keeps all.
 
@@ -38,7 +44,7 @@ def write_checkpoint(folder: Path, step: int, sections: Sections, facts: Mapping
         shutil.rmtree(half, ignore_errors=True)
     final = folder / f"{PREFIX}{step}"
     with written_aside(final, "state.json") as aside:
-        for name, tensors in sections.items():
+        for name, tensors in sections:
             # save_file refuses tensors that share memory or are strided.
             owned = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
             save_file(owned, aside / f"{name}.safetensors")
@@ -101,7 +107,7 @@ def lasting(options: object) -> object:
 
 
 def load_exactly(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], what: str) -> None:
-    """Copies tensors into the parameters of the same names, which must match one to one.
+    """Copies tensors, or this process's shares, into the parameters of the same names, which must match one to one.
 
     Raises:
         ValueError: when names or shapes differ.
@@ -119,7 +125,7 @@ def load_exactly(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, T
             )
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+            parameter.copy_(share(tensors[name], parameter))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -129,9 +135,11 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Restores `optimizer_tensors`."""
+    """Restores whole `optimizer_tensors`; of sharded parameters' moments, this process's share."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         index, _, field = name.partition(".")
-        state.setdefault(int(index), {})[field] = tensor
+        parameter = parameters[int(index)]
+        state.setdefault(int(index), {})[field] = share(tensor, parameter) if tensor.ndim else tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

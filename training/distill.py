@@ -200,6 +200,9 @@ def _validator(
 
     def validate(step: int) -> None:
         x0 = _drawn(model, objective.exports(), condition, null, z, config.trainer.seed)
+        # Sharded players draw in all processes together.
+        if not Accelerator().is_main_process:
+            return
         folder = config.trainer.output_dir / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         with at_hand(model, "vae"):

@@ -154,6 +154,11 @@ class Objective(ABC):
     def players(self) -> dict[str, Player]:
         """The networks that train, by name; the same objects on every call."""
 
+    @property
+    def shardable(self) -> bool:
+        """Whether full players may be sharded (`training/fsdp.py`): their weights are used by calling them alone."""
+        return True
+
     @abstractmethod
     def turns(self, step: int) -> tuple[Turn, ...]:
         """The optimiser steps of training step `step`, in order, with distinct names."""

@@ -101,6 +101,11 @@ class Player:
             parameter.register_hook(lambda gradient, name=name: gradient * masks[name].to(gradient.device))
             parameter.requires_grad_(trains)
 
+    @property
+    def masked(self) -> bool:
+        """Whether `restrict` holds parameters back."""
+        return any(parameter._backward_hooks for parameter in self.trainable().values())
+
     def optimizer(self) -> torch.optim.AdamW:
         """A fresh AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101) over the trainable parameters."""
         c = self.config

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, Self
@@ -24,9 +24,12 @@ from sublimate.training import checkpoints
 from sublimate.training.config import Config
 from sublimate.training.data import Placed, Source
 from sublimate.training.ema import Average
+from sublimate.training.fsdp import shard_players, sharding_asked
+from sublimate.training.gradients import average_gradients, clip_gradients
 from sublimate.training.objective import Batch, Objective, Turn
 from sublimate.training.precision import warn_of_slow_bf16
 from sublimate.training.randomness import SampleRandom, key
+from sublimate.training.whole import gathered
 
 
 class TrainerConfig(Config):
@@ -107,7 +110,7 @@ class Trainer:
         objective: what to train.
         source: where conditions and images come from.
         config: options.
-        validate: called with the step every `validation_steps`, with averaged weights in place.
+        validate: called in every process with the step every `validation_steps`, with averaged weights in place.
         fingerprint: of all else that a checkpoint must agree with to be resumed from (`checkpoints.fingerprint`).
         progress: show a progress bar.
     """
@@ -135,10 +138,11 @@ class Trainer:
                 player.module.to(self.accelerator.device)
             if config.gradient_checkpointing:
                 enable_gradient_checkpointing(player.module)
+        self.sharded = shard_players(objective, self.accelerator.device) if sharding_asked() else []
         self.optimizers = {name: player.optimizer() for name, player in self.players.items()}
         self.multipliers = {name: self._multiplier(optimizer) for name, optimizer in self.optimizers.items()}
         self.averages = {
-            name: Average(player.trainable(), config.ema_decay)
+            name: Average(player.trainable, config.ema_decay)
             for name, player in self.players.items()
             if player.ema and config.ema_decay is not None
         }
@@ -183,6 +187,10 @@ class Trainer:
                     path = self.save()
                     if stopping:
                         raise Interrupted(stop[0] if stop else signal.SIGTERM, path)
+        for tree in self.sharded:
+            tree.end()
+        for average in self.averages.values():
+            average.gather()
         if config.report_to:
             self.accelerator.end_training()
 
@@ -214,11 +222,11 @@ class Trainer:
                 part_of_mean = share * value.detach()
                 logs[name] = logs[name] + part_of_mean if name in logs else part_of_mean
 
-        self._average_gradients(self._training(turn))
+        average_gradients(self._training(turn), self.accelerator)
         return logs
 
     def _clip(self, turn: Turn) -> None:
-        norm = torch.nn.utils.clip_grad_norm_(self._training(turn), self.config.max_grad_norm)
+        norm = clip_gradients(self._training(turn), self.config.max_grad_norm)
         if not torch.isfinite(norm):
             raise Diverged(
                 f"The gradient of turn {turn.name!r} is not finite at step {self.step}: "
@@ -252,18 +260,6 @@ class Trainer:
         device = self.accelerator.device
         return Batch(batch.condition.to(device), random, {k: v.to(device) for k, v in batch.tensors.items()})
 
-    def _average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Mean over processes in one message; explicit, so that it also holds for losses DDP's hooks cannot see."""
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        if self.accelerator.num_processes == 1:
-            return
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        mean = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
-        for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
-
     def _anywhere(self, asked: bool) -> bool:
         """Whether it is so in any process: they must all stop after the same step."""
         if self.accelerator.num_processes == 1:
@@ -292,8 +288,7 @@ class Trainer:
                     file.write(json.dumps({"step": self.step, **values}) + "\n")
             if any(not math.isfinite(v) for v in values.values()):
                 raise Diverged(f"A logged value is not finite at step {self.step}: {values}.")
-        due = config.validation_steps and self.step % config.validation_steps == 0
-        if self.validate is not None and due and self.accelerator.is_main_process:
+        if self.validate is not None and config.validation_steps and self.step % config.validation_steps == 0:
             with torch.no_grad(), self.averaged():
                 self.validate(self.step)
 
@@ -309,13 +304,15 @@ class Trainer:
         """Writes a checkpoint of the current step; only the main process writes."""
         path = self.config.output_dir / f"{checkpoints.PREFIX}{self.step}"
         place = self._place()
-        if self.accelerator.is_main_process:
-            sections: dict[str, dict[str, Tensor]] = {"objective": self.objective.state()}
-            for name, player in self.players.items():
-                sections[f"player.{name}"] = dict(player.trainable())
-                sections[f"optimizer.{name}"] = checkpoints.optimizer_tensors(self.optimizers[name])
-            for name, average in self.averages.items():
-                sections[f"average.{name}"] = average.values
+        sections: dict[str, Mapping[str, Tensor]] = {"objective": self.objective.state()}
+        for name, player in self.players.items():
+            sections[f"player.{name}"] = player.trainable()
+            sections[f"optimizer.{name}"] = checkpoints.optimizer_tensors(self.optimizers[name])
+        for name, average in self.averages.items():
+            sections[f"average.{name}"] = average.values
+        main = self.accelerator.is_main_process
+        tensors = gathered(sections, keep=main)
+        if main:
             facts = {
                 "sections": sorted(sections),
                 **self._identity(),
@@ -324,7 +321,9 @@ class Trainer:
                 "place": place,
             }
             limit = self.config.checkpoints_total_limit
-            checkpoints.write_checkpoint(self.config.output_dir, self.step, sections, facts, limit)
+            checkpoints.write_checkpoint(self.config.output_dir, self.step, tensors, facts, limit)
+        for _ in tensors:  # what is sharded is gathered by all processes together
+            pass
         self.accelerator.wait_for_everyone()
         return path
 

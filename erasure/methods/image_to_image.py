@@ -78,6 +78,10 @@ class ImageToImageObjective(StudentObjective):
         self.kept = self.others if config.retain > 0 else None
         self.noise = PictureNoise(model, self.other_pictures, config.train_batch_size)
 
+    @property
+    def shardable(self) -> bool:
+        return False  # the student's pass ends with its code
+
     def prepare(self, turn: Turn, batch: Batch, step: int) -> Batch:
         random = batch.random
         found = self._drawn(random, self.erased, self.pictures)

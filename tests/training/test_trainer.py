@@ -180,7 +180,7 @@ def test_a_full_disk_leaves_earlier_checkpoints_alone(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoints, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
-        checkpoints.write_checkpoint(tmp_path, 6, {"x": {"w": torch.zeros(1)}}, {}, None)
+        checkpoints.write_checkpoint(tmp_path, 6, [("x", {"w": torch.zeros(1)})], {}, None)
     assert {p: p.read_bytes() for p in (tmp_path / "checkpoint-6").iterdir()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-6", "log.jsonl"]
 

@@ -109,6 +109,10 @@ class ConsistencyDistillation(SoloObjective):
     def needs(self) -> frozenset[str]:
         return images_and(self.solver.null)
 
+    @property
+    def shardable(self) -> bool:
+        return self.config.target_decay is None
+
     def prepare(self, turn: Turn, batch: Batch, step: int) -> Batch:
         device = batch["images"].device
         t, s = self.solver.neighbours(batch.random.integers(self.config.grid_steps, device))
@@ -155,7 +159,7 @@ class ConsistencyDistillation(SoloObjective):
     def _averaged(self) -> Average | None:
         # Made at first use, when the student has reached its device and not yet moved.
         if self._average is None and self.config.target_decay is not None:
-            self._average = Average(self.player.trainable(), self.config.target_decay)
+            self._average = Average(self.player.trainable, self.config.target_decay)
         return self._average
 
     def after_step(self, step: int) -> None:

@@ -113,6 +113,10 @@ class ConsistencyTrajectory(SoloObjective):
         return images_and(self.solver.null)
 
     @property
+    def shardable(self) -> bool:
+        return False
+
+    @property
     def student(self) -> nn.Module:
         return self.player.module
 
@@ -121,10 +125,9 @@ class ConsistencyTrajectory(SoloObjective):
         """sg[theta]: a frozen tree that reads the average, or the student's own weights, where they are stored."""
         # Made at first use, when the student has reached its device and not yet moved.
         if self._target is None:
-            trained = self.player.trainable()
-            held = {name: p.detach() for name, p in trained.items()}
+            held = {name: p.detach() for name, p in self.player.trainable().items()}
             if self.config.target_decay is not None:
-                self._average = Average(trained, self.config.target_decay)
+                self._average = Average(self.player.trainable, self.config.target_decay)
                 held = self._average.values
             self._target = reading(self.student, held).eval()
         return self._target

@@ -1,0 +1,1 @@
+"""What `accelerate launch --config_file` is told: how a run is spread over processes."""

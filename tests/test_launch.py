@@ -1,0 +1,95 @@
+"""`accelerate launch` with the packaged configurations: two processes on the CPU, over gloo."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from processes import launch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+
+pytestmark = pytest.mark.slow
+
+
+def launched(name, *command):
+    """Runs sublimate in two processes, with one of `configs/accelerate/`."""
+    config = ROOT / "configs" / "accelerate" / f"{name}.yaml"
+    run = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", "2"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [*run, "--main_process_port", "0", "-m", "sublimate.cli", *command]
+    done = subprocess.run(
+        list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_both_configurations_train_the_same_student(tiny_sd_v, tmp_path):
+    (tmp_path / "prompts.txt").write_text("red cat\na dog\n")
+    students = {}
+    for name in ("ddp", "fsdp2"):
+        config = {
+            "model": str(tiny_sd_v),
+            "objective": {"gan_weight": 0.0, "critic_updates": 1, "guidance_scale": 2.0},
+            "data": {"prompts": str(tmp_path / "prompts.txt")},
+            "trainer": {
+                "output_dir": str(tmp_path / name),
+                "max_train_steps": 2,
+                "train_batch_size": 1,
+                "ema_decay": 0.5,
+                "checkpointing_steps": 1,
+                "validation_steps": 2,
+            },
+            "validation_prompts": ["red cat", "a dog"],
+        }
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
+        launched(name, "distill", tmp_path / f"{name}.yaml")
+        assert (tmp_path / name / "samples" / "0000002.png").is_file()
+        assert json.loads((tmp_path / name / "student" / "unet" / "config.json").read_text())["_class_name"] == (
+            "UNet2DConditionModel"
+        )
+        students[name] = load_file(tmp_path / name / "student" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert students["ddp"].keys() == students["fsdp2"].keys()
+    for key, value in students["ddp"].items():
+        torch.testing.assert_close(students["fsdp2"][key], value, rtol=1e-4, atol=1e-6, msg=key)
+
+
+def test_evaluation_is_shared_and_written_once(tmp_path):
+    asked = [{"text": f"a {ink} seven", "ink": ink} for ink in ("red", "green", "blue")]
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    command = ["evaluate", "ink_one_step", "--prompts", tmp_path / "asked.jsonl", "--out"]
+    said = launched("ddp", *command, tmp_path / "two.json")
+    subprocess.run(
+        list(map(str, [sys.executable, "-m", "sublimate.cli", *command, tmp_path / "one.json"])), cwd=ROOT, check=True
+    )
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert one["agreement"] == two["agreement"] and one["agreement"]["ink"]
+    assert said.count("rejected") == 1
+
+
+DRAWN = """
+import sys
+from accelerate import Accelerator
+Accelerator()
+import torch
+from sublimate.evaluation import drawing
+from sublimate.pipelines.generate import generate
+from sublimate.pipelines.model import open_model
+
+model, drawn = open_model(sys.argv[1]), []
+drawing.generate = lambda model, texts, **options: drawn.append(len(texts)) or generate(model, texts, **options)
+for texts in (["red cat", "a dog", "cat", "dog", "red"], ["a dog"]):
+    together = drawing.drawing(model, steps=2)(texts, 3)
+    assert drawn.pop() == (len(texts) + 1) // 2
+    torch.testing.assert_close(together, generate(model, texts, steps=2, seed=3), rtol=0, atol=1e-5)
+"""
+
+
+def test_processes_draw_their_shares_of_the_same_images(tiny_sd_v):
+    launch(DRAWN, tiny_sd_v, processes=2)
