@@ -8,12 +8,13 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.denoisers import Denoiser
@@ -28,6 +29,7 @@ from sublimate.training.checkpoints import fingerprint
 from sublimate.training.config import Config
 from sublimate.training.data import Source
 from sublimate.training.objective import Artefact, Batch, Loss, Objective, ObjectiveConfig, SoloObjective
+from sublimate.training.plan import WRITTEN_OUT, Loop, Plan, plan
 from sublimate.training.players import Player, PlayerConfig, make_player
 from sublimate.training.randomness import SampleRandom
 from sublimate.training.trainer import Interrupted, Trainer, TrainerConfig
@@ -71,6 +73,11 @@ class StudentConfig(RunConfig, ObjectiveConfig, ABC):
     attention: Kernel | None = None
     mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
+
+    def brief(self) -> Self:
+        """These options with every loop of like steps as short as it can be: a step then keeps as much, and is soon
+        over."""
+        return self
 
 
 class FineTuningConfig(StudentConfig, ABC):
@@ -152,6 +159,10 @@ class StudentObjective(SoloObjective):
         """Where the student is."""
         return next(self.student.parameters()).device
 
+    def loop(self, config: StudentConfig) -> Loop | None:
+        """What a step does more often with `config` than with this objective's own brief options; None for nothing."""
+        return None
+
     @abstractmethod
     def retain_error(self, batch: Batch, kept: PromptBank) -> Tensor:
         """What holds preserved concepts, a mean over the batch; only asked for where there are some."""
@@ -209,6 +220,28 @@ class FineTuningEraser(Eraser):
         finally:
             model.to(home)
 
+    def plan(self, model: Model, request: Request) -> Plan:
+        """What a training step will need, samplings included, and what comes before the first.
+
+        What is drawn or searched for in many like steps is counted from one: the most that is alive does not depend on
+        their number. Before training, operations are those of one step of each sampling.
+        """
+        config = self.config if request.preserve else self.config.model_copy(update={"retain": 0.0})
+        brief = config.brief()
+        try:
+            with attention_chosen(model, config.attention if config.attention in WRITTEN_OUT else None):
+                return plan(
+                    lambda: Trainer(
+                        self.objective(model, brief, request), NoData(), trainer_config(brief), progress=False
+                    ),
+                    model.parameters().values(),
+                    lambda objective: cast(StudentObjective, objective).loop(
+                        config.told() if model.denoiser.reads_guidance else config
+                    ),
+                )
+        except DataDependentOutputException:
+            return super().plan(model, request)
+
 
 def trained_values(model: Model, student: Player) -> dict[str, Tensor]:
     """What a student's training made of its weights, by full parameter key."""
@@ -252,10 +285,7 @@ def fine_tune(
         ValueError: when there is a checkpoint of another model, request or options.
     """
     with _run_folder(config.output_dir) as folder, torch.random.fork_rng(devices=[]):
-        shared = TrainerConfig.model_fields.keys() & type(config).model_fields.keys()
-        options = TrainerConfig(
-            **{name: getattr(config, name) for name in shared} | {"output_dir": folder, "seed": seed}
-        )
+        options = trainer_config(config, output_dir=folder, seed=seed)
         kept = config.model_dump(mode="json", exclude={"output_dir", "checkpointing_steps", "max_train_steps"})
         identity = fingerprint(model.content_hash(), request.to_dict(paths=False), _digests(request), kept, *prompts)
         trainer = Trainer(objective, source or NoData(), options, fingerprint=identity, progress=progress)
@@ -265,6 +295,12 @@ def fine_tune(
             if config.output_dir is None:
                 raise KeyboardInterrupt("Stopped; set output_dir to be able to resume.") from stopped
             raise
+
+
+def trainer_config(config: RunConfig, **others: Any) -> TrainerConfig:
+    """The trainer's options that an eraser's hold, and others."""
+    shared = TrainerConfig.model_fields.keys() & type(config).model_fields.keys() - {"output_dir"}
+    return TrainerConfig(**{name: getattr(config, name) for name in shared} | others)
 
 
 def _digests(request: Request) -> list[str]:

@@ -20,6 +20,17 @@ from sublimate.pipelines.model import DEFAULTS_FILE, Model
 from sublimate.pipelines.progress import without_bars
 
 
+class Shapes(FakeTensorMode):
+    """What tensors without storage belong to; beside tensors with values, they make more of their kind."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shapes:
+        # Copied along with a tensor, it would free weak references to storages that are the original's.
+        return self
+
+
 def open_shapes(source: str | Path) -> Model:
     """Opens a checkpoint's shapes: what a run would cost can be counted before anything large is read or downloaded.
 
@@ -38,7 +49,7 @@ def open_shapes(source: str | Path) -> Model:
     index = read_json(folder / "model_index.json")
     kind = str(index.get("_class_name"))
     backbone = backbone_for(kind)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = Shapes()
     with without_bars():
         # Components are [library, class]; anything else is an option of the pipeline's.
         components = {
@@ -52,7 +63,7 @@ def open_shapes(source: str | Path) -> Model:
     return Model(pipeline, str(source), defaults)
 
 
-def _component(mode: FakeTensorMode, folder: Path, library: str | None, name: str | None) -> Any:
+def _component(mode: Shapes, folder: Path, library: str | None, name: str | None) -> Any:
     if library is None or name is None:
         return None
     # A pipeline's own classes are recorded by the name of its folder in diffusers.
@@ -67,7 +78,7 @@ def _component(mode: FakeTensorMode, folder: Path, library: str | None, name: st
     raise ValueError(f"{folder} is a {name}, of which no shapes can be made without its weights.")
 
 
-def _without_values(make: Callable[[Any], nn.Module], config: Any, mode: FakeTensorMode) -> nn.Module:
+def _without_values(make: Callable[[Any], nn.Module], config: Any, mode: Shapes) -> nn.Module:
     try:
         with mode:
             return make(config)

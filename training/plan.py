@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from sublimate.training.data import ModelSource
 from sublimate.training.distill import OBJECTIVES, DistillConfig
 from sublimate.training.objective import Objective
 from sublimate.training.trainer import Trainer
+
+# Only what writes scores out takes other memory than the kernel that is there.
+WRITTEN_OUT = ("math", "eager")
 
 # Torch counts the fused kernels of GPUs, not that of CPUs, which stands for them here.
 _CPU_ATTENTION = {
@@ -76,6 +80,19 @@ class LiveBytes(TorchDispatchMode):
 
 
 @dataclass(frozen=True)
+class Loop:
+    """What the first turn of a step repeats.
+
+    Attributes:
+        run: does it once.
+        times: how often the step does it on average, beyond what it does here.
+    """
+
+    run: Callable[[], object]
+    times: float
+
+
+@dataclass(frozen=True)
 class PlayerCost:
     """Bytes of one player beyond what it shares: weights of its own, gradients, Adam's moments and the average."""
 
@@ -87,7 +104,7 @@ class PlayerCost:
 
 @dataclass(frozen=True)
 class TurnCost:
-    """One turn: floating-point operations, and the most bytes alive at any moment of it."""
+    """One turn, or what comes before: floating-point operations, and the most bytes alive at any moment of it."""
 
     flops: int
     peak: int
@@ -101,11 +118,13 @@ class Plan:
         base: bytes of the model that players share: denoiser, text encoders, autoencoder.
         players: by name.
         turns: by name.
+        before: what is done once, before the first step; None where it is not counted.
     """
 
     base: int
     players: Mapping[str, PlayerCost]
     turns: Mapping[str, TurnCost]
+    before: TurnCost | None = None
 
     @property
     def flops(self) -> int:
@@ -115,19 +134,39 @@ class Plan:
     @property
     def peak(self) -> int:
         """The most bytes alive at any moment."""
-        return max(turn.peak for turn in self.turns.values())
+        return max(turn.peak for turn in (*self.turns.values(), *([self.before] if self.before else [])))
 
     def lines(self) -> list[str]:
         """The plan as text, a line for each part."""
         players = [
-            f"{name}: weights {_gib(c.weights)}, gradients {_gib(c.gradients)}, Adam {_gib(c.optimizer)}, average "
-            f"{_gib(c.average)}"
+            f"{name}: weights {gib(c.weights)}, gradients {gib(c.gradients)}, Adam {gib(c.optimizer)}, average "
+            f"{gib(c.average)}"
             for name, c in self.players.items()
         ]
-        turns = [
-            f"turn {name}: {turn.flops / 1e12:,.4g} TFLOP, peak {_gib(turn.peak)}" for name, turn in self.turns.items()
-        ]
-        return [f"shared weights: {_gib(self.base)}", *players, *turns]
+        named = {"before training": self.before} if self.before else {}
+        named |= {f"turn {name}": turn for name, turn in self.turns.items()}
+        turns = [f"{name}: {cost.flops / 1e12:,.4g} TFLOP, peak {gib(cost.peak)}" for name, cost in named.items()]
+        return [f"shared weights: {gib(self.base)}", *players, *turns]
+
+
+class Count:
+    """What was counted so far; read `cost` once the counting is over."""
+
+    def __init__(self, live: LiveBytes, operations: FlopCounterMode) -> None:
+        self._live, self._operations = live, operations
+
+    @property
+    def cost(self) -> TurnCost:
+        """Operations, and the peak of bytes."""
+        return TurnCost(self._operations.get_total_flops(), self._live.peak)
+
+
+@contextmanager
+def counted(live: LiveBytes) -> Iterator[Count]:
+    """Counts the operations within this context, and the peak of bytes that `live`, which is on, sees there."""
+    live.reset_peak()
+    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as operations:
+        yield Count(live, operations)
 
 
 def plan_distillation(config: DistillConfig, model: Model | None = None) -> Plan:
@@ -142,29 +181,39 @@ def plan_distillation(config: DistillConfig, model: Model | None = None) -> Plan
     """
     method = registry.load(OBJECTIVES, config.method, Objective)
     model = open_shapes(config.model) if model is None else model
-    # Only what writes scores out takes other memory than the kernel that is there.
-    kernel = config.attention if config.attention in ("math", "eager") else None
+    kernel = config.attention if config.attention in WRITTEN_OUT else None
     with attention_chosen(model, kernel):
-        objective = method(model, validate_section(method.Config, config.objective))
-        # A prompt of any text, and a class of any model that is told one.
-        prompts, x0 = ["0"] if model.any_condition() else [], torch.zeros(1, *model.latent_shape)
-        source = ModelSource(model, prompts, x0, prompts if "negatives" in objective.needs else (), x0)
-        return plan(Trainer(objective, source, config.trainer, progress=False), model.parameters().values())
+        found = plan(lambda: _trainer(config, method, model), model.parameters().values())
+    # What the data need before training depends on them.
+    return replace(found, before=None)
 
 
-def plan(trainer: Trainer, base: Iterable[Tensor]) -> Plan:
+def _trainer(config: DistillConfig, method: type[Objective], model: Model) -> Trainer:
+    objective = method(model, validate_section(method.Config, config.objective))
+    # A prompt of any text, and a class of any model that is told one.
+    prompts, x0 = ["0"] if model.any_condition() else [], torch.zeros(1, *model.latent_shape)
+    source = ModelSource(model, prompts, x0, prompts if "negatives" in objective.needs else (), x0)
+    return Trainer(objective, source, config.trainer, progress=False)
+
+
+def plan(
+    make: Callable[[], Trainer], base: Iterable[Tensor], loop: Callable[[Objective], Loop | None] = lambda _: None
+) -> Plan:
     """Takes a trainer's first step, without clipping but with Adam's moments already there, and counts.
 
     What is counted are tensors: a device's libraries and its allocator's gaps come on top.
 
     Args:
-        trainer: of a model opened by `open_shapes`; a real one would be trained.
+        make: the trainer, of a model opened by `open_shapes`; a real one would be trained.
         base: the model's parameters, which the players may share.
+        loop: a part of the objective's steps that is too long to be taken in full here.
     """
     held = {id(p): p for p in base}
     with LiveBytes() as live:
         live.see(held.values())
         shared = live.now
+        with counted(live) as before:
+            trainer = make()
         for name, optimizer in trainer.optimizers.items():
             for parameter in trainer.players[name].trainable().values():
                 parameter.grad = torch.zeros_like(parameter)
@@ -172,11 +221,16 @@ def plan(trainer: Trainer, base: Iterable[Tensor]) -> Plan:
             optimizer.zero_grad(set_to_none=True)
         turns = {}
         for turn in trainer.objective.turns(0):
-            live.reset_peak()
-            with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+            with counted(live) as count:
                 trainer.accumulate(turn)
                 trainer.update(turn)
-            turns[turn.name] = TurnCost(counter.get_total_flops(), live.peak)
+            turns[turn.name] = count.cost
+        if repeated := loop(trainer.objective):
+            with counted(live) as count:
+                repeated.run()
+            first, cost = next(iter(turns.items()))
+            flops = cost.flops + round(repeated.times * count.cost.flops)
+            turns[first] = TurnCost(flops, max(cost.peak, count.cost.peak))
     players = {}
     for name, player in trainer.players.items():
         trains = player.trainable().values()
@@ -185,12 +239,13 @@ def plan(trainer: Trainer, base: Iterable[Tensor]) -> Plan:
         average = trainer.averages[name].values.values() if name in trainer.averages else ()
         moments = [v for state in trainer.optimizers[name].state.values() for v in state.values()]
         players[name] = PlayerCost(_bytes(own.values()), _bytes(trains), _bytes(moments), _bytes(average))
-    return Plan(shared, players, turns)
+    return Plan(shared, players, turns, before.cost)
 
 
 def _bytes(tensors: Iterable[Any]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """Bytes as text."""
     return f"{size / 2**30:.3g} GiB"
