@@ -39,6 +39,10 @@ class Costs(Protocol):
         ...
 
 
+class NotCounted(ValueError):
+    """What an eraser will need cannot be known from shapes alone."""
+
+
 class Eraser(Method):
     """A method of concept erasure: options in, an edit of a model out.
 
@@ -102,9 +106,10 @@ class Eraser(Method):
             request: as `fit` is given it.
 
         Raises:
-            ValueError: when what the method does depends on values, which shapes do not have, or as `fit`.
+            NotCounted: when what the method does depends on values, which shapes do not have.
+            ValueError: as `fit`.
         """
-        raise ValueError(f"what {self.name()} does depends on values, of which a dry run reads none.")
+        raise NotCounted(f"what {self.name()} does depends on values, of which a dry run reads none.")
 
     @abstractmethod
     def solve(

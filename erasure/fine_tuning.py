@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.denoisers import Denoiser
@@ -228,19 +227,16 @@ class FineTuningEraser(Eraser):
         """
         config = self.config if request.preserve else self.config.model_copy(update={"retain": 0.0})
         brief = config.brief()
-        try:
-            with attention_chosen(model, config.attention if config.attention in WRITTEN_OUT else None):
-                return plan(
-                    lambda: Trainer(
-                        self.objective(model, brief, request), NoData(), trainer_config(brief), progress=False
-                    ),
-                    model.parameters().values(),
-                    lambda objective: cast(StudentObjective, objective).loop(
-                        config.told() if model.denoiser.reads_guidance else config
-                    ),
-                )
-        except DataDependentOutputException:
-            return super().plan(model, request)
+        full = config.told() if model.denoiser.reads_guidance else config
+
+        def made() -> Trainer:
+            return Trainer(self.objective(model, brief, request), NoData(), trainer_config(brief), progress=False)
+
+        def loop(objective: Objective) -> Loop | None:
+            return cast(StudentObjective, objective).loop(full)
+
+        with attention_chosen(model, config.attention if config.attention in WRITTEN_OUT else None):
+            return plan(made, model.parameters().values(), loop)
 
 
 def trained_values(model: Model, student: Player) -> dict[str, Tensor]:

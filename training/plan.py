@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,14 +21,16 @@ from sublimate.training import registry
 from sublimate.training.config import validate_section
 from sublimate.training.data import ModelSource
 from sublimate.training.distill import OBJECTIVES, DistillConfig
-from sublimate.training.objective import Objective
+from sublimate.training.objective import Objective, Turn
 from sublimate.training.trainer import Trainer
+
+T = TypeVar("T")
 
 # Only what writes scores out takes other memory than the kernel that is there.
 WRITTEN_OUT = ("math", "eager")
 
 # Torch counts the fused kernels of GPUs, not that of CPUs, which stands for them here.
-_CPU_ATTENTION = {
+CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda gradient, q, k, v, *_, **__: (
         sdpa_backward_flop_count(gradient, q, k, v)
@@ -149,24 +151,12 @@ class Plan:
         return [f"shared weights: {gib(self.base)}", *players, *turns]
 
 
-class Count:
-    """What was counted so far; read `cost` once the counting is over."""
-
-    def __init__(self, live: LiveBytes, operations: FlopCounterMode) -> None:
-        self._live, self._operations = live, operations
-
-    @property
-    def cost(self) -> TurnCost:
-        """Operations, and the peak of bytes."""
-        return TurnCost(self._operations.get_total_flops(), self._live.peak)
-
-
-@contextmanager
-def counted(live: LiveBytes) -> Iterator[Count]:
-    """Counts the operations within this context, and the peak of bytes that `live`, which is on, sees there."""
+def counted(live: LiveBytes, work: Callable[[], T]) -> tuple[T, TurnCost]:
+    """What work returns, its operations, and the peak of bytes that `live`, which is on, sees meanwhile."""
     live.reset_peak()
-    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as operations:
-        yield Count(live, operations)
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as operations:
+        result = work()
+    return result, TurnCost(operations.get_total_flops(), live.peak)
 
 
 def plan_distillation(config: DistillConfig, model: Model | None = None) -> Plan:
@@ -212,8 +202,7 @@ def plan(
     with LiveBytes() as live:
         live.see(held.values())
         shared = live.now
-        with counted(live) as before:
-            trainer = make()
+        trainer, before = counted(live, make)
         for name, optimizer in trainer.optimizers.items():
             for parameter in trainer.players[name].trainable().values():
                 parameter.grad = torch.zeros_like(parameter)
@@ -221,16 +210,12 @@ def plan(
             optimizer.zero_grad(set_to_none=True)
         turns = {}
         for turn in trainer.objective.turns(0):
-            with counted(live) as count:
-                trainer.accumulate(turn)
-                trainer.update(turn)
-            turns[turn.name] = count.cost
+            _, turns[turn.name] = counted(live, partial(_take, trainer, turn))
         if repeated := loop(trainer.objective):
-            with counted(live) as count:
-                repeated.run()
+            _, once = counted(live, repeated.run)
             first, cost = next(iter(turns.items()))
-            flops = cost.flops + round(repeated.times * count.cost.flops)
-            turns[first] = TurnCost(flops, max(cost.peak, count.cost.peak))
+            flops = cost.flops + round(repeated.times * once.flops)
+            turns[first] = TurnCost(flops, max(cost.peak, once.peak))
     players = {}
     for name, player in trainer.players.items():
         trains = player.trainable().values()
@@ -239,7 +224,12 @@ def plan(
         average = trainer.averages[name].values.values() if name in trainer.averages else ()
         moments = [v for state in trainer.optimizers[name].state.values() for v in state.values()]
         players[name] = PlayerCost(_bytes(own.values()), _bytes(trains), _bytes(moments), _bytes(average))
-    return Plan(shared, players, turns, before.cost)
+    return Plan(shared, players, turns, before)
+
+
+def _take(trainer: Trainer, turn: Turn) -> None:
+    trainer.accumulate(turn)
+    trainer.update(turn)
 
 
 def _bytes(tensors: Iterable[Any]) -> int:
