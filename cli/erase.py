@@ -26,6 +26,9 @@ def command(
     within: Annotated[str | None, typer.Option(help="Erase only where this is asked for.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for edit.safetensors (and the model).")] = Path("runs/edit"),
     fold: Annotated[bool, typer.Option("--fold", help="Also write the edited model as a diffusers folder.")] = False,
+    fuse_lora: Annotated[
+        list[str] | None, typer.Option(help="A LoRA to add to the model's weights first; repeatable.")
+    ] = None,
     lora: Annotated[
         bool, typer.Option("--lora", help="Also write the edit as a LoRA, for diffusers and in kohya's layout.")
     ] = False,
@@ -76,7 +79,7 @@ def command(
     if dry_run:
         _plan(eraser, model, request)
         return
-    opened = open_model(model, device=device)
+    opened = open_model(model, loras=fuse_lora or (), device=device)
     edit = eraser.fit(opened, request, seed=seed, progress=True)
     out.mkdir(parents=True, exist_ok=True)
     typer.echo(f"Wrote {edit.save(out / 'edit.safetensors')}")

@@ -144,6 +144,10 @@ class StudentObjective(SoloObjective):
         """What training came to: new values of the denoiser's weights."""
         return Changes(values=trained_values(model, self.player))
 
+    def unread(self, model: Model) -> list[str]:
+        """The model's networks that training does not run once this objective is made."""
+        return [name for name in model.components() if name != model.backbone.network_attribute]
+
     @property
     def needs(self) -> frozenset[str]:
         return frozenset()
@@ -214,6 +218,9 @@ class FineTuningEraser(Eraser):
                 if masks is not None:
                     keys = full_keys(model, objective.player)
                     objective.player.restrict({name: masks[key] for name, key in keys.items() if key in masks})
+                # What is not run any more need not take a GPU's memory; `fit` puts it back.
+                for name in objective.unread(model):
+                    model.component(name).to("cpu")
                 fine_tune(model, objective, request, config, seed=seed, progress=progress)
             return objective.changes(model)
         finally:

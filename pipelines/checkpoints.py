@@ -150,7 +150,11 @@ def _check_component(folder: Path, kind: str, variant: str | None) -> None:
         raise ValueError(f"{folder / 'config.json'} is missing, so the checkpoint is only half written: get it again.")
     read_json(folder / "config.json")
     for path in _weights(folder, variant):
-        check_safetensors(path)
+        if any(".base_layer." in name for name in check_safetensors(path)):
+            raise ValueError(
+                f"{path} holds a LoRA beside its weights, which diffusers does not open: call "
+                "pipeline.unload_lora_weights() before save_pretrained, after fuse_lora() if the LoRA is to stay."
+            )
 
 
 def _weights(folder: Path, variant: str | None) -> list[Path]:

@@ -71,6 +71,8 @@ def _component(mode: Shapes, folder: Path, library: str | None, name: str | None
     cls = getattr(own if own is not None else importlib.import_module(library), name)
     if not issubclass(cls, nn.Module):
         return cls.from_pretrained(folder)
+    if "quantization_config" in read_json(folder / "config.json"):
+        raise ValueError(f"{folder} is quantised, and its configuration does not say how large that makes it.")
     if issubclass(cls, ModelMixin):
         return _without_values(cls.from_config, cls.load_config(folder), mode)
     if issubclass(cls, PreTrainedModel):

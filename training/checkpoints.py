@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sublimate.pipelines.folders import written_aside
 
 PREFIX = "checkpoint-"
+_NUMBER = ".number"
 Sections = Mapping[str, Mapping[str, Tensor]]
 
 
@@ -123,15 +124,24 @@ def load_exactly(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, T
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An optimiser's per-parameter state as named tensors, `{index}.{name}`."""
-    state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": torch.as_tensor(v) for index, values in state.items() for name, v in values.items()}
+    """An optimiser's per-parameter state as named tensors, `{index}.{name}`, of numbers `{index}.{name}.number`."""
+    named = {}
+    for index, values in optimizer.state_dict()["state"].items():
+        for name, value in values.items():
+            key = f"{index}.{name}" if isinstance(value, Tensor) else f"{index}.{name}{_NUMBER}"
+            named[key] = torch.as_tensor(value)
+    return named
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Restores `optimizer_tensors`."""
-    state: dict[int, dict[str, Tensor]] = {}
+    """Restores `optimizer_tensors` in their own precision; `Optimizer.load_state_dict` makes integers floats."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    optimizer.state.clear()
     for name, tensor in tensors.items():
         index, _, field = name.partition(".")
-        state.setdefault(int(index), {})[field] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        parameter = parameters[int(index)]
+        if field.endswith(_NUMBER):
+            optimizer.state[parameter][field.removesuffix(_NUMBER)] = tensor.item()
+        else:
+            # Torch's own optimisers count steps on the CPU, wherever the parameter is.
+            optimizer.state[parameter][field] = tensor.clone() if field == "step" else tensor.to(parameter.device)

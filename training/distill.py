@@ -40,7 +40,8 @@ class DistillConfig(Config):
 
     Attributes:
         model: the teacher: a packaged name, a diffusers folder, a `.safetensors` file or a hub id.
-        edits: edit files applied to the teacher first, in order.
+        loras: LoRAs added to the teacher's weights when it is opened: files, folders or hub ids.
+        edits: edit files applied to the teacher then, in order.
         attention: the attention kernel of the teacher and its players (`sublimate.pipelines.attention`); None leaves
             the model's own.
         method: name of a file in `training/objectives/`.
@@ -52,6 +53,7 @@ class DistillConfig(Config):
     """
 
     model: str = "ink"
+    loras: tuple[str, ...] = ()
     edits: tuple[Path, ...] = ()
     attention: Kernel | None = None
     method: str = "f_distill"
@@ -82,7 +84,8 @@ def distill(
 
     Args:
         config: the run.
-        model: an open teacher to use instead of opening `config.model`; `config.edits` are applied to it.
+        model: an open teacher to use instead of opening `config.model`, without `config.loras`; `config.edits` are
+            applied to it.
         progress: show progress bars.
 
     Returns:
@@ -94,7 +97,9 @@ def distill(
     """
     method = registry.load(OBJECTIVES, config.method, Objective)
     options = validate_section(method.Config, config.objective)
-    model = open_model(config.model) if model is None else model
+    if model is not None and config.loras:
+        raise ValueError("The teacher is open already: open it with these loras, and leave them out of the run.")
+    model = open_model(config.model, loras=config.loras) if model is None else model
     for path in config.edits:
         Edit.load(path).apply(model)
     home = model.device
