@@ -218,7 +218,7 @@ class FineTuningEraser(Eraser):
                 if masks is not None:
                     keys = full_keys(model, objective.player)
                     objective.player.restrict({name: masks[key] for name, key in keys.items() if key in masks})
-                # What is not run any more need not take a GPU's memory; `fit` puts it back.
+                # What is not run any more takes no memory of a GPU until the model goes home.
                 for name in objective.unread(model):
                     model.component(name).to("cpu")
                 fine_tune(model, objective, request, config, seed=seed, progress=progress)

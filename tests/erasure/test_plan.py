@@ -67,7 +67,7 @@ def test_operations_are_those_of_an_average_sampling(tiny_sd_v, preserve):
     method, request = eraser("esd", sampling_steps=2), Request("cat", preserve=preserve)
     _, trainer = real_trainer(tiny_sd_v, method, request)
     counts = set()
-    for _ in range(8):
+    for _ in range(24):
         with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
             take(trainer)
         counts.add(counter.get_total_flops())

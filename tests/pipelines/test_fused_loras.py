@@ -84,7 +84,7 @@ def test_what_is_no_lora_of_it_is_refused(tiny_sd_v, tiny_dit, lora, tmp_path):
         open_model(tiny_dit, loras=[lora])
     other = {"transformer.x.lora_A.weight": torch.ones(1, 4), "transformer.x.lora_B.weight": torch.ones(4, 1)}
     save_file(other, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="cannot be opened|Nothing of the LoRA"):
+    with pytest.raises(ValueError, match=r"cannot be opened|Nothing of the LoRA"):
         open_model(tiny_sd_v, loras=[tmp_path / "other.safetensors"])
 
 
