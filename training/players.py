@@ -165,6 +165,7 @@ def _lora_player(module: nn.Module, config: PlayerConfig, ema: bool) -> Player:
     )
     tree = inject_adapter_in_model(lora, shared_copy(module))
     adapters = {name: parameter for name, parameter in tree.named_parameters() if ".lora_" in name}
-    for parameter in adapters.values():  # PEFT gives them the precision of what they adapt
-        parameter.data = parameter.data.float()
+    for parameter in adapters.values():
+        if parameter.dtype != torch.float32:  # PEFT gives them the precision of what they adapt
+            parameter.data = parameter.data.float()
     return Player(tree, config, frozenset(adapters), ema)
