@@ -72,7 +72,6 @@ class Player:
             raise ValueError(f"{type(self.module).__name__} has no parameters named {sorted(missing)[:5]}.")
         if not self.names:
             raise ValueError(f"No parameter of {type(self.module).__name__} is selected for training.")
-        check_unquantised(self.trainable(), "Training")
         self.set_trainable(False)
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -152,6 +151,7 @@ def make_player(
         return _lora_player(module, config, ema)
     parameters = dict(module.named_parameters())
     chosen = frozenset(parameters if names is None else names)
+    check_unquantised({name: p for name, p in parameters.items() if name in chosen}, "Training")
     frozen = (tensor for name, tensor in parameters.items() if name not in chosen)
     tree = copy.deepcopy(module, {id(tensor): tensor for tensor in frozen})
     return Player(tree, config, chosen, ema)

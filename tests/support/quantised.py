@@ -46,6 +46,10 @@ class ScaledTensor(Tensor):
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         return ["codes", "scale"], None
 
+    @staticmethod
+    def __tensor_unflatten__(parts: dict[str, Tensor], context: None, size: Any, stride: Any) -> ScaledTensor:
+        return ScaledTensor(parts["codes"], parts["scale"])
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is linear:
@@ -72,9 +76,8 @@ def scaled_linear(layer: nn.Linear) -> nn.Linear:
 KINDS = {"integers": IntegerLinear, "subclass": scaled_linear}
 
 
-def quantise(network: nn.Module, kind: str) -> list[str]:
-    """Quantises the linear layers of a network's attention, in place; returns their names."""
+def quantise(network: nn.Module, kind: str) -> None:
+    """Quantises the linear layers of a network's attention, in place."""
     names = [n for n, m in network.named_modules() if isinstance(m, nn.Linear) and ".to_" in n]
     for name in names:
         network.set_submodule(name, KINDS[kind](network.get_submodule(name)))
-    return names

@@ -61,11 +61,13 @@ def test_state_of_integers_and_numbers_resumes_exactly(tmp_path):
     path = checkpoints.write_checkpoint(tmp_path, 3, sections, {"sections": list(sections)}, None)
     found, _ = checkpoints.read_checkpoint(path)
     again, optimizer = started()
-    trained(again, optimizer, 1)  # what was there before is gone
+    trained(again, optimizer, 1)
+    optimizer.state[again.weight]["other"] = 1  # what was there before is gone
     again.load_state_dict(found["weights"])
     checkpoints.load_optimizer_tensors(optimizer, found["optimizer"])
     state = optimizer.state[again.weight]
-    assert state["codes"].dtype == torch.uint8 and state["step"] == 3 and isinstance(state["step"], int)
+    assert state.keys() == {"codes", "scale", "step"} and state["codes"].dtype == torch.uint8
+    assert state["step"] == 3 and isinstance(state["step"], int)
     trained(again, optimizer, 2)
     assert torch.equal(again.weight, whole.weight) and torch.equal(again.bias, whole.bias)
 
