@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from full_size import SIZES
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sublimate.diffusion.denoisers import Denoiser
 from sublimate.erasure.methods.esd import ESD
@@ -37,7 +36,7 @@ from sublimate.evaluation.hardware import hardware_line
 from sublimate.pipelines.attention import Kernel, attention_chosen
 from sublimate.pipelines.generate import generate
 from sublimate.pipelines.model import Model, open_model
-from sublimate.pipelines.shapes import open_shapes
+from sublimate.pipelines.shapes import Shapes, open_shapes
 from sublimate.training import registry
 from sublimate.training.config import validate_section
 from sublimate.training.data import ModelSource
@@ -63,7 +62,7 @@ def opened(size: str, device: torch.device) -> Model:
 
 def shapes(size: str) -> Model:
     """The same without storage."""
-    return open_shapes("ink") if size == "ink" else SIZES[size](FakeTensorMode(allow_non_fake_inputs=True))
+    return open_shapes("ink") if size == "ink" else SIZES[size](Shapes())
 
 
 def seconds(work: Callable[[], Any], device: torch.device, repeats: int = UPDATES) -> list[float]:

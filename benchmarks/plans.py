@@ -18,16 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from full_size import SIZES
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sublimate.erasure.fine_tuning import NoData
-from sublimate.erasure.methods.esd import ESDConfig, ESDObjective
+from sublimate.erasure.methods.esd import ESD, ESDConfig
 from sublimate.erasure.request import Concept, Request
 from sublimate.pipelines.model import Model
+from sublimate.pipelines.shapes import Shapes
 from sublimate.training.config import load_config
 from sublimate.training.distill import DistillConfig
-from sublimate.training.plan import Plan, plan, plan_distillation
-from sublimate.training.trainer import Trainer, TrainerConfig
+from sublimate.training.plan import Plan, plan_distillation
 
 RESULT = Path(__file__).parent / "results" / "plans.json"
 FULL = tuple(f"objective.{player}.kind=full" for player in ("student", "critic"))
@@ -35,7 +33,7 @@ FULL = tuple(f"objective.{player}.kind=full" for player in ("student", "critic")
 
 def shapes(name: str) -> Model:
     """The model that a recipe's name begins with."""
-    return SIZES[name.partition("_")[0]](FakeTensorMode(allow_non_fake_inputs=True))
+    return SIZES[name.partition("_")[0]](Shapes())
 
 
 def distillation(name: str, *overrides: str) -> Plan:
@@ -44,16 +42,8 @@ def distillation(name: str, *overrides: str) -> Plan:
 
 
 def erasure(name: str) -> Plan:
-    """A recipe of ESD; what a step keeps does not depend on how many steps a sampling has, so it has few here."""
-    options = load_config(ESDConfig, name, kind="erase")
-    options = options.model_copy(update={"sampling_steps": options.updates_per_rollout})
-    model = shapes(name)
-    objective = ESDObjective(model, options, Request((Concept("a"),)))
-    shared = TrainerConfig.model_fields.keys() & ESDConfig.model_fields.keys() - {"output_dir"}
-    trainer = Trainer(
-        objective, NoData(), TrainerConfig(**{name: getattr(options, name) for name in shared}), progress=False
-    )
-    return plan(trainer, model.parameters().values())
+    """A recipe of ESD."""
+    return ESD(load_config(ESDConfig, name, kind="erase")).plan(shapes(name), Request((Concept("a"),)))
 
 
 CELLS: Mapping[str, Callable[[], Plan]] = {

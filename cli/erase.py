@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sublimate.cli.opening import Revision, Variant
+
+if TYPE_CHECKING:
+    from sublimate.erasure.eraser import Eraser
+    from sublimate.erasure.request import Request
 
 
 def command(
@@ -23,6 +28,9 @@ def command(
     within: Annotated[str | None, typer.Option(help="Erase only where this is asked for.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for edit.safetensors (and the model).")] = Path("runs/edit"),
     fold: Annotated[bool, typer.Option("--fold", help="Also write the edited model as a diffusers folder.")] = False,
+    fuse_lora: Annotated[
+        list[str] | None, typer.Option(help="A LoRA to add to the model's weights first; repeatable.")
+    ] = None,
     lora: Annotated[
         bool, typer.Option("--lora", help="Also write the edit as a LoRA, for diffusers and in kohya's layout.")
     ] = False,
@@ -33,6 +41,10 @@ def command(
         str,
         typer.Option(help="Where the model is opened; training goes where accelerate says (ACCELERATE_USE_CPU=1)."),
     ] = "cpu",
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print request, options and their counted cost, and stop."),
+    ] = False,
 ) -> None:
     """Erase concepts and write the edit, which applies to and comes off the base model bit by bit."""
     from sublimate.erasure.eraser import Eraser
@@ -68,7 +80,10 @@ def command(
         raise ValueError(
             f"{method} makes an attachment, which no diffusers folder holds: leave out --fold and --lora."
         )
-    opened = open_model(model, revision=revision, variant=variant, device=device)
+    if dry_run:
+        _plan(eraser, model, request)
+        return
+    opened = open_model(model, loras=fuse_lora or (), revision=revision, variant=variant, device=device)
     edit = eraser.fit(opened, request, seed=seed, progress=True)
     out.mkdir(parents=True, exist_ok=True)
     typer.echo(f"Wrote {edit.save(out / 'edit.safetensors')}")
@@ -79,3 +94,24 @@ def command(
     if fold:
         folder = edit.fold(opened, out / "model")
         typer.echo(f'Wrote {folder}: DiffusionPipeline.from_pretrained("{folder}")')
+
+
+def _plan(eraser: Eraser, model: str, request: Request) -> None:
+    """Prints a file of the options, with what else there is to say in comments."""
+    from sublimate.erasure.eraser import NotCounted
+    from sublimate.pipelines.shapes import open_shapes
+    from sublimate.training.config import dump_config
+
+    typer.echo(f"# {eraser.name()} of {model}: {json.dumps(request.to_dict())}")
+    typer.echo(dump_config(eraser.config), nl=False)
+    try:
+        shapes = open_shapes(model)
+    except ValueError as unknown:
+        typer.echo(f"# operations and memory are not counted: {unknown}")
+        return
+    try:
+        lines = eraser.plan(shapes, request).lines()
+    except NotCounted as unknown:
+        lines = [f"operations and memory are not counted: {unknown}"]
+    for line in lines:
+        typer.echo(f"# {line}")

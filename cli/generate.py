@@ -14,6 +14,9 @@ def command(
     model: Annotated[str, typer.Argument(help="A packaged name (ink, ink_one_step), a folder, a file or a hub id.")],
     prompts: Annotated[list[str] | None, typer.Argument(help="One image per prompt; none if unconditional.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("runs/images"),
+    fuse_lora: Annotated[
+        list[str] | None, typer.Option(help="A LoRA to add to the model's weights first; repeatable.")
+    ] = None,
     edit: Annotated[list[Path] | None, typer.Option(help="An edit to apply first; repeatable.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 1,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; the checkpoint's own by default.")] = None,
@@ -50,7 +53,10 @@ def command(
     from sublimate.pipelines.pictures import image_grid, pictures_of, to_png
     from sublimate.pipelines.sound import to_wav, waveforms
 
-    opened = open_model(model, revision=revision, variant=variant, dtype=getattr(torch, dtype), device=device)
+    precision = getattr(torch, dtype)
+    opened = open_model(
+        model, loras=fuse_lora or (), revision=revision, variant=variant, dtype=precision, device=device
+    )
     if attention is not None:
         set_attention(opened, attention)
     for path in edit or ():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -29,6 +29,18 @@ class Changes:
     low_rank: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     attachment: EditAttachment | None = None
     outcome: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Costs(Protocol):
+    """What an erasure will need, counted before it starts."""
+
+    def lines(self) -> list[str]:
+        """The count as text, a line for each part."""
+        ...
+
+
+class NotCounted(ValueError):
+    """What an eraser will need cannot be known from shapes alone."""
 
 
 class Eraser(Method):
@@ -85,6 +97,19 @@ class Eraser(Method):
         if changes.outcome:
             provenance["outcome"] = dict(changes.outcome)
         return Edit(changes.values, changes.low_rank, provenance, changes.attachment)
+
+    def plan(self, model: Model, request: Request) -> Costs:
+        """What `fit` will need, without fitting.
+
+        Args:
+            model: opened by `open_shapes`, so without weights; it is left as no other use would have it.
+            request: as `fit` is given it.
+
+        Raises:
+            NotCounted: when what the method does depends on values, which shapes do not have.
+            ValueError: as `fit`.
+        """
+        raise NotCounted(f"what {self.name()} does depends on values, of which a dry run reads none.")
 
     @abstractmethod
     def solve(

@@ -8,7 +8,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from accelerate import Accelerator
@@ -28,6 +28,7 @@ from sublimate.training.checkpoints import fingerprint
 from sublimate.training.config import Config
 from sublimate.training.data import Source
 from sublimate.training.objective import Artefact, Batch, Loss, Objective, ObjectiveConfig, SoloObjective
+from sublimate.training.plan import WRITTEN_OUT, Loop, Plan, plan
 from sublimate.training.players import Player, PlayerConfig, make_player
 from sublimate.training.randomness import SampleRandom
 from sublimate.training.trainer import Interrupted, Trainer, TrainerConfig
@@ -71,6 +72,11 @@ class StudentConfig(RunConfig, ObjectiveConfig, ABC):
     attention: Kernel | None = None
     mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
+
+    def brief(self) -> Self:
+        """These options with every loop of like steps as short as it can be: a step then keeps as much, and is soon
+        over."""
+        return self
 
 
 class FineTuningConfig(StudentConfig, ABC):
@@ -138,6 +144,10 @@ class StudentObjective(SoloObjective):
         """What training came to: new values of the denoiser's weights."""
         return Changes(values=trained_values(model, self.player))
 
+    def unread(self, model: Model) -> list[str]:
+        """The model's networks that training does not run once this objective is made."""
+        return [name for name in model.components() if name != model.backbone.network_attribute]
+
     @property
     def needs(self) -> frozenset[str]:
         return frozenset()
@@ -151,6 +161,10 @@ class StudentObjective(SoloObjective):
     def device(self) -> torch.device:
         """Where the student is."""
         return next(self.student.parameters()).device
+
+    def loop(self, config: StudentConfig) -> Loop | None:
+        """What a step does more often with `config` than with this objective's own brief options; None for nothing."""
+        return None
 
     @abstractmethod
     def retain_error(self, batch: Batch, kept: PromptBank) -> Tensor:
@@ -204,10 +218,32 @@ class FineTuningEraser(Eraser):
                 if masks is not None:
                     keys = full_keys(model, objective.player)
                     objective.player.restrict({name: masks[key] for name, key in keys.items() if key in masks})
+                # What is not run any more takes no memory of a GPU until the model goes home.
+                for name in objective.unread(model):
+                    model.component(name).to("cpu")
                 fine_tune(model, objective, request, config, seed=seed, progress=progress)
             return objective.changes(model)
         finally:
             model.to(home)
+
+    def plan(self, model: Model, request: Request) -> Plan:
+        """What a training step will need, samplings included, and what comes before the first.
+
+        What is drawn or searched for in many like steps is counted from one: the most that is alive does not depend on
+        their number. Before training, operations are those of one step of each sampling.
+        """
+        config = self.config if request.preserve else self.config.model_copy(update={"retain": 0.0})
+        brief = config.brief()
+        full = config.told() if model.denoiser.reads_guidance else config
+
+        def made() -> Trainer:
+            return Trainer(self.objective(model, brief, request), NoData(), trainer_config(brief), progress=False)
+
+        def loop(objective: Objective) -> Loop | None:
+            return cast(StudentObjective, objective).loop(full)
+
+        with attention_chosen(model, config.attention if config.attention in WRITTEN_OUT else None):
+            return plan(made, model.parameters().values(), loop)
 
 
 def trained_values(model: Model, student: Player) -> dict[str, Tensor]:
@@ -252,10 +288,7 @@ def fine_tune(
         ValueError: when there is a checkpoint of another model, request or options.
     """
     with _run_folder(config.output_dir) as folder, torch.random.fork_rng(devices=[]):
-        shared = TrainerConfig.model_fields.keys() & type(config).model_fields.keys()
-        options = TrainerConfig(
-            **{name: getattr(config, name) for name in shared} | {"output_dir": folder, "seed": seed}
-        )
+        options = trainer_config(config, output_dir=folder, seed=seed)
         kept = config.model_dump(mode="json", exclude={"output_dir", "checkpointing_steps", "max_train_steps"})
         identity = fingerprint(model.content_hash(), request.to_dict(paths=False), _digests(request), kept, *prompts)
         trainer = Trainer(objective, source or NoData(), options, fingerprint=identity, progress=progress)
@@ -265,6 +298,12 @@ def fine_tune(
             if config.output_dir is None:
                 raise KeyboardInterrupt("Stopped; set output_dir to be able to resume.") from stopped
             raise
+
+
+def trainer_config(config: RunConfig, **others: Any) -> TrainerConfig:
+    """The trainer's options that an eraser's hold, and others."""
+    shared = TrainerConfig.model_fields.keys() & type(config).model_fields.keys() - {"output_dir"}
+    return TrainerConfig(**{name: getattr(config, name) for name in shared} | others)
 
 
 def _digests(request: Request) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from pydantic import Field
@@ -35,6 +35,9 @@ class DrawingConfig(FineTuningConfig):
     images: int = Field(default=20, ge=1)
     sampling_steps: int = Field(default=50, ge=1)
     start_guidance: float = Field(default=7.5, ge=0)
+
+    def brief(self) -> Self:
+        return self.model_copy(update={"images": min(self.images, self.train_batch_size), "sampling_steps": 1})
 
     def drawn(self, model: Model, concepts: Sequence[Concept], *, anchored: bool = False, seed: int) -> LatentBank:
         """`drawn_bank` of the concepts in the templates."""

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from sublimate.diffusion.conditions import Condition
+from sublimate.diffusion.denoisers import Denoiser
 from sublimate.erasure import keep, targets
 from sublimate.erasure.fine_tuning import StudentConfig, StudentObjective
 from sublimate.erasure.prompt_bank import PromptBank
@@ -17,6 +18,8 @@ from sublimate.erasure.request import Request
 from sublimate.erasure.trajectories import rollout
 from sublimate.pipelines.model import Model
 from sublimate.training.objective import Batch, Turn
+from sublimate.training.plan import Loop
+from sublimate.training.randomness import SampleRandom
 
 
 class RolloutConfig(StudentConfig):
@@ -45,6 +48,9 @@ class RolloutConfig(StudentConfig):
                 f"{self.sampling_steps}: every update takes its x_t from a part of the same length."
             )
         return self
+
+    def brief(self) -> Self:
+        return self.model_copy(update={"sampling_steps": self.updates_per_rollout})
 
     @property
     def rollout_passes(self) -> float:
@@ -100,6 +106,11 @@ class RolloutObjective(StudentObjective):
         rows = self.kept.draw(batch.random)
         return {f"kept_{k}": v for k, v in {"rows": rows, **self.roll(batch, self.kept, rows)}.items()}
 
+    @property
+    def sampler(self) -> Denoiser:
+        """Who samples x_t."""
+        return self.student if self.config.trajectory == "student" else self.frozen
+
     def roll(self, batch: Batch, bank: PromptBank, rows: Tensor) -> dict[str, Tensor]:
         """x_t and t of one sampling per sample, at as many places as there are updates."""
         c = self.config
@@ -109,10 +120,24 @@ class RolloutObjective(StudentObjective):
         else:
             part = c.sampling_steps // c.updates_per_rollout
             stops = torch.stack([i * part + batch.random.integers(part) for i in range(c.updates_per_rollout)])
-        sampler = self.student if c.trajectory == "student" else self.frozen
         told, null = bank.condition(rows, self.device), self.null.to(self.device)
-        x_t, t = rollout(sampler, z, told, null, stops, steps=c.sampling_steps, guidance_scale=c.start_guidance)
+        x_t, t = rollout(self.sampler, z, told, null, stops, steps=c.sampling_steps, guidance_scale=c.start_guidance)
         return {"x_t": x_t, "t": t}
+
+    def loop(self, config: RolloutConfig) -> Loop:
+        c = self.config
+        guided = c.guided_passes(c.start_guidance != 1)
+        return Loop(self.one_pass, (config.passes() - c.passes()) / guided)
+
+    def one_pass(self) -> None:
+        """Takes one step of a sampling, of as many samples as an update has."""
+        size = self.config.train_batch_size * self.config.gradient_accumulation_steps
+        random = SampleRandom(self.seed, 0, "one pass", range(size))
+        told = self.erased.condition(self.erased.draw(random), self.device)
+        z, once = random.normal(self.shape, self.device), torch.ones(len(random), dtype=torch.int64)
+        rollout(
+            self.sampler, z, told, self.null.to(self.device), once, steps=2, guidance_scale=self.config.start_guidance
+        )
 
     @abstractmethod
     def aim(self, batch: Batch) -> Batch:

@@ -22,6 +22,8 @@ def largest(magnitudes: Mapping[str, Tensor], share: float) -> dict[str, Tensor]
     Returns:
         bool masks by the same names, shaped alike.
     """
+    if share == 1:
+        return {name: torch.ones_like(tensor, dtype=torch.bool) for name, tensor in magnitudes.items()}
     count = math.ceil(share * sum(tensor.numel() for tensor in magnitudes.values()))
     bits = {name: tensor.contiguous().view(torch.int32) for name, tensor in magnitudes.items()}
     low, high = 0, 2**31 - 1  # at least `count` entries are >= low; fewer are >= high + 1

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sublimate.erasure import closed_form
 from sublimate.pipelines.model import Model
+from sublimate.pipelines.quantised import check_unquantised
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,14 @@ def text_layers(model: Model) -> list[TextLayer]:
     """The model's text layers, in the order of its entry points.
 
     Raises:
-        ValueError: when no text enters the model, or it enters through something that is not linear.
+        ValueError: when no text enters the model, or it enters through something that is not linear or is quantised.
     """
     layers = []
     for point in model.text_entry_points():
         layer = model.component(point.component).get_submodule(point.module_name)
         if not isinstance(layer, nn.Linear | nn.Embedding):
             raise ValueError(f"{point.module_name} is a {type(layer).__name__}: closed forms edit linear layers only.")
+        check_unquantised({point.module_name: layer.weight}, "A closed form")
         table = isinstance(layer, nn.Embedding)
         key, whole = f"{point.component}/{point.module_name}.weight", layer.weight.mT if table else layer.weight
         layers.append(TextLayer(key, point.key, whole, point.columns, table))

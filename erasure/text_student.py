@@ -165,6 +165,9 @@ class TextStudentObjective(StudentObjective):
             enable_gradient_checkpointing(self._denoiser)
         return self.text.player
 
+    def unread(self, model: Model) -> list[str]:
+        return [name for name in super().unread(model) if name not in model.backbone.text_components]
+
     @staticmethod
     def optimiser(config: Any) -> PlayerConfig:
         """Options of Adam, without weight decay unless a subclass says otherwise."""

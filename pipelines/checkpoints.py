@@ -177,8 +177,11 @@ def _check_component(folder: Path, kind: str, variant: str | None) -> None:
         raise ValueError(f"{folder / 'config.json'} is missing, so the checkpoint is only half written: get it again.")
     read_json(folder / "config.json")
     for path in weights_files(folder, variant):
-        if path.suffix != ".json":
-            check_safetensors(path)
+        if path.suffix != ".json" and any(".base_layer." in name for name in check_safetensors(path)):
+            raise ValueError(
+                f"{path} holds a LoRA beside its weights, which diffusers does not open: call "
+                "pipeline.unload_lora_weights() before save_pretrained, after fuse_lora() if the LoRA is to stay."
+            )
 
 
 def weights_files(folder: Path, variant: str | None = None) -> list[Path]:

@@ -9,6 +9,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from sublimate.pipelines.quantised import check_unquantised
+
 if TYPE_CHECKING:
     from sublimate.pipelines.edit import Edit
     from sublimate.pipelines.edit_attachment import InstalledAttachment
@@ -35,11 +37,12 @@ class EditStack:
         """Puts an edit on top and writes what it touches.
 
         Raises:
-            ValueError: when the edit is already on the stack, or does not fit the model.
+            ValueError: when the edit is already on the stack, does not fit the model, or changes quantised weights.
         """
         if any(edit is other for other in self.edits):
             raise ValueError("This edit is already applied to this model: remove it before applying it again.")
         parameters = {key: parameter_of(model, key, shape) for key, shape in edit.shapes().items()}
+        check_unquantised(parameters, "The edit")
         originals = {k: p.detach().to("cpu", copy=True) for k, p in parameters.items() if k not in self.pristine}
         if edit.attachment is not None:
             self.installed[edit] = edit.attachment.install(model)

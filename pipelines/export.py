@@ -27,6 +27,7 @@ from sublimate.pipelines.locations import packaged_folder
 from sublimate.pipelines.lora_files import LORA_FILE, lora_state, save_lora
 from sublimate.pipelines.model import DEFAULTS_FILE, Model
 from sublimate.pipelines.progress import without_bars
+from sublimate.pipelines.quantised import check_unquantised
 from sublimate.pipelines.versions import versions
 
 _AS_BASE = ("steps", "guidance_scale", "few_steps", "sampler", "noise_scale")
@@ -225,6 +226,7 @@ def _merged(network: nn.Module) -> nn.Module:
     network = copy.deepcopy(network)
     for name, module in list(network.named_modules()):
         if isinstance(module, BaseTunerLayer):
+            check_unquantised({name: module.get_base_layer().weight}, "Merging an adapter")
             module.merge(safe_merge=True)
             network.set_submodule(name, module.get_base_layer())
     return network

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from sublimate.pipelines.checkpoints import refuse_pickle
+from sublimate.pipelines.locations import first_line
+from sublimate.pipelines.progress import without_bars
+from sublimate.pipelines.quantised import has_quantised
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "kohya.safetensors"
@@ -77,3 +84,33 @@ def save_lora(state: Mapping[str, Tensor], folder: Path) -> None:
     save_file(contiguous, folder / LORA_FILE, {"format": "pt"})
     if not any(key.startswith("transformer.") for key in state):
         save_file(kohya_state(contiguous), folder / KOHYA_FILE, {"format": "pt"})
+
+
+def fuse_lora(pipeline: Any, source: str | Path) -> None:
+    """Adds a LoRA to the weights of a stock pipeline, in place: as if it had been saved after `fuse_lora`.
+
+    Args:
+        pipeline: a diffusers pipeline, in the precision in which the sum is to be rounded.
+        source: a `.safetensors` file, a folder with `LORA_FILE`, or a hub id; any layout that diffusers reads.
+
+    Raises:
+        ValueError: when it is a pickle, missing or damaged, when nothing of it fits the pipeline, or when the pipeline
+            takes no LoRAs or is quantised.
+    """
+    kind = type(pipeline).__name__
+    refuse_pickle(Path(source))
+    if not hasattr(pipeline, "load_lora_weights"):
+        raise ValueError(f"A {kind} takes no LoRAs: leave out {source}.")
+    networks = {n: m for n, m in pipeline.components.items() if isinstance(m, nn.Module)}
+    if quantised := [name for name, network in networks.items() if has_quantised(network)]:
+        raise ValueError(f"{source} cannot be added to a {quantised[0]} that is quantised: open one that is not.")
+    try:
+        with without_bars():
+            pipeline.load_lora_weights(str(source), adapter_name="fused", use_safetensors=True)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{source} cannot be opened as a LoRA of a {kind} ({first_line(error)})") from error
+    carrying = [name for name, adapters in pipeline.get_list_adapters().items() if "fused" in adapters]
+    if not carrying:
+        raise ValueError(f"Nothing of the LoRA {source} fits a {kind}: it belongs to another family.")
+    pipeline.fuse_lora(components=carrying, safe_fusing=True)
+    pipeline.unload_lora_weights()

@@ -25,7 +25,9 @@ from sublimate.pipelines.checkpoints import (
     single_file_family,
 )
 from sublimate.pipelines.locations import checkpoint_folder, first_line
+from sublimate.pipelines.lora_files import fuse_lora
 from sublimate.pipelines.progress import without_bars
+from sublimate.pipelines.quantised import cast, is_quantised, plain_tensors
 from sublimate.pipelines.tokens import TokenSpan
 
 if TYPE_CHECKING:
@@ -83,8 +85,8 @@ class Model:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision of all weights."""
-        return next(self.denoiser.parameters()).dtype
+        """The precision of all weights that are not quantised."""
+        return next(p.dtype for p in self.denoiser.parameters() if not is_quantised(p))
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -107,7 +109,7 @@ class Model:
         return "few_steps" in self.defaults or self.defaults.get("steps") == 1
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Model:
-        """Moves every network, in place; what is attached keeps its precision."""
+        """Moves every network, in place; what is attached and what is quantised keeps its precision."""
         for installed in self.attached:
             installed.module.to(device=device)
         # All of the pipeline's, also those that are none of the model's components.
@@ -115,9 +117,8 @@ class Model:
             if not isinstance(module, nn.Module):
                 continue
             module.to(device=device)
-            # diffusers warns about every conversion, so only what needs one is converted.
-            if dtype is not None and any(p.dtype != dtype for p in module.parameters()):
-                module.to(dtype=dtype)
+            if dtype is not None:
+                cast(module, dtype)
         return self
 
     def components(self) -> dict[str, nn.Module]:
@@ -248,7 +249,11 @@ class Model:
     def _tensors(self) -> dict[str, Tensor]:
         """Every parameter by its full key, sorted; independent of the wrapper that some releases of transformers
         put around a text model."""
-        named = {key.replace("/text_model.", "/", 1): p.detach() for key, p in self.parameters().items()}
+        named = {
+            name.replace("/text_model.", "/", 1): tensor
+            for key, parameter in self.parameters().items()
+            for name, tensor in plain_tensors(key, parameter.detach())
+        }
         return dict(sorted(named.items()))
 
 
@@ -264,6 +269,7 @@ def open_model(
     variant: str | None = None,
     token: str | bool | None = None,
     config: str | Path | None = None,
+    loras: Sequence[str | Path] = (),
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Model:
@@ -277,11 +283,13 @@ def open_model(
         token: for gated or private repositories of the hub.
         config: a diffusers folder with the configuration and tokenizers of a single file's architecture, for which
             weights are not needed; from the hub unless given.
-        dtype: precision of all weights.
+        loras: added to the weights in this order, for good: files, folders or hub ids of the checkpoint's family.
+        dtype: precision of all weights that are not quantised.
         device: where to put them.
 
     Raises:
-        ValueError: when the checkpoint is missing, incomplete, damaged, a pickle or of an unknown family.
+        ValueError: when the checkpoint is missing, incomplete, damaged, a pickle or of an unknown family, or a LoRA is
+            not one of it.
     """
     path, name = Path(source).expanduser(), str(source)
     if path.is_file():
@@ -294,6 +302,8 @@ def open_model(
         folder = checkpoint_folder(name, revision=revision, variant=variant, token=token)
         pipeline, unread = _open_folder(folder, variant, dtype)
         file = folder / DEFAULTS_FILE if (folder / DEFAULTS_FILE).is_file() else None
+    for lora in loras:
+        fuse_lora(pipeline, lora)
     backbone = backbone_for(type(pipeline).__name__)
     defaults = backbone.published_defaults(pipeline) if file is None else read_json(file)
     # transformers keeps the precision of a text encoder's file; a mixed pipeline would fail at its first step.
@@ -318,7 +328,7 @@ def _open_folder(folder: Path, variant: str | None, dtype: torch.dtype) -> tuple
     options = {"dtype": dtype, "variant": variant, "use_safetensors": True, "local_files_only": True}
     try:
         pipeline = cls.from_pretrained(folder, **options, **without(cls, unread))
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:  # no library to quantise
         raise ValueError(f"{folder} cannot be opened as a {kind} ({first_line(error)})") from error
     keep_options(pipeline, index)
     return pipeline, unread

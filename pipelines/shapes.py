@@ -21,6 +21,17 @@ from sublimate.pipelines.model import DEFAULTS_FILE, Model
 from sublimate.pipelines.progress import without_bars
 
 
+class Shapes(FakeTensorMode):
+    """What tensors without storage belong to; beside tensors with values, they make more of their kind."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shapes:
+        # Copied along with a tensor, it would free weak references to storages that are the original's.
+        return self
+
+
 def open_shapes(source: str | Path, *, revision: str | None = None) -> Model:
     """Opens a checkpoint's shapes: what a run would cost can be counted before anything large is read or downloaded.
 
@@ -42,7 +53,7 @@ def open_shapes(source: str | Path, *, revision: str | None = None) -> Model:
     backbone = backbone_for(kind)
     cls = getattr(diffusers, kind)
     absent = without(cls, carried(folder, index, cls))
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = Shapes()
     with without_bars():
         # Components are [library, class]; anything else is an option of the pipeline's.
         components = {
@@ -56,7 +67,7 @@ def open_shapes(source: str | Path, *, revision: str | None = None) -> Model:
     return Model(pipeline, str(source), defaults)
 
 
-def _component(mode: FakeTensorMode, folder: Path, library: str | None, name: str | None) -> Any:
+def _component(mode: Shapes, folder: Path, library: str | None, name: str | None) -> Any:
     if library is None or name is None:
         return None
     # A pipeline's own classes are recorded by the name of its folder in diffusers.
@@ -64,6 +75,8 @@ def _component(mode: FakeTensorMode, folder: Path, library: str | None, name: st
     cls = getattr(own if own is not None else importlib.import_module(library), name)
     if not issubclass(cls, nn.Module):
         return cls.from_pretrained(folder)
+    if "quantization_config" in read_json(folder / "config.json"):
+        raise ValueError(f"{folder} is quantised, and its configuration does not say how large that makes it.")
     if issubclass(cls, ModelMixin):
         return _without_values(cls.from_config, cls.load_config(folder), mode)
     if issubclass(cls, PreTrainedModel):
@@ -71,7 +84,7 @@ def _component(mode: FakeTensorMode, folder: Path, library: str | None, name: st
     raise ValueError(f"{folder} is a {name}, of which no shapes can be made without its weights.")
 
 
-def _without_values(make: Callable[[Any], nn.Module], config: Any, mode: FakeTensorMode) -> nn.Module:
+def _without_values(make: Callable[[Any], nn.Module], config: Any, mode: Shapes) -> nn.Module:
     try:
         with mode:
             return make(config)

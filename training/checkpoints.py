@@ -18,6 +18,7 @@ from sublimate.pipelines.folders import written_aside
 from sublimate.training.whole import share
 
 PREFIX = "checkpoint-"
+_NUMBER = ".number"
 
 
 def write_checkpoint(
@@ -129,17 +130,28 @@ def load_exactly(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, T
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An optimiser's per-parameter state as named tensors, `{index}.{name}`."""
-    state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": torch.as_tensor(v) for index, values in state.items() for name, v in values.items()}
+    """An optimiser's per-parameter state as named tensors, `{index}.{name}`, of numbers `{index}.{name}.number`."""
+    named = {}
+    for index, values in optimizer.state_dict()["state"].items():
+        for name, value in values.items():
+            key = f"{index}.{name}" if isinstance(value, Tensor) else f"{index}.{name}{_NUMBER}"
+            named[key] = torch.as_tensor(value)
+    return named
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Restores whole `optimizer_tensors`; of sharded parameters' moments, this process's share."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
+    """Restores whole `optimizer_tensors` in their own precision; of sharded parameters' moments, this process's share.
+
+    `Optimizer.load_state_dict` would make floats of integers.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    optimizer.state.clear()
     for name, tensor in tensors.items():
         index, _, field = name.partition(".")
         parameter = parameters[int(index)]
-        state.setdefault(int(index), {})[field] = share(tensor, parameter) if tensor.ndim else tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        if field.endswith(_NUMBER):
+            optimizer.state[parameter][field.removesuffix(_NUMBER)] = tensor.item()
+        elif field == "step":  # torch's own optimisers count steps on the CPU, wherever the parameter is
+            optimizer.state[parameter][field] = tensor.clone()
+        else:
+            optimizer.state[parameter][field] = share(tensor, parameter).to(parameter.device)

@@ -45,7 +45,8 @@ class DistillConfig(Config):
         model: the teacher: a packaged name, a diffusers folder, a `.safetensors` file or a hub id.
         revision: branch, tag or commit of a hub id.
         variant: of the weights' files, such as "fp16".
-        edits: edit files applied to the teacher first, in order.
+        loras: LoRAs added to the teacher's weights when it is opened: files, folders or hub ids.
+        edits: edit files applied to the teacher then, in order.
         attention: the attention kernel of the teacher and its players (`sublimate.pipelines.attention`); None leaves
             the model's own.
         method: name of a file in `training/objectives/`.
@@ -61,6 +62,7 @@ class DistillConfig(Config):
     model: str = "ink"
     revision: str | None = None
     variant: str | None = None
+    loras: tuple[str, ...] = ()
     edits: tuple[Path, ...] = ()
     attention: Kernel | None = None
     method: str = "f_distill"
@@ -98,7 +100,8 @@ def distill(
 
     Args:
         config: the run.
-        model: an open teacher to use instead of opening `config.model`; `config.edits` are applied to it.
+        model: an open teacher to use instead of opening `config.model`, without `config.loras`; `config.edits` are
+            applied to it.
         progress: show progress bars.
 
     Returns:
@@ -110,7 +113,10 @@ def distill(
     """
     method = registry.load(OBJECTIVES, config.method, Objective)
     options = validate_section(method.Config, config.objective)
-    model = open_model(config.model, revision=config.revision, variant=config.variant) if model is None else model
+    if model is not None and config.loras:
+        raise ValueError("The teacher is open already: open it with these loras, and leave them out of the run.")
+    if model is None:
+        model = open_model(config.model, loras=config.loras, revision=config.revision, variant=config.variant)
     for path in config.edits:
         Edit.load(path).apply(model)
     home = model.device

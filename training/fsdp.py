@@ -62,6 +62,8 @@ def shard_players(objective: Objective, device: torch.device) -> list[ShardedTre
             "sharded: launch it with configs/accelerate/ddp.yaml, or train a LoRA."
         )
     for name, player in full.items():
+        if player.config.use_8bit_adam:
+            raise ValueError(f"8-bit moments of {name} cannot be sharded: set its use_8bit_adam to false.")
         if player.masked:
             raise ValueError(f"Masked weights of {name} cannot be sharded: launch with configs/accelerate/ddp.yaml.")
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))

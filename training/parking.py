@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from sublimate.pipelines.folders import written_aside
 from sublimate.pipelines.model import Model, weights_hash
+from sublimate.pipelines.quantised import has_quantised
 from sublimate.training.shards import INDEX, read_mapped
 
 
@@ -30,13 +31,14 @@ def park(model: Model, names: Sequence[str], folder: Path, *, file_bytes: int) -
 
     Args:
         model: whose they are.
-        names: its components'.
+        names: its components'; quantised ones stay.
         folder: where the weights' folder lies or will; it must stay as long as the model is used.
         file_bytes: the most a file measures, if one tensor is not larger.
 
     Raises:
         OSError: when the disk is full or not writable.
     """
+    names = [name for name in names if not has_quantised(model.component(name))]
     weights = {f"{name}/{key}": p for name in names for key, p in model.component(name).named_parameters()}
     if not weights:
         return

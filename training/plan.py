@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,11 +21,16 @@ from sublimate.training import registry
 from sublimate.training.config import validate_section
 from sublimate.training.data import ModelSource
 from sublimate.training.distill import OBJECTIVES, DistillConfig
-from sublimate.training.objective import Objective
+from sublimate.training.objective import Objective, Turn
 from sublimate.training.trainer import Trainer
 
+T = TypeVar("T")
+
+# Only what writes scores out takes other memory than the kernel that is there.
+WRITTEN_OUT = ("math", "eager")
+
 # Torch counts the fused kernels of GPUs, not that of CPUs, which stands for them here.
-_CPU_ATTENTION = {
+CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda gradient, q, k, v, *_, **__: (
         sdpa_backward_flop_count(gradient, q, k, v)
@@ -76,6 +82,19 @@ class LiveBytes(TorchDispatchMode):
 
 
 @dataclass(frozen=True)
+class Loop:
+    """What the first turn of a step repeats.
+
+    Attributes:
+        run: does it once.
+        times: how often the step does it on average, beyond what it does here.
+    """
+
+    run: Callable[[], object]
+    times: float
+
+
+@dataclass(frozen=True)
 class PlayerCost:
     """Bytes of one player beyond what it shares: weights of its own, gradients, Adam's moments and the average."""
 
@@ -87,7 +106,7 @@ class PlayerCost:
 
 @dataclass(frozen=True)
 class TurnCost:
-    """One turn: floating-point operations, and the most bytes alive at any moment of it."""
+    """One turn, or what comes before: floating-point operations, and the most bytes alive at any moment of it."""
 
     flops: int
     peak: int
@@ -101,11 +120,13 @@ class Plan:
         base: bytes of the model that players share: denoiser, text encoders, autoencoder.
         players: by name.
         turns: by name.
+        before: what is done once, before the first step; None where it is not counted.
     """
 
     base: int
     players: Mapping[str, PlayerCost]
     turns: Mapping[str, TurnCost]
+    before: TurnCost | None = None
 
     @property
     def flops(self) -> int:
@@ -115,19 +136,27 @@ class Plan:
     @property
     def peak(self) -> int:
         """The most bytes alive at any moment."""
-        return max(turn.peak for turn in self.turns.values())
+        return max(turn.peak for turn in (*self.turns.values(), *([self.before] if self.before else [])))
 
     def lines(self) -> list[str]:
         """The plan as text, a line for each part."""
         players = [
-            f"{name}: weights {_gib(c.weights)}, gradients {_gib(c.gradients)}, Adam {_gib(c.optimizer)}, average "
-            f"{_gib(c.average)}"
+            f"{name}: weights {gib(c.weights)}, gradients {gib(c.gradients)}, Adam {gib(c.optimizer)}, average "
+            f"{gib(c.average)}"
             for name, c in self.players.items()
         ]
-        turns = [
-            f"turn {name}: {turn.flops / 1e12:,.4g} TFLOP, peak {_gib(turn.peak)}" for name, turn in self.turns.items()
-        ]
-        return [f"shared weights: {_gib(self.base)}", *players, *turns]
+        named = {"before training": self.before} if self.before else {}
+        named |= {f"turn {name}": turn for name, turn in self.turns.items()}
+        turns = [f"{name}: {cost.flops / 1e12:,.4g} TFLOP, peak {gib(cost.peak)}" for name, cost in named.items()]
+        return [f"shared weights: {gib(self.base)}", *players, *turns]
+
+
+def counted(live: LiveBytes, work: Callable[[], T]) -> tuple[T, TurnCost]:
+    """What work returns, its operations, and the peak of bytes that `live`, which is on, sees meanwhile."""
+    live.reset_peak()
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as operations:
+        result = work()
+    return result, TurnCost(operations.get_total_flops(), live.peak)
 
 
 def plan_distillation(config: DistillConfig, model: Model | None = None) -> Plan:
@@ -142,29 +171,38 @@ def plan_distillation(config: DistillConfig, model: Model | None = None) -> Plan
     """
     method = registry.load(OBJECTIVES, config.method, Objective)
     model = open_shapes(config.model) if model is None else model
-    # Only what writes scores out takes other memory than the kernel that is there.
-    kernel = config.attention if config.attention in ("math", "eager") else None
+    kernel = config.attention if config.attention in WRITTEN_OUT else None
     with attention_chosen(model, kernel):
-        objective = method(model, validate_section(method.Config, config.objective))
-        # A prompt of any text, and a class of any model that is told one.
-        prompts, x0 = ["0"] if model.any_condition() else [], torch.zeros(1, *model.latent_shape)
-        source = ModelSource(model, prompts, x0, prompts if "negatives" in objective.needs else (), x0)
-        return plan(Trainer(objective, source, config.trainer, progress=False), model.parameters().values())
+        found = plan(lambda: _trainer(config, method, model), model.parameters().values())
+    # What the data need before training depends on them.
+    return replace(found, before=None)
 
 
-def plan(trainer: Trainer, base: Iterable[Tensor]) -> Plan:
+def _trainer(config: DistillConfig, method: type[Objective], model: Model) -> Trainer:
+    objective = method(model, validate_section(method.Config, config.objective))
+    # A prompt of any text, and a class of any model that is told one.
+    prompts, x0 = ["0"] if model.any_condition() else [], torch.zeros(1, *model.latent_shape)
+    source = ModelSource(model, prompts, x0, prompts if "negatives" in objective.needs else (), x0)
+    return Trainer(objective, source, config.trainer, progress=False)
+
+
+def plan(
+    make: Callable[[], Trainer], base: Iterable[Tensor], loop: Callable[[Objective], Loop | None] = lambda _: None
+) -> Plan:
     """Takes a trainer's first step, without clipping but with Adam's moments already there, and counts.
 
     What is counted are tensors: a device's libraries and its allocator's gaps come on top.
 
     Args:
-        trainer: of a model opened by `open_shapes`; a real one would be trained.
+        make: the trainer, of a model opened by `open_shapes`; a real one would be trained.
         base: the model's parameters, which the players may share.
+        loop: a part of the objective's steps that is too long to be taken in full here.
     """
     held = {id(p): p for p in base}
     with LiveBytes() as live:
         live.see(held.values())
         shared = live.now
+        trainer, before = counted(live, make)
         for name, optimizer in trainer.optimizers.items():
             for parameter in trainer.players[name].trainable().values():
                 parameter.grad = torch.zeros_like(parameter)
@@ -172,11 +210,12 @@ def plan(trainer: Trainer, base: Iterable[Tensor]) -> Plan:
             optimizer.zero_grad(set_to_none=True)
         turns = {}
         for turn in trainer.objective.turns(0):
-            live.reset_peak()
-            with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
-                trainer.accumulate(turn)
-                trainer.update(turn)
-            turns[turn.name] = TurnCost(counter.get_total_flops(), live.peak)
+            _, turns[turn.name] = counted(live, partial(_take, trainer, turn))
+        if repeated := loop(trainer.objective):
+            _, once = counted(live, repeated.run)
+            first, cost = next(iter(turns.items()))
+            flops = cost.flops + round(repeated.times * once.flops)
+            turns[first] = TurnCost(flops, max(cost.peak, once.peak))
     players = {}
     for name, player in trainer.players.items():
         trains = player.trainable().values()
@@ -185,12 +224,18 @@ def plan(trainer: Trainer, base: Iterable[Tensor]) -> Plan:
         average = trainer.averages[name].values.values() if name in trainer.averages else ()
         moments = [v for state in trainer.optimizers[name].state.values() for v in state.values()]
         players[name] = PlayerCost(_bytes(own.values()), _bytes(trains), _bytes(moments), _bytes(average))
-    return Plan(shared, players, turns)
+    return Plan(shared, players, turns, before)
+
+
+def _take(trainer: Trainer, turn: Turn) -> None:
+    trainer.accumulate(turn)
+    trainer.update(turn)
 
 
 def _bytes(tensors: Iterable[Any]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """Bytes as text."""
     return f"{size / 2**30:.3g} GiB"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import chain
 from typing import Literal
 
 import torch
@@ -17,6 +16,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from pydantic import Field
 from torch import nn
 
+from sublimate.pipelines.quantised import check_unquantised, held_tensors
+from sublimate.training.adam_8bit import adam_8bit
 from sublimate.training.config import Config
 
 # The linear layers of attention in diffusers' UNets and transformers.
@@ -33,6 +34,7 @@ class PlayerConfig(Config):
         target_modules: names (or endings of names) of the layers that carry adapters.
         learning_rate: peak learning rate.
         adam_beta1, adam_beta2, adam_epsilon, adam_weight_decay: AdamW's options.
+        use_8bit_adam: keep AdamW's moments in 8 bits, on GPUs and with bitsandbytes (extra `8bit`).
     """
 
     kind: Literal["full", "lora"] = "full"
@@ -44,6 +46,7 @@ class PlayerConfig(Config):
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
     adam_epsilon: float = Field(default=1e-8, gt=0)
     adam_weight_decay: float = Field(default=0.01, ge=0)
+    use_8bit_adam: bool = False
 
     @property
     def artefact(self) -> Literal["weights", "lora"]:
@@ -106,11 +109,17 @@ class Player:
         """Whether `restrict` holds parameters back."""
         return any(parameter._backward_hooks for parameter in self.trainable().values())
 
-    def optimizer(self) -> torch.optim.AdamW:
-        """A fresh AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101) over the trainable parameters."""
+    def optimizer(self) -> torch.optim.Optimizer:
+        """A fresh AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101) over the trainable parameters.
+
+        Raises:
+            ValueError: when it is to have 8 bits and bitsandbytes is not there.
+        """
         c = self.config
-        return torch.optim.AdamW(
-            self.trainable().values(),
+        parameters = list(self.trainable().values())
+        kind = adam_8bit(parameters) if c.use_8bit_adam else torch.optim.AdamW
+        return kind(
+            parameters,
             lr=c.learning_rate,
             betas=(c.adam_beta1, c.adam_beta2),
             eps=c.adam_epsilon,
@@ -123,8 +132,7 @@ def shared_copy(module: nn.Module) -> nn.Module:
 
     Hooks, adapters and flags (gradient checkpointing) added to the copy do not touch the original.
     """
-    memo = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
-    return copy.deepcopy(module, memo)
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in held_tensors(module)})
 
 
 def make_player(
@@ -140,7 +148,7 @@ def make_player(
         ema: keep an exponential moving average of what trains.
 
     Raises:
-        ValueError: when no layer or parameter matches the selection.
+        ValueError: when no layer or parameter matches the selection, or one to train is quantised.
     """
     if config.kind == "lora":
         if names is not None:
@@ -148,6 +156,7 @@ def make_player(
         return _lora_player(module, config, ema)
     parameters = dict(module.named_parameters())
     chosen = frozenset(parameters if names is None else names)
+    check_unquantised({name: p for name, p in parameters.items() if name in chosen}, "Training")
     frozen = (tensor for name, tensor in parameters.items() if name not in chosen)
     tree = copy.deepcopy(module, {id(tensor): tensor for tensor in frozen})
     return Player(tree, config, chosen, ema)
@@ -160,5 +169,8 @@ def _lora_player(module: nn.Module, config: PlayerConfig, ema: bool) -> Player:
         target_modules=list(config.target_modules),
     )
     tree = inject_adapter_in_model(lora, shared_copy(module))
-    adapters = frozenset(name for name, _ in tree.named_parameters() if ".lora_" in name)
-    return Player(tree, config, adapters, ema)
+    adapters = {name: parameter for name, parameter in tree.named_parameters() if ".lora_" in name}
+    for parameter in adapters.values():
+        if parameter.dtype != torch.float32:  # PEFT gives them the precision of what they adapt
+            parameter.data = parameter.data.float()
+    return Player(tree, config, frozenset(adapters), ema)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, Literal, Self, cast
 
 import torch
 from pydantic import Field
@@ -47,6 +47,10 @@ class AdvUnlearnConfig(RolloutConfig, TextStudentConfig):
     adversary_tokens: int = Field(default=1, ge=1)
     adversary_steps: int = Field(default=30, ge=0)
     adversary_rate: float = Field(default=1e-3, gt=0)
+
+    def brief(self) -> Self:
+        few = {"adversary_steps": min(1, self.adversary_steps), "warmup_steps": 0}
+        return super().brief().model_copy(update=few)
 
     @property
     def update_passes(self) -> float:

@@ -52,7 +52,9 @@ class ESDObjective(RolloutObjective):
 
     def __init__(self, model: Model, config: ESDConfig, request: Request, *, seed: int = 0) -> None:
         super().__init__(model, config, request, seed=seed)
-        self.originals = {n: p.detach().clone() for n, p in self.player.trainable().items()}
+        # A second copy of what trains, for who asks for it.
+        before = self.player.trainable() if config.l1 > 0 else {}
+        self.originals = {name: parameter.detach().clone() for name, parameter in before.items()}
         self.context = None if request.within is None else concept_bank(model, [request.within], config.templates)
 
     def sample(self, batch: Batch) -> dict[str, Tensor]:

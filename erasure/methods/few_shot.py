@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sublimate.erasure.eraser import Changes
+from sublimate.erasure.eraser import Changes, Eraser
 from sublimate.erasure.fine_tuning import FineTuningEraser
 from sublimate.erasure.latent_bank import few_latents
 from sublimate.erasure.prompt_bank import PromptBank
@@ -187,4 +187,5 @@ class FewShot(FineTuningEraser):
     Config = FewShotConfig
     paper: ClassVar[str] = FewShotObjective.paper
     objective = FewShotObjective
+    plan = Eraser.plan  # what steps do is measured, from before the first
     uses_images = True

@@ -96,6 +96,9 @@ class ImageToImageObjective(StudentObjective):
             batch = batch.adding(**{f"kept_{name}": value for name, value in kept.items()}, **_named("kept", seen))
         return batch
 
+    def unread(self, model: Model) -> list[str]:
+        return [name for name in super().unread(model) if name != "vae"]
+
     def _drawn(self, random: SampleRandom, bank: PromptBank, pictures: LatentBank) -> dict[str, Tensor]:
         """Pictures with noise, rows of their prompts, and which of these are not told."""
         rows, dropped = bank.draw(random), random.uniform() < self.config.text_dropout

@@ -11,7 +11,8 @@ from pydantic import Field
 from torch import Tensor
 
 from sublimate.erasure import closed_form
-from sublimate.erasure.eraser import Changes, Eraser
+from sublimate.erasure.closed_form_eraser import ClosedFormEraser
+from sublimate.erasure.eraser import Changes
 from sublimate.erasure.request import Request, Templates
 from sublimate.erasure.text_layers import text_layers
 from sublimate.erasure.token_rows import Rows, Tokens, as_rows, concept_rows
@@ -47,7 +48,7 @@ class MACEFusionConfig(Config):
     lam: float = Field(default=0.5, ge=0)
 
 
-class MACEFusion(Eraser):
+class MACEFusion(ClosedFormEraser):
     """The closed-form half of Mass Concept Erasure (Lu et al. 2024), for hundreds of concepts in one solve.
 
     Closed-form refinement finds for every concept i, by itself, the change dW_i that minimises

@@ -9,7 +9,8 @@ from pydantic import Field
 from torch import Tensor
 
 from sublimate.erasure import closed_form
-from sublimate.erasure.eraser import Changes, Eraser
+from sublimate.erasure.closed_form_eraser import ClosedFormEraser
+from sublimate.erasure.eraser import Changes
 from sublimate.erasure.methods.uce import UCEConfig, uce_factors
 from sublimate.erasure.request import Request
 from sublimate.erasure.text_layers import text_layers
@@ -37,7 +38,7 @@ class RECEConfig(UCEConfig):
     lam: float = Field(default=0.1, gt=0)
 
 
-class RECE(Eraser):
+class RECE(ClosedFormEraser):
     """Reliable and Efficient Concept Erasure (Gong et al. 2024).
 
     After UCE's edit, a round finds for every erased row c the embedding that makes all edited layers together do for

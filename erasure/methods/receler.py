@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from pydantic import Field
@@ -49,6 +49,10 @@ class RecelerConfig(RolloutConfig):
     adversary_rows: int = Field(default=16, ge=1)
     adversary_steps: int = Field(default=50, ge=0)
     adversary_rate: float = Field(default=0.1, gt=0)
+
+    def brief(self) -> Self:
+        few = {"adversary_steps": min(1, self.adversary_steps)}
+        return super().brief().model_copy(update=few)
 
     @property
     def update_passes(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from pydantic import Field
@@ -41,6 +41,10 @@ class SalUnConfig(PicturedConfig):
     saliency: float = Field(default=0.5, gt=0, le=1)
     saliency_guidance: float = Field(default=8.5, ge=0)
     retain: float = Field(default=0.5, ge=0)
+
+    def brief(self) -> Self:
+        # All weights are in the mask: finding some depends on values.
+        return super().brief().model_copy(update={"saliency": 1.0})
 
     def passes(self, step: int = 0) -> float:
         """Without pictures and mask; for a request with preserved concepts, if `retain` is set."""

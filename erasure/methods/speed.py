@@ -10,7 +10,8 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from sublimate.erasure import closed_form
-from sublimate.erasure.eraser import Changes, Eraser
+from sublimate.erasure.closed_form_eraser import ClosedFormEraser
+from sublimate.erasure.eraser import Changes
 from sublimate.erasure.request import Request, Templates
 from sublimate.erasure.text_layers import TextLayer, text_layers
 from sublimate.erasure.token_rows import Rows, Tokens, as_rows, request_rows
@@ -47,7 +48,7 @@ class SPEEDConfig(Config):
     augmentations: int = Field(default=10, ge=0)
 
 
-class SPEED(Eraser):
+class SPEED(ClosedFormEraser):
     """Scalable, Precise and Efficient Erasure in the null space of what is kept (Li et al. 2026).
 
     Every layer W0 becomes W0 + D, where D minimises

@@ -9,7 +9,8 @@ from pydantic import Field
 from torch import Tensor
 
 from sublimate.erasure import closed_form
-from sublimate.erasure.eraser import Changes, Eraser
+from sublimate.erasure.closed_form_eraser import ClosedFormEraser
+from sublimate.erasure.eraser import Changes
 from sublimate.erasure.request import Request, Templates
 from sublimate.erasure.text_layers import text_layers
 from sublimate.erasure.token_rows import Rows, Tokens, request_rows
@@ -43,7 +44,7 @@ class UCEConfig(Config):
     lam_relative: bool = False
 
 
-class UCE(Eraser):
+class UCE(ClosedFormEraser):
     """Unified Concept Editing (Gandikota et al. 2024).
 
     Every layer W0 that text enters through (keys and values of cross-attention; with joint attention the projection of

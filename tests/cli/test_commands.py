@@ -64,6 +64,21 @@ def test_dry_run_of_what_cannot_be_reached_says_what_it_does_not_count(capsys, t
     assert status == 0 and "network passes" in out and "are not counted: " in out and "give a folder" in out
 
 
+def test_dry_run_of_an_erasure_prints_options_and_cost(capsys, tmp_path, tiny_sd_v):
+    erase = ["erase", tiny_sd_v, "cat", "--anchor", "dog", "--out", tmp_path / "edit", "--dry-run"]
+    status, out, _ = sublimate(capsys, *erase, "--set", "lam=0.25")
+    assert status == 0 and '"anchor": "dog"' in out and "# reading 2 prompts: " in out
+    assert not (tmp_path / "edit").exists()
+    # What is printed is a file of options.
+    (tmp_path / "options.yaml").write_text(out)
+    assert sublimate(capsys, *erase, "--config", tmp_path / "options.yaml")[1] == out
+    status, out, _ = sublimate(capsys, "erase", tiny_sd_v, "cat", "--method", "slug", "--dry-run")
+    assert status == 0 and "are not counted: what slug does depends on values" in out
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    status, out, _ = sublimate(capsys, "erase", tmp_path / "model.safetensors", "cat", "--dry-run")
+    assert status == 0 and "lam: " in out and "are not counted: " in out and "give a folder" in out
+
+
 def test_erase_then_generate(capsys, tmp_path, tiny_sd_v):
     edit, images = tmp_path / "edit", tmp_path / "images"
     erase = ["erase", tiny_sd_v, "cat", "--anchor", "dog", "--preserve", "red", "--out", edit, "--fold"]

@@ -5,11 +5,13 @@ import torch
 from grid import called, refusals, rows
 
 from sublimate.erasure.eraser import Eraser
+from sublimate.erasure.fine_tuning import FineTuningEraser, NoData, trainer_config
 from sublimate.erasure.request import Concept, Request
 from sublimate.pipelines.edit import Edit
 from sublimate.pipelines.model import open_model
 from sublimate.training import registry
 from sublimate.training.randomness import SampleRandom
+from sublimate.training.trainer import Trainer
 
 ERASERS = "sublimate.erasure.methods"
 FAMILIES = {"": ("tiny_sd", "tiny_sd_v", "tiny_sd3"), "image_to_image": ("tiny_inpainting",)}
@@ -115,6 +117,12 @@ REFUSED = (
     ("prune_then_erase-attached", "tiny_sd3"),
 )
 
+# What training runs beside the denoiser.
+READ = {
+    **dict.fromkeys(("few_shot", "adv_unlearn"), ("text_encoder", "text_encoder_2", "text_encoder_3")),
+    "image_to_image": ("vae",),
+}
+
 
 def test_every_eraser_has_a_row():
     missing = set(registry.available(ERASERS)) - set(CASES)
@@ -187,6 +195,29 @@ class TestEraser:
         assert not torch.equal(answer(model), said)
         edit.remove(model)
         assert bits(model) == before and torch.equal(answer(model), said)
+
+    @pytest.mark.slow
+    def test_networks_that_training_does_not_run_are_told_from_those_it_does(self, model, case):
+        method, options = CASES[case]
+        eraser = registry.load(ERASERS, method, Eraser)(**(options(model) if callable(options) else options))
+        if not isinstance(eraser, FineTuningEraser):
+            pytest.skip("trains nothing by the trainer")
+        cat, dog, seven = called(model, "cat", "dog", "seven")
+        request = Request(Concept(cat, anchor=dog if eraser.uses_anchor else ""), preserve=[seven])
+        with refusals(*REASONS):
+            objective = eraser.objective(model, eraser.config, request)
+        unread = objective.unread(model)
+        trainer = Trainer(objective, NoData(), trainer_config(eraser.config), progress=False)
+        for name in unread:
+            model.component(name).to("meta")  # whoever reads it fails, or trains on nothing
+        for trainer.step in range(2):
+            for turn in objective.turns(trainer.step):
+                trainer.accumulate(turn)
+                assert all(p.grad.isfinite().all() for p in objective.player.trainable().values())
+                trainer.update(turn)
+            objective.after_step(trainer.step)
+        read = model.components().keys() - {*unread, model.backbone.network_attribute}
+        assert read == {name for name in READ.get(method, ()) if name in model.components()}
 
     @pytest.mark.slow
     def test_the_file_holds_the_same_edit(self, model, case, tmp_path):

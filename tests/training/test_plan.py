@@ -1,11 +1,11 @@
 """The counted plan of a run against the same step taken with real tensors."""
 
-import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
-from torch._C._profiler import _EventType
-from torch.profiler import ProfilerActivity, profile
+from memory import kept_bytes, most_allocated
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.pipelines import locations
@@ -58,6 +58,17 @@ def test_shapes_of_other_families(request, family):
     folder = request.getfixturevalue(family)
     shapes, model = open_shapes(folder), open_model(folder)
     assert {k: p.shape for k, p in shapes.parameters().items()} == {k: p.shape for k, p in model.parameters().items()}
+
+
+@pytest.mark.slow
+def test_copies_of_shapes_leave_an_interpreter_that_ends_well(tiny_sd_v):
+    lines = (
+        "import copy, gc",
+        "from sublimate.pipelines.shapes import open_shapes",
+        f"copy.deepcopy(open_shapes({str(tiny_sd_v)!r}).denoiser)",
+        "gc.collect()",
+    )
+    assert subprocess.run([sys.executable, "-c", "\n".join(lines)]).returncode == 0
 
 
 def test_one_file_has_no_shapes(tmp_path):
@@ -119,14 +130,6 @@ CASES = {
 }
 
 
-def allocated(events):
-    """(time, bytes) of everything that was allocated, and minus as many when it was freed."""
-    for event in events:
-        if event.typed[0] == _EventType.Allocation:
-            yield event.start_time_ns, event.typed[1].alloc_size
-        yield from allocated(event.children)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_peak_is_what_torchs_allocator_reports_of_a_real_step(tiny_sd_v, tmp_path, case):
@@ -136,18 +139,9 @@ def test_the_peak_is_what_torchs_allocator_reports_of_a_real_step(tiny_sd_v, tmp
     for turn in trainer.objective.turns(0):  # Adam's moments
         trainer.accumulate(turn)
         trainer.update(turn)
-    kept = list(model.parameters().values())
-    for name, player in trainer.players.items():
-        kept += player.module.parameters()
-        kept += [value for state in trainer.optimizers[name].state.values() for value in state.values()]
-        kept += trainer.averages[name].values.values() if name in trainer.averages else []
-    before = sum(t.numel() * t.element_size() for t in {id(t): t for t in kept}.values())
+    before = kept_bytes(model, trainer)
     for turn in trainer.objective.turns(1):
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-            trainer.accumulate(turn)
-            trainer.update(turn)
-        events = sorted(allocated(profiled.profiler.kineto_results.experimental_event_tree()))
-        peak = before + max(itertools.accumulate(size for _, size in events))
+        peak = before + most_allocated(lambda turn=turn: (trainer.accumulate(turn), trainer.update(turn)))
         assert found.turns[turn.name].peak == pytest.approx(peak, rel=0.15)
 
 
