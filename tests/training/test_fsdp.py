@@ -20,6 +20,7 @@ Accelerator()
 import torch
 import test_objectives as kit
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from sublimate.pipelines.model import open_model
 
 folder, model = Path(sys.argv[1]), open_model(sys.argv[2])
@@ -28,11 +29,17 @@ os.environ["FSDP_VERSION"] = "2"
 
 def train(case, name, sharded, **options):
     os.environ["ACCELERATE_USE_FSDP"] = str(sharded)
-    trainer = kit.make_trainer(model, case, folder / case / name, max_grad_norm=0.1, **options)
+    trainer = kit.make_trainer(model, case, folder / case / name, max_grad_norm=0.1, validation_steps=1, **options)
     for group in (g for optimizer in trainer.optimizers.values() for g in optimizer.param_groups):
         group["initial_lr"], group["betas"], group["eps"] = 1e-2, (0.0, 0.9), 1e-1
     kinds = {id(m): type(m) for p in trainer.players.values() for m in p.module.modules()}
     assert sharded == any("FSDP" in kind.__name__ for kind in kinds.values()), case
+
+    def between_steps(step):
+        full = [p for p in trainer.players.values() if p.config.kind == "full"]
+        assert all(isinstance(w, DTensor) == sharded for p in full for w in p.trainable().values())
+
+    trainer.validate = between_steps
     trainer.run()
     for player in trainer.players.values():
         for module in player.module.modules():
