@@ -6,8 +6,12 @@ from processes import launch
 from safetensors.torch import load_file
 from torch import nn
 
-from sublimate.training.fsdp import sharding_asked
+from sublimate.pipelines.model import open_model
+from sublimate.training import registry
+from sublimate.training.distill import OBJECTIVES
+from sublimate.training.fsdp import shard_players, sharding_asked
 from sublimate.training.gradients import clip_gradients
+from sublimate.training.objective import Objective
 
 # Every objective of the list, unsharded and sharded, from the same start and at a rate at which weights move; then the
 # second of two steps again from the first one's checkpoint, and once more with all players whole.
@@ -112,6 +116,33 @@ def test_sharding_is_asked_for_by_the_launcher_alone(monkeypatch):
     monkeypatch.setenv("FSDP_VERSION", "1")
     with pytest.raises(ValueError, match="FSDP_VERSION=1: write fsdp_version: 2"):
         sharding_asked()
+
+
+UNMASKED = {"student": {"adam_weight_decay": 0.0}}
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "masked", "sentence"),
+    [
+        (
+            "consistency_distillation",
+            {"guidance_input": False, "guidance_range": None},
+            False,
+            "reads a full player's",
+        ),
+        ("consistency_trajectory", {}, False, "reads a full player's weights beside calling it"),
+        ("denoising", {"student": {"use_8bit_adam": True}}, False, "8-bit moments of student"),
+        ("denoising", UNMASKED, True, "Masked weights of student cannot be sharded"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(tiny_sd_v, method, options, masked, sentence):
+    cls = registry.load(OBJECTIVES, method, Objective)
+    objective = cls(open_model(str(tiny_sd_v)), cls.Config(**options))
+    for player in objective.players().values() if masked else ():
+        name, parameter = next(iter(player.trainable().items()))
+        player.restrict({name: torch.zeros_like(parameter, dtype=torch.bool)})
+    with pytest.raises(ValueError, match=sentence):
+        shard_players(objective, torch.device("cpu"))
 
 
 def test_clipping_is_by_the_norm_of_all_gradients():
