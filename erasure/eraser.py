@@ -109,7 +109,11 @@ class Eraser(Method):
             NotCounted: when what the method does depends on values, which shapes do not have.
             ValueError: as `fit`.
         """
-        raise NotCounted(f"what {self.name()} does depends on values, of which a dry run reads none.")
+        raise self.not_counted()
+
+    def not_counted(self) -> NotCounted:
+        """Says that the method's course depends on values."""
+        return NotCounted(f"what {self.name()} does depends on values, of which a dry run reads none.")
 
     @abstractmethod
     def solve(

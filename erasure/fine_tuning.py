@@ -162,7 +162,7 @@ class StudentObjective(SoloObjective):
         """Where the student is."""
         return next(self.student.parameters()).device
 
-    def loop(self, config: StudentConfig) -> Loop | None:
+    def loop(self, config: Any) -> Loop | None:
         """What a step does more often with `config` than with this objective's own brief options; None for nothing."""
         return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -124,7 +124,7 @@ class RolloutObjective(StudentObjective):
         x_t, t = rollout(self.sampler, z, told, null, stops, steps=c.sampling_steps, guidance_scale=c.start_guidance)
         return {"x_t": x_t, "t": t}
 
-    def loop(self, config: RolloutConfig) -> Loop:
+    def loop(self, config: Any) -> Loop:
         c = self.config
         guided = c.guided_passes(c.start_guidance != 1)
         return Loop(self.one_pass, (config.passes() - c.passes()) / guided)

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sublimate.erasure.eraser import Changes, Eraser
+from sublimate.erasure.eraser import Changes
 from sublimate.erasure.fine_tuning import FineTuningEraser
 from sublimate.erasure.latent_bank import few_latents
 from sublimate.erasure.prompt_bank import PromptBank
@@ -22,6 +22,7 @@ from sublimate.erasure.trajectories import noised
 from sublimate.pipelines.model import Model
 from sublimate.training.losses import denoising_loss
 from sublimate.training.objective import Batch, Loss, Turn
+from sublimate.training.plan import Plan
 from sublimate.training.players import PlayerConfig
 from sublimate.training.randomness import SampleRandom
 
@@ -187,5 +188,9 @@ class FewShot(FineTuningEraser):
     Config = FewShotConfig
     paper: ClassVar[str] = FewShotObjective.paper
     objective = FewShotObjective
-    plan = Eraser.plan  # what steps do is measured, from before the first
+
+    def plan(self, model: Model, request: Request) -> Plan:
+        # What steps do is measured, from before the first.
+        raise self.not_counted()
+
     uses_images = True
