@@ -81,8 +81,8 @@ class Condition(dict[str, Tensor]):
         return Condition({**self, **values})
 
     def with_teacher(self, told: Condition) -> Condition:
-        """A copy that tells a teacher something else: `told`, in the place of entries of the same name."""
-        return Condition({**self, **{f"{TEACHER}{key}": value for key, value in told.items()}})
+        """A copy that tells a teacher the text of `told` in the place of its own."""
+        return Condition({**self, **{f"{TEACHER}{key}": told[key] for key in told.text_keys}})
 
     def for_teacher(self) -> Condition:
         """What a teacher reads."""

@@ -58,7 +58,7 @@ def test_state_of_integers_and_numbers_resumes_exactly(tmp_path):
     half, optimizer = started()
     trained(half, optimizer, 3)
     sections = {"weights": half.state_dict(), "optimizer": checkpoints.optimizer_tensors(optimizer)}
-    path = checkpoints.write_checkpoint(tmp_path, 3, sections, {"sections": list(sections)}, None)
+    path = checkpoints.write_checkpoint(tmp_path, 3, sections.items(), {"sections": list(sections)}, None)
     found, _ = checkpoints.read_checkpoint(path)
     again, optimizer = started()
     trained(again, optimizer, 1)
