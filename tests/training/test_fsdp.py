@@ -64,14 +64,9 @@ for case in sys.argv[5:]:
         first = str(folder / case / "sharded" / "checkpoint-1")
         train(case, name, sharded, resume_from_checkpoint=first)
 """
-# Each kind of loss: a critic and a discriminator, gradients through a network and a second call of it, the
-# Langevin chain's gradients to inputs alone, players that train a part of their weights.
-CASES = (
-    "f_distill-checkpointing",
-    "em_distillation",
-    "score_identity-adversarial",
-    "speedupnet",
-)
+# A critic and a discriminator, gradients through a network and a second call of it, players that train a part of
+# their weights.
+CASES = ("f_distill-checkpointing", "score_identity-adversarial", "speedupnet")
 
 
 @pytest.fixture(scope="module")
