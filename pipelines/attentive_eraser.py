@@ -17,9 +17,9 @@ from sublimate.diffusion.guidance import guided
 from sublimate.diffusion.inversion import ddim_inversion
 from sublimate.diffusion.predictions import add_noise
 from sublimate.diffusion.samplers import Denoise, ddim
-from sublimate.pipelines.generate import initial_noise
 from sublimate.pipelines.model import Model
 from sublimate.pipelines.redirection import Redirection, redirected, self_attention
+from sublimate.pipelines.sampling import initial_noise
 
 Inversion = Literal["noise", "ddim"]
 """How images become noise: noise added at once (the paper's SIP), or the sampler run backwards (DIP)."""

@@ -12,9 +12,10 @@ from tqdm.auto import tqdm
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.pipelines.controls import Control
-from sublimate.pipelines.generate import generate_latents, initial_noise
+from sublimate.pipelines.generate import generate_latents
 from sublimate.pipelines.gradient_checkpointing import enable_gradient_checkpointing
 from sublimate.pipelines.model import Model
+from sublimate.pipelines.sampling import initial_noise
 
 
 @dataclass(frozen=True)

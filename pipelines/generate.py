@@ -18,10 +18,8 @@ from sublimate.pipelines.few_steps import FEW_STEP_SAMPLERS, FewSteps, sample_fe
 from sublimate.pipelines.finite import finite
 from sublimate.pipelines.model import Model
 from sublimate.pipelines.negative_attention import STRENGTH, as_negative, negative_attention
-from sublimate.pipelines.sampling import Run, image_generator, initial_noise, sample, telling
+from sublimate.pipelines.sampling import Run, sample
 from sublimate.pipelines.speedupnet import attached_speedupnet, told_guidance
-
-__all__ = ["SAMPLERS", "STEPS", "generate", "generate_latents", "image_generator", "initial_noise", "telling"]
 
 SAMPLERS = ("ddim", "euler", "heun", "ancestral", "one_step", *FEW_STEP_SAMPLERS)
 STEPS = 25

@@ -20,9 +20,9 @@ from sublimate.pipelines.edit import Edit
 from sublimate.pipelines.edit_attachment import detached, strip
 from sublimate.pipelines.export import export_lora, export_student, stock_sampling
 from sublimate.pipelines.few_steps import sample_few_steps
-from sublimate.pipelines.generate import telling
 from sublimate.pipelines.model import Model, open_model
 from sublimate.pipelines.pictures import image_grid, pictures_of, to_png
+from sublimate.pipelines.sampling import telling
 from sublimate.training import registry
 from sublimate.training.checkpoints import fingerprint, lasting
 from sublimate.training.config import Config, dump_config, validate_section

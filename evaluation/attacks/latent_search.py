@@ -9,8 +9,9 @@ from pydantic import Field
 
 from sublimate.evaluation.attack import Attack, Box, Case, Outcome
 from sublimate.evaluation.surrogate import concept_loss
-from sublimate.pipelines.generate import generate_latents, initial_noise
+from sublimate.pipelines.generate import generate_latents
 from sublimate.pipelines.model import Model
+from sublimate.pipelines.sampling import initial_noise
 from sublimate.training.config import Config
 
 

@@ -14,8 +14,9 @@ from sublimate.evaluation.attacks.inpainting import hole_of
 from sublimate.evaluation.audit import ATTACKS, make_attacks
 from sublimate.evaluation.words import spellable
 from sublimate.pipelines.edit import Edit
-from sublimate.pipelines.generate import generate, generate_latents, image_generator, telling
+from sublimate.pipelines.generate import generate, generate_latents
 from sublimate.pipelines.model import open_model
+from sublimate.pipelines.sampling import image_generator, telling
 from sublimate.training import registry
 from sublimate.training.randomness import key
 

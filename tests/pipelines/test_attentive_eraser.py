@@ -9,10 +9,10 @@ from torch import nn
 from sublimate.diffusion.predictions import add_noise
 from sublimate.diffusion.samplers import ddim
 from sublimate.pipelines.attentive_eraser import dilated, erase_object
-from sublimate.pipelines.generate import initial_noise
 from sublimate.pipelines.model import open_model
 from sublimate.pipelines.negative_attention import attention_layers
 from sublimate.pipelines.redirection import redirected
+from sublimate.pipelines.sampling import initial_noise
 
 
 def uniform(*shape, seed=0):

@@ -12,8 +12,9 @@ from students import student_of, with_lora
 from sublimate.diffusion.conditions import Condition
 from sublimate.pipelines.export import export_lora, export_student, save_model
 from sublimate.pipelines.few_steps import FewSteps
-from sublimate.pipelines.generate import generate, generate_latents, image_generator
+from sublimate.pipelines.generate import generate, generate_latents
 from sublimate.pipelines.model import Model, open_model
+from sublimate.pipelines.sampling import image_generator
 
 CLASSES = ["cat", "dog", "van gogh", "999"]
 

@@ -7,8 +7,9 @@ from sublimate.diffusion.predictions import Parametrization, Prediction
 from sublimate.evaluation.detectors import open_detector
 from sublimate.pipelines.controls import colour, intensity, keep, shows
 from sublimate.pipelines.ditto import ditto, surrogate
-from sublimate.pipelines.generate import generate, generate_latents, initial_noise
+from sublimate.pipelines.generate import generate, generate_latents
 from sublimate.pipelines.model import Model, open_model
+from sublimate.pipelines.sampling import initial_noise
 
 
 def brightness(media):

@@ -17,8 +17,9 @@ from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.mixtures import GaussianMixture, MixtureDenoiser
 from sublimate.diffusion.schedules import EDM, DiscreteVP, RectifiedFlow
 from sublimate.pipelines.few_steps import FewSteps, sample_few_steps
-from sublimate.pipelines.generate import generate, generate_latents, image_generator, telling
+from sublimate.pipelines.generate import generate, generate_latents
 from sublimate.pipelines.model import open_model
+from sublimate.pipelines.sampling import image_generator, telling
 from sublimate.pipelines.stock_few_steps import flow_sampling
 
 VP = DiscreteVP(torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0))

@@ -10,8 +10,9 @@ from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.guidance import extrapolated, guided
 from sublimate.pipelines.backbones.flux1 import packed, unpacked
 from sublimate.pipelines.few_steps import FewSteps
-from sublimate.pipelines.generate import generate, image_generator, initial_noise
+from sublimate.pipelines.generate import generate
 from sublimate.pipelines.model import Model, open_model
+from sublimate.pipelines.sampling import image_generator, initial_noise
 
 PROMPTS = ["a red cat", "a painting in the style of van gogh"]
 FAMILIES = ("tiny_flux", "tiny_flux_schnell")

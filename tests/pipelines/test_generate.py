@@ -12,8 +12,9 @@ from diffusers import DDIMScheduler
 from opened import Opened
 
 from sublimate.diffusion.denoisers import Denoiser
-from sublimate.pipelines.generate import SAMPLERS, generate, generate_latents, image_generator, initial_noise
+from sublimate.pipelines.generate import SAMPLERS, generate, generate_latents
 from sublimate.pipelines.model import Model, open_model
+from sublimate.pipelines.sampling import image_generator, initial_noise
 
 FAMILIES = (
     "tiny_sd",

@@ -4,8 +4,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, PixArtTransformer2DModel
 
-from sublimate.pipelines.generate import generate, generate_latents, image_generator
+from sublimate.pipelines.generate import generate, generate_latents
 from sublimate.pipelines.model import Model, open_model
+from sublimate.pipelines.sampling import image_generator
 
 FAMILIES = ("tiny_pixart", "tiny_pixart_sigma")
 PROMPTS = ["A red Cat", "a painting in the style of van gogh", " dog"]

@@ -15,9 +15,10 @@ from sublimate.erasure.request import Concept, Request
 from sublimate.pipelines import controls
 from sublimate.pipelines.ditto import ditto
 from sublimate.pipelines.export import export_student, save_model
-from sublimate.pipelines.generate import generate, image_generator
+from sublimate.pipelines.generate import generate
 from sublimate.pipelines.model import Model, open_model
 from sublimate.pipelines.published_students import published_defaults
+from sublimate.pipelines.sampling import image_generator
 
 PROMPTS = ["a red cat", "a painting of van gogh"]
 TOLD = ("tiny_lcm", "tiny_sdxl_lcm")

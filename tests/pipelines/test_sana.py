@@ -8,9 +8,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline
 from students import SEEDS, images_of, prompts_of, with_lora
 
 from sublimate.pipelines.export import export_lora
-from sublimate.pipelines.generate import generate, image_generator
+from sublimate.pipelines.generate import generate
 from sublimate.pipelines.model import open_model
 from sublimate.pipelines.negative_attention import install_negative_attention
+from sublimate.pipelines.sampling import image_generator
 
 PROMPTS = ["A red Cat", "a painting in the style of van gogh", " dog"]
 

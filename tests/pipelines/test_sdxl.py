@@ -14,8 +14,9 @@ from sublimate.pipelines import controls
 from sublimate.pipelines.backbones.sdxl import POOLED, TIME_IDS
 from sublimate.pipelines.ditto import ditto
 from sublimate.pipelines.export import export_lora
-from sublimate.pipelines.generate import generate, image_generator
+from sublimate.pipelines.generate import generate
 from sublimate.pipelines.model import Model, open_model
+from sublimate.pipelines.sampling import image_generator
 from sublimate.training import registry
 
 PROMPTS = ["a red cat", "a painting of van gogh"]

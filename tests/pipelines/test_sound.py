@@ -6,8 +6,9 @@ from io import BytesIO
 import pytest
 import torch
 
-from sublimate.pipelines.generate import generate, image_generator
+from sublimate.pipelines.generate import generate
 from sublimate.pipelines.model import open_model
+from sublimate.pipelines.sampling import image_generator
 from sublimate.pipelines.sound import to_wav, waveforms
 
 

@@ -14,8 +14,8 @@ from sublimate.diffusion.samplers import one_step
 from sublimate.diffusion.schedules import RectifiedFlow
 from sublimate.pipelines.backbones.flux1 import Flux1, packed, unpacked
 from sublimate.pipelines.few_steps import FewSteps, sample_few_steps
-from sublimate.pipelines.generate import telling
 from sublimate.pipelines.model import Model
+from sublimate.pipelines.sampling import telling
 from sublimate.pipelines.sound import waveforms
 
 SEEDS = (11, 12)

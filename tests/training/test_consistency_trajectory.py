@@ -13,8 +13,8 @@ from sublimate.diffusion.noise import as_double
 from sublimate.diffusion.predictions import Parametrization, Prediction, add_noise
 from sublimate.diffusion.schedules import EDM, DiscreteVP, RectifiedFlow
 from sublimate.pipelines.few_steps import sample_few_steps
-from sublimate.pipelines.generate import telling
 from sublimate.pipelines.model import open_model
+from sublimate.pipelines.sampling import telling
 from sublimate.training.consistency import GuidedSolver
 from sublimate.training.objective import Batch, Turn
 from sublimate.training.objectives.consistency_distillation import (
