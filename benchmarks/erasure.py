@@ -96,7 +96,7 @@ PASSES = 200_000
 """What a student of the survival table is trained for, in network passes of one sample."""
 ATTACKED = ("uce", "rece", "speed", "esd", "concept_ablation", "receler", "adv_unlearn")
 STEPS = 10
-"""Sampling steps of every picture that is judged: two fifths of the cost of 25, and the same pictures to the eye."""
+"""Sampling steps of every picture that is judged: two fifths of the cost of Ink's own 25."""
 TARGETS, ATTEMPTS = 500, 100
 """Prompts for an erased concept (half as many in other words, as many for its siblings), for attacks to start from."""
 CONTENDERS, CONTENDERS_SIBLINGS = ("uce", "speed", "few_shot", "slug"), 2000
