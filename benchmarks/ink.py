@@ -1,12 +1,12 @@
 """Trains every objective from Ink's teacher with one budget of network passes, and measures all students alike.
 
-A resumable queue: every cell runs in a process of its own, writes one JSON file under `results/ink/` and is skipped
-when that exists; an interrupted training goes on from its checkpoint.
+A resumable queue: every cell runs in a process of its own, writes one JSON file and one row of pictures under
+`results/ink/` and is skipped when that exists; an interrupted training goes on from its checkpoint.
 
     python benchmarks/ink.py                    # all cells that are missing
     python benchmarks/ink.py --only f_distill   # cells whose name contains this
     python benchmarks/ink.py --table            # the table of what is there
-    python benchmarks/ink.py --picture          # docs/ink_methods.png: the same prompts and noise for every student
+    python benchmarks/ink.py --picture          # docs/ink_methods.png: the row of every cell that is there
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from sublimate.evaluation.hardware import hardware_line
@@ -165,9 +166,13 @@ def run_cell(name: str, n: int) -> None:
             "seconds_per_update": round(seconds / (updates - resumed), 3) if updates > resumed else None,
         }
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    quality = ink_quality(drawing(name, cell), n=n, judged=min(2000, n))
+    draw = drawing(name, cell)
+    quality = ink_quality(draw, n=n, judged=min(2000, n))
     record |= {"peak_memory_gib": round(memory, 2), "n": n, **quality.to_dict(), "hardware": hardware_line()}
     RESULTS.mkdir(parents=True, exist_ok=True)
+    # The same sixteen prompts from the same noise for every cell.
+    row = draw([caption.text for caption in prompts(16, 7)], 7)
+    (RESULTS / f"{name}.png").write_bytes(to_png(image_grid(row, columns=16)))
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -200,12 +205,13 @@ def table() -> str:
 
 
 def picture() -> None:
-    """One row per trained cell: the same sixteen prompts from the same noise."""
-    texts = [caption.text for caption in prompts(16, 7)]
-    done = [name for name in CELLS if (RESULTS / f"{name}.json").is_file()]
-    rows = [drawing(name, CELLS[name])(texts, 7) for name in done]
+    """The rows of the measured cells, one under the other."""
+    done = [name for name in CELLS if (RESULTS / f"{name}.png").is_file()]
+    if not done:
+        raise SystemExit(f"No cell has drawn its row under {RESULTS} yet: run this script first.")
+    rows = [np.asarray(Image.open(RESULTS / f"{name}.png")) for name in done]
     PICTURE.parent.mkdir(exist_ok=True)
-    PICTURE.write_bytes(to_png(image_grid(torch.cat(rows), columns=16)))
+    Image.fromarray(np.concatenate(rows)).save(PICTURE)
     print(f"Wrote {PICTURE}: from the top {', '.join(done)}")
 
 
