@@ -174,7 +174,7 @@ def answer(model):
 
 def pytest_generate_tests(metafunc):
     if metafunc.cls is TestEraser:
-        metafunc.parametrize(("case", "family"), rows(metafunc.config, CASES, FAMILIES))
+        metafunc.parametrize(("case", "family"), rows(metafunc, CASES, FAMILIES))
 
 
 class TestEraser:
@@ -220,6 +220,7 @@ class TestEraser:
         assert read == {name for name in READ.get(method, ()) if name in model.components()}
 
     @pytest.mark.slow
+    @pytest.mark.first_family
     def test_the_file_holds_the_same_edit(self, model, case, tmp_path):
         edit = fitted(model, case)
         again = Edit.load(edit.save(tmp_path / "edit.safetensors"))
@@ -231,6 +232,7 @@ class TestEraser:
             assert bits(model) == expected and torch.equal(answer(model), said)
 
     @pytest.mark.slow
+    @pytest.mark.first_family
     def test_a_fit_of_one_seed_repeats(self, model, case):
         with fitted(model, case, seed=3).applied(model):
             expected, said = bits(model), answer(model)
@@ -238,6 +240,7 @@ class TestEraser:
             assert bits(model) == expected and torch.equal(answer(model), said)
 
     @pytest.mark.slow
+    @pytest.mark.first_family
     def test_what_is_edited_already_can_be_edited_again(self, model, case):
         first, before, plain = fitted(model, case), bits(model), answer(model)
         first.apply(model)

@@ -4,34 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 from checkpoints import modules
 
-from sublimate.pipelines.model import Model
+from sublimate.pipelines.model import Model, open_model
 
 
 def rows(
-    config: pytest.Config, cases: Mapping[str, tuple[str, Any]], families: Mapping[str, Sequence[str]]
+    metafunc: pytest.Metafunc, cases: Mapping[str, tuple[str, Any]], families: Mapping[str, Sequence[str]]
 ) -> list[Any]:
     """Pairs (case, family) of a matrix: all cases on their first family, on others those that bear a method's name.
 
-    These on the first family make the quick suite. `--families` names what all cases run on instead.
+    These on the first family make the quick suite. A test marked `first_family` sees what no family changes, and has
+    no others. `--families` names what all cases of all tests run on instead.
 
     Args:
-        config: pytest's.
+        metafunc: the test, as pytest knows it.
         cases: (method, options) by name.
         families: names of tiny checkpoints by method; "" stands for all other methods.
     """
-    asked, found = config.getoption("--families"), []
+    asked, found = metafunc.config.getoption("--families"), []
     named = tuple(modules()) if asked == "all" else tuple(asked.split(",")) if asked else ()
+    alone = metafunc.definition.get_closest_marker("first_family") is not None
     for case, (method, _) in cases.items():
         own = families.get(method, families[""])
-        for family in named or (own if case == method else own[:1]):
+        for family in named or (own if case == method and not alone else own[:1]):
             slow = [] if case == method and family == own[0] else [pytest.mark.slow]
             found.append(pytest.param(case, family, marks=slow, id=f"{case}-{family}"))
     return found
+
+
+@cache
+def opened(folder: Path) -> Model:
+    """A checkpoint for all tests of a process that leave it as it was; to change it is what they are to find."""
+    return open_model(folder)
 
 
 NUMBERED = ("cat", "dog", "seven", "red", "red cat", "a dog")

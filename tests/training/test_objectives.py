@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from diffusers import ModelMixin
-from grid import called, refusals, rows
+from grid import called, opened, refusals, rows
 from processes import launch
 from safetensors.torch import load_file
 
@@ -144,12 +144,12 @@ REASONS = (
 
 def pytest_generate_tests(metafunc):
     if metafunc.cls is TestObjective:
-        metafunc.parametrize(("case", "family"), rows(metafunc.config, CASES, FAMILIES))
+        metafunc.parametrize(("case", "family"), rows(metafunc, CASES, FAMILIES))
 
 
 @pytest.fixture
 def model(request, family):
-    return open_model(str(request.getfixturevalue(family)))
+    return opened(request.getfixturevalue(family))
 
 
 def make(model, case):
@@ -264,6 +264,7 @@ class TestObjective:
         assert all(torch.equal(v, teacher[k]) for k, v in model.denoiser.state_dict().items())
 
     @pytest.mark.slow
+    @pytest.mark.first_family
     def test_a_resumed_run_equals_the_uninterrupted_one(self, model, case, tmp_path):
         straight = make_trainer(model, case, tmp_path / "a")
         straight.run()
@@ -271,10 +272,12 @@ class TestObjective:
         resumed = make_trainer(model, case, tmp_path / "b")
         resumed.run()
         assert resumed.step == 2
+        found = weights(resumed)
         for name, value in weights(straight).items():
-            assert torch.equal(value, weights(resumed)[name]), name
+            assert torch.equal(value, found[name]), name
 
     @pytest.mark.slow
+    @pytest.mark.first_family
     def test_accumulation_changes_nothing_but_rounding(self, model, case, tmp_path):
         # One step: Adam turns the rounding of a near-zero gradient into a full step, so gradients are compared.
         whole = make_trainer(model, case, tmp_path / "a", train_batch_size=4)
@@ -301,6 +304,7 @@ class TestObjective:
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * float(a.abs().max()) + 1e-10)
 
     @pytest.mark.slow
+    @pytest.mark.first_family
     def test_a_step_makes_the_passes_that_its_options_name_and_no_other(self, model, case, tmp_path):
         trainer = make_trainer(model, case, tmp_path, train_batch_size=4)
         with counted(trainer, model) as passes:
@@ -309,6 +313,7 @@ class TestObjective:
         assert sum(passes) == 4 * trainer.objective.config.passes(0)
 
     @pytest.mark.slow
+    @pytest.mark.first_family
     def test_the_teacher_alone_is_asked_for_anchors(self, model, case, tmp_path):
         if "prompts" not in make(model, case).needs or CASES[case][0] in ("speedupnet", "discriminator_guidance"):
             return
