@@ -12,7 +12,7 @@ from sublimate.erasure.request import Request
 from sublimate.erasure.text_layers import text_layers
 from sublimate.erasure.token_rows import request_rows
 from sublimate.pipelines.model import Model
-from sublimate.training.plan import LiveBytes, TurnCost, counted, gib
+from sublimate.training.plan import Meter, TurnCost, counted, gib
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,10 @@ class ClosedFormEraser(Eraser):
         concepts = (*request.erase, *request.preserve)
         texts = {phrase.text for concept in concepts for phrase in concept.phrases(config.templates)}
         texts |= {phrase.anchored for concept in request.erase for phrase in concept.phrases(config.templates)}
-        with LiveBytes() as live:
-            live.see(model.parameters().values())
-            base = live.now
-            rows, reading = counted(live, lambda: request_rows(model, request, config.templates, config.tokens))
+        with Meter() as meter:
+            meter.see(model.parameters().values())
+            base = meter.now
+            rows, reading = counted(meter, lambda: request_rows(model, request, config.templates, config.tokens))
         solves = {}
         for key, (erased, kept) in rows.items():
             own = [layer.whole for layer in layers if layer.reads == key]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
 from sublimate.pipelines.attention import attention_chosen
 from sublimate.pipelines.model import Model
@@ -38,23 +38,35 @@ CPU_ATTENTION = {
 }
 
 
-class LiveBytes(TorchDispatchMode):
-    """Follows the bytes of all storages that exist while it is on, and their peak.
+FORMULAS = flop_registry | {operation: shape_wrapper(formula) for operation, formula in CPU_ATTENTION.items()}
+
+
+class Meter(TorchDispatchMode):
+    """Counts floating-point operations, and follows the bytes of all storages that exist while it is on.
 
     A storage counts from the first operation that shows it until it is freed, once however many tensors share it.
+    Operations are counted by torch's formulas, as by its `FlopCounterMode`, which alone takes as long as all the rest.
 
     Attributes:
+        flops: floating-point operations.
         now: bytes alive.
         peak: the most there were since `reset_peak`.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.flops = self.now = self.peak = 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        formula = FORMULAS.get(func._overloadpacket)
+        if formula is None and _is_composite(func):
+            with self:
+                return func.decompose(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=result)
         self.see(tree_iter(result))
         return result
 
@@ -79,6 +91,14 @@ class LiveBytes(TorchDispatchMode):
     def _forget(self, name: int, size: int) -> None:
         self._known.discard(name)
         self.now -= size
+
+
+@cache
+def _is_composite(func: Any) -> bool:
+    """Whether an operation is made of others, into which inference mode does not take it apart by itself."""
+    name = func.name()
+    known = torch._C._dispatch_has_kernel(name)
+    return known and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
 
 
 @dataclass(frozen=True)
@@ -151,12 +171,11 @@ class Plan:
         return [f"shared weights: {gib(self.base)}", *players, *turns]
 
 
-def counted(live: LiveBytes, work: Callable[[], T]) -> tuple[T, TurnCost]:
-    """What work returns, its operations, and the peak of bytes that `live`, which is on, sees meanwhile."""
-    live.reset_peak()
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as operations:
-        result = work()
-    return result, TurnCost(operations.get_total_flops(), live.peak)
+def counted(meter: Meter, work: Callable[[], T]) -> tuple[T, TurnCost]:
+    """What work returns, its operations, and the peak of bytes that `meter`, which is on, sees meanwhile."""
+    meter.reset_peak()
+    before, result = meter.flops, work()
+    return result, TurnCost(meter.flops - before, meter.peak)
 
 
 def plan_distillation(config: DistillConfig, model: Model | None = None) -> Plan:
@@ -199,10 +218,10 @@ def plan(
         loop: a part of the objective's steps that is too long to be taken in full here.
     """
     held = {id(p): p for p in base}
-    with LiveBytes() as live:
-        live.see(held.values())
-        shared = live.now
-        trainer, before = counted(live, make)
+    with Meter() as meter:
+        meter.see(held.values())
+        shared = meter.now
+        trainer, before = counted(meter, make)
         for name, optimizer in trainer.optimizers.items():
             for parameter in trainer.players[name].trainable().values():
                 parameter.grad = torch.zeros_like(parameter)
@@ -210,9 +229,9 @@ def plan(
             optimizer.zero_grad(set_to_none=True)
         turns = {}
         for turn in trainer.objective.turns(0):
-            _, turns[turn.name] = counted(live, partial(_take, trainer, turn))
+            _, turns[turn.name] = counted(meter, partial(_take, trainer, turn))
         if repeated := loop(trainer.objective):
-            _, once = counted(live, repeated.run)
+            _, once = counted(meter, repeated.run)
             first, cost = next(iter(turns.items()))
             flops = cost.flops + round(repeated.times * once.flops)
             turns[first] = TurnCost(flops, max(cost.peak, once.peak))

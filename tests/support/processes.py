@@ -1,29 +1,85 @@
-"""Several real processes that train together over gloo, on the CPU."""
+"""Several real processes that train together over gloo, on the CPU.
 
+They are forked from one that has imported what they need, since that takes as long as many a test.
+"""
+
+from __future__ import annotations
+
+import json
 import os
+import select
 import socket
 import subprocess
 import sys
+import tempfile
+from functools import cache
+from pathlib import Path
 
-# A process that leaves while the group's threads run may be aborted by them.
-LEAVE = """
-from accelerate import PartialState
-PartialState().destroy_process_group()
+# Reads jobs, one a line; forks a process for each set of variables; answers with their statuses.
+PARENT = """
+import gc, json, os, sys, traceback
+import torch, accelerate.state, sublimate.training.distill, sublimate.evaluation.drawing
+
+
+def child(job, variables, errors):
+    sys.stderr = open(errors, "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), 2)
+    os.dup2(2, 1)
+    os.environ.clear()
+    os.environ.update(variables)
+    sys.argv = ["-c", *job["arguments"]]
+    try:
+        exec(compile(job["code"], "<launched>", "exec"), {"__name__": "__main__"})
+        # A process that leaves while the group's threads run may be aborted by them.
+        accelerate.state.PartialState().destroy_process_group()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+gc.freeze()
+for line in sys.stdin:
+    job, children = json.loads(line), []
+    for variables, errors in zip(job["variables"], job["errors"]):
+        children.append(os.fork())
+        if children[-1] == 0:
+            child(job, variables, errors)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]), flush=True)
 """
 
 
-def launch(code, *arguments, processes=1, timeout=120):
+@cache
+def _parent() -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", PARENT]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def launch(code: str, *arguments: object, processes: int = 1, timeout: float = 120) -> None:
     """Runs `code` with the arguments in so many processes, as `accelerate launch` would, until all are done."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    workers = []
+    variables = []
     for rank in range(processes):
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "localhost"}
-        variables |= {"MASTER_PORT": port, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": 1}
-        environment = {**os.environ, **({k: str(v) for k, v in variables.items()} if processes > 1 else {})}
-        command = [sys.executable, "-c", code + LEAVE, *map(str, arguments)]
-        workers.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    for worker in workers:
-        _, errors = worker.communicate(timeout=timeout)
-        assert worker.returncode == 0, errors
+        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "localhost"}
+        told |= {"MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+        told = {key: str(value) for key, value in told.items()} if processes > 1 else {}
+        variables.append({**os.environ, "OMP_NUM_THREADS": "1", **told})
+    with tempfile.TemporaryDirectory() as folder:
+        errors = [str(Path(folder) / str(rank)) for rank in range(processes)]
+        job = {"code": code, "arguments": list(map(str, arguments)), "variables": variables, "errors": errors}
+        parent = _parent()
+        assert parent.stdin is not None and parent.stdout is not None
+        print(json.dumps(job), file=parent.stdin, flush=True)
+        if not select.select([parent.stdout], [], [], timeout)[0]:
+            os.killpg(parent.pid, 9)
+            _parent.cache_clear()
+            said = "\n".join(Path(path).read_text(encoding="utf-8") for path in errors if Path(path).exists())
+            raise TimeoutError(f"{processes} processes took more than {timeout} s:\n{said}")
+        statuses = json.loads(parent.stdout.readline())
+        for status, said in zip(statuses, errors, strict=True):
+            assert status == 0, Path(said).read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ from torch import nn
 from sublimate.pipelines.shapes import open_shapes
 from sublimate.training import checkpoints
 from sublimate.training.adam_8bit import BLOCK, SMALLEST
-from sublimate.training.plan import LiveBytes
+from sublimate.training.plan import Meter
 from sublimate.training.players import PlayerConfig, make_player
 
 EIGHT = PlayerConfig(use_8bit_adam=True)
@@ -77,17 +77,17 @@ def test_its_moments_are_counted_with_a_byte_each(tiny_sd_v):
     model = open_shapes(tiny_sd_v)
     player = make_player(model.denoiser, EIGHT)
     sizes = [p.numel() for p in player.trainable().values()]
-    with LiveBytes() as live:
+    with Meter() as meter:
         optimizer = player.optimizer()
         for parameter in player.trainable().values():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.zero_grad(set_to_none=True)
         for parameter in player.trainable().values():
             parameter.grad = torch.zeros_like(parameter)
-        before = live.now
+        before = meter.now
         optimizer.step()
         optimizer.step()
     large = [n for n in sizes if n >= SMALLEST]
-    assert large and live.now - before == 2 * (
+    assert large and meter.now - before == 2 * (
         sum(large) + sum(4 * -(-n // BLOCK) for n in large) + 4 * sum(n for n in sizes if n < SMALLEST)
     )
