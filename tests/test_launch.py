@@ -12,6 +12,8 @@ import yaml
 from processes import launch
 from safetensors.torch import load_file
 
+from sublimate.cli.app import run
+
 ROOT = Path(__file__).resolve().parents[1]
 
 pytestmark = pytest.mark.slow
@@ -65,9 +67,9 @@ def test_evaluation_is_shared_and_written_once(tmp_path):
     (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, asked)))
     command = ["evaluate", "ink_one_step", "--prompts", tmp_path / "asked.jsonl", "--out"]
     said = launched("ddp", *command, tmp_path / "two.json")
-    subprocess.run(
-        list(map(str, [sys.executable, "-m", "sublimate.cli", *command, tmp_path / "one.json"])), cwd=ROOT, check=True
-    )
+    with pytest.raises(SystemExit) as stop:
+        run(list(map(str, [*command, tmp_path / "one.json"])))
+    assert stop.value.code == 0
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert one["agreement"] == two["agreement"] and one["agreement"]["ink"]
     assert said.count("rejected") == 1

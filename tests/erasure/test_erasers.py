@@ -1,8 +1,10 @@
 """One property matrix over all erasers, on tiny checkpoints of real classes of the families that read text."""
 
+from functools import cache
+
 import pytest
 import torch
-from grid import called, refusals, rows
+from grid import called, opened, refusals, rows
 
 from sublimate.erasure.eraser import Eraser
 from sublimate.erasure.fine_tuning import FineTuningEraser, NoData, trainer_config
@@ -131,7 +133,13 @@ def test_every_eraser_has_a_row():
 
 @pytest.fixture
 def model(request, family):
-    return open_model(request.getfixturevalue(family))
+    return opened(request.getfixturevalue(family))
+
+
+@pytest.fixture
+def edit(request, family, case):
+    with refusals(*REASONS):
+        return _fitted_once(request.getfixturevalue(family), case)
 
 
 @pytest.mark.parametrize(("case", "family"), REFUSED)
@@ -151,6 +159,11 @@ def fit(model, case, seed=0):
     cat, dog, seven, red = called(model, "cat", "dog", "seven", "red")
     concept = Concept(cat, anchor=dog if eraser.uses_anchor else "")
     return eraser.fit(model, Request(concept, preserve=[seven, red]), seed=seed)
+
+
+@cache
+def _fitted_once(folder, case):
+    return fit(opened(folder), case)
 
 
 def fitted(model, case, seed=0):
@@ -184,8 +197,8 @@ class TestEraser:
         assert bits(model) == before
         assert torch.equal(torch.get_rng_state(), state)
 
-    def test_the_edit_changes_keys_that_it_names_and_comes_off_bit_by_bit(self, model, case):
-        edit, before, said = fitted(model, case), bits(model), answer(model)
+    def test_the_edit_changes_keys_that_it_names_and_comes_off_bit_by_bit(self, model, edit):
+        before, said = bits(model), answer(model)
         edit.apply(model)
         after = bits(model)
         changed = {key for key in before if after[key] != before[key]}
@@ -197,15 +210,16 @@ class TestEraser:
         assert bits(model) == before and torch.equal(answer(model), said)
 
     @pytest.mark.slow
-    def test_networks_that_training_does_not_run_are_told_from_those_it_does(self, model, case):
+    def test_networks_that_training_does_not_run_are_told_from_those_it_does(self, request, family, case):
+        model = open_model(request.getfixturevalue(family))
         method, options = CASES[case]
         eraser = registry.load(ERASERS, method, Eraser)(**(options(model) if callable(options) else options))
         if not isinstance(eraser, FineTuningEraser):
             pytest.skip("trains nothing by the trainer")
         cat, dog, seven = called(model, "cat", "dog", "seven")
-        request = Request(Concept(cat, anchor=dog if eraser.uses_anchor else ""), preserve=[seven])
+        asked = Request(Concept(cat, anchor=dog if eraser.uses_anchor else ""), preserve=[seven])
         with refusals(*REASONS):
-            objective = eraser.objective(model, eraser.config, request)
+            objective = eraser.objective(model, eraser.config, asked)
         unread = objective.unread(model)
         trainer = Trainer(objective, NoData(), trainer_config(eraser.config), progress=False)
         for name in unread:
@@ -221,8 +235,7 @@ class TestEraser:
 
     @pytest.mark.slow
     @pytest.mark.first_family
-    def test_the_file_holds_the_same_edit(self, model, case, tmp_path):
-        edit = fitted(model, case)
+    def test_the_file_holds_the_same_edit(self, model, edit, tmp_path):
         again = Edit.load(edit.save(tmp_path / "edit.safetensors"))
         assert again.provenance == edit.provenance
         assert edit.provenance["base"]["content_hash"] == model.content_hash()
@@ -233,21 +246,21 @@ class TestEraser:
 
     @pytest.mark.slow
     @pytest.mark.first_family
-    def test_a_fit_of_one_seed_repeats(self, model, case):
-        with fitted(model, case, seed=3).applied(model):
+    def test_a_fit_of_one_seed_repeats(self, model, case, edit):
+        with edit.applied(model):
             expected, said = bits(model), answer(model)
-        with fitted(model, case, seed=3).applied(model):
+        with fitted(model, case).applied(model):
             assert bits(model) == expected and torch.equal(answer(model), said)
 
     @pytest.mark.slow
     @pytest.mark.first_family
-    def test_what_is_edited_already_can_be_edited_again(self, model, case):
-        first, before, plain = fitted(model, case), bits(model), answer(model)
-        first.apply(model)
+    def test_what_is_edited_already_can_be_edited_again(self, model, case, edit):
+        before, plain = bits(model), answer(model)
+        edit.apply(model)
         between, said = bits(model), answer(model)
         second = fitted(model, case, seed=1)
         second.apply(model)
         second.remove(model)
         assert bits(model) == between and torch.equal(answer(model), said)
-        first.remove(model)
+        edit.remove(model)
         assert bits(model) == before and torch.equal(answer(model), plain)
