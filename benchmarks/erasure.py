@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ink import within_budget
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -38,11 +39,10 @@ from sublimate.evaluation.studies import ErasureStudy, PromptSet
 from sublimate.pipelines.edit import Edit
 from sublimate.pipelines.model import Model, open_model
 from sublimate.training import registry
-from sublimate.training.config import load_config, validate_section
-from sublimate.training.distill import OBJECTIVES, DistillConfig, distill
+from sublimate.training.config import load_config
+from sublimate.training.distill import DistillConfig, distill
 from sublimate.training.ink.captions import prompts
 from sublimate.training.ink.vocabulary import GROUPS, SYNONYMS, locate
-from sublimate.training.objective import Objective
 
 HERE = Path(__file__).parent
 RESULTS, RUNS = HERE / "results" / "erasure", Path("runs/benchmark-erasure")
@@ -93,7 +93,7 @@ STUDENTS: Mapping[str, tuple[str, ...]] = {
     "consistency_distillation": ("ink_consistency_distillation", "data.images=teacher", "data.count=1024"),
 }
 PASSES = 200_000
-"""What a student of the survival table is trained for, in network passes of one sample."""
+"""What a student of the survival table is trained for, in network passes of one sample, the teacher's own included."""
 ATTACKED = ("uce", "rece", "speed", "esd", "concept_ablation", "receler", "adv_unlearn")
 STEPS = 10
 """Sampling steps of every picture that is judged: two fifths of the cost of Ink's own 25."""
@@ -193,23 +193,14 @@ def survival_cell(method: str, student: str, before: Generate, folder: Path) -> 
     forget = json.dumps([{"concept": aim.name, "anchor": aim.anchor, "synonyms": aim.synonyms}])
     changes = [change.format(without=folder / "without.txt", forget=forget) for change in changes]
     config = load_config(DistillConfig, name, [*changes, f"trainer.output_dir={folder / 'run'}"])
-    config = within_budget(config, PASSES)
+    config, passes = within_budget(config, PASSES)
     began = time.perf_counter()
     trained = open_model(str(distill(config, model)))
     seconds = round(time.perf_counter() - began, 1)
     study = replace(ink_study(concept, n=TARGETS), synonyms=PromptSet(), unrelated=PromptSet())
     result = run(study, before, drawing(trained), open_detector("ink"), examples=0)
-    return {"rates": rates_of(result), "eraser": cost, "seconds": seconds, "updates": config.trainer.max_train_steps}
-
-
-def within_budget(config: DistillConfig, passes: int) -> DistillConfig:
-    """The run with as many steps as a budget of passes allows; what the teacher draws is not counted."""
-    options = validate_section(registry.load(OBJECTIVES, config.method, Objective).Config, config.objective)
-    batch = config.trainer.train_batch_size * config.trainer.gradient_accumulation_steps
-    steps, spent = 0, 0.0
-    while spent + batch * options.passes(steps) <= passes:
-        spent, steps = spent + batch * options.passes(steps), steps + 1
-    return config.model_copy(update={"trainer": config.trainer.model_copy(update={"max_train_steps": steps})})
+    updates = config.trainer.max_train_steps
+    return {"rates": rates_of(result), "eraser": cost, "seconds": seconds, "updates": updates, "passes": passes}
 
 
 def kept(draw: Generate, folder: Path) -> Generate:

@@ -104,26 +104,24 @@ CELLS: dict[str, Cell] = {
 }
 
 
-def configured(name: str, cell: Cell) -> tuple[DistillConfig, int]:
-    """The run of a cell with as many steps as the budget allows, and the passes that it costs.
+def within_budget(config: DistillConfig, budget: int) -> tuple[DistillConfig, int]:
+    """The run with as many steps as a budget of passes allows, and the passes that it costs.
 
-    What the teacher draws for the cell's data is part of the budget.
+    What the teacher draws for the run's data is part of them.
     """
-    if cell.config is None:
-        raise ValueError(f"{name} trains nothing.")
-    config = load_config(DistillConfig, cell.config, [f"trainer.output_dir={RUNS / name}", *cell.overrides])
     method = registry.load(OBJECTIVES, config.method, Objective)
     options = validate_section(method.Config, config.objective)
     batch = config.trainer.train_batch_size * config.trainer.gradient_accumulation_steps
-    needs = method(open_model("ink"), options).needs
+    needs = method(open_model(config.model), options).needs
     draws = ("samples" in needs) + ("images" in needs and config.data.images == "teacher")
     guided = 1 if options.sample_guidance == 1 else 2
     steps, spent = 0, float(draws * config.data.count * config.data.teacher_steps * guided)
-    while spent + batch * options.passes(steps) <= cell.budget:
+    while spent + batch * options.passes(steps) <= budget:
         spent, steps = spent + batch * options.passes(steps), steps + 1
-    return config.model_copy(update={"trainer": config.trainer.model_copy(update={"max_train_steps": steps})}), round(
-        spent
-    )
+    if not steps:
+        raise ValueError(f"{budget:,} passes pay for no step of {config.method}: its data alone take {spent:,.0f}.")
+    trainer = config.trainer.model_copy(update={"max_train_steps": steps})
+    return config.model_copy(update={"trainer": trainer}), round(spent)
 
 
 def drawing(name: str, cell: Cell) -> Draw:
@@ -153,7 +151,8 @@ def run_cell(name: str, n: int) -> None:
     cell = CELLS[name]
     record: dict[str, Any] = {"cell": name, "steps": cell.steps}
     if cell.config is not None:
-        config, passes = configured(name, cell)
+        changes = [f"trainer.output_dir={RUNS / name}", *cell.overrides]
+        config, passes = within_budget(load_config(DistillConfig, cell.config, changes), cell.budget)
         updates = config.trainer.max_train_steps
         found = find_checkpoint(config.trainer.output_dir, "latest")
         resumed = 0 if found is None else json.loads((found / "state.json").read_text())["step"]
