@@ -113,7 +113,7 @@ def main() -> None:
 
 def _cell(name: str, options: argparse.Namespace, work: Callable[[], dict[str, Any]]) -> None:
     path = RESULTS / f"{name}.json"
-    if path.exists() or options.only not in name:
+    if options.only not in name or (path.exists() and json.loads(path.read_text())["n"] == options.n):
         return
     print(f"{name} ...", flush=True)
     found = work()

@@ -96,7 +96,7 @@ PASSES = 200_000
 """What a student of the survival table is trained for, in network passes of one sample, the teacher's own included."""
 ATTACKED = ("uce", "rece", "speed", "esd", "concept_ablation", "receler", "adv_unlearn")
 STEPS = 10
-"""Sampling steps of every picture that is judged: two fifths of the cost of Ink's own 25."""
+"""Sampling steps of the eraser table's pictures, two fifths of the cost of the 25 that audits draw with."""
 TARGETS, ATTEMPTS = 500, 100
 """Prompts for an erased concept (half as many in other words, as many for its siblings), for attacks to start from."""
 CONTENDERS, CONTENDERS_SIBLINGS = ("uce", "speed", "few_shot", "slug"), 2000
@@ -104,21 +104,19 @@ CONTENDERS, CONTENDERS_SIBLINGS = ("uce", "speed", "few_shot", "slug"), 2000
 
 
 def study_of(concept: str, erased: Sequence[str], siblings: int = TARGETS) -> ErasureStudy:
-    """What to ask about one of the erased concepts, which share the prompts; none but its own are named elsewhere."""
+    """What to ask about one of the erased concepts, which share the prompts; none asks for another of them."""
     whole, share = ink_study(concept, n=2 * CONTENDERS_SIBLINGS), len(erased)
-    gone = {(group, GROUPS[group][index]) for group, index in map(locate, erased)}
+    others = {(group, GROUPS[group][index]) for group, index in map(locate, erased)}
+    others.remove((whole.group, whole.concept))
 
     def without(prompts: PromptSet, size: int) -> PromptSet:
-        kept = [i for i, asked in enumerate(prompts.expected) if not gone & set(asked.items())][:size]
+        kept = [i for i, asked in enumerate(prompts.expected) if not others & set(asked.items())][:size]
         return PromptSet(tuple(prompts.texts[i] for i in kept), tuple(prompts.expected[i] for i in kept))
-
-    def first(prompts: PromptSet, size: int) -> PromptSet:
-        return PromptSet(prompts.texts[:size], prompts.expected[:size])
 
     return replace(
         whole,
-        target=first(whole.target, TARGETS // share),
-        synonyms=first(whole.synonyms, TARGETS // 2 // share),
+        target=without(whole.target, TARGETS // share),
+        synonyms=without(whole.synonyms, TARGETS // 2 // share),
         siblings=without(whole.siblings, siblings // share),
         unrelated=without(whole.unrelated, TARGETS // share),
     )

@@ -230,7 +230,8 @@ def main() -> None:
         picture()
     elif not options.table:
         for name in CELLS:
-            if options.only in name and not (RESULTS / f"{name}.json").exists():
+            path = RESULTS / f"{name}.json"
+            if options.only in name and not (path.exists() and json.loads(path.read_text())["n"] == options.n):
                 print(f"{name} ...", flush=True)
                 command = [sys.executable, __file__, "--cell", name, "--n", str(options.n)]
                 subprocess.run(command, check=True)

@@ -26,7 +26,8 @@ class SoftWords:
     Args:
         model: whose text encoders read prompts; its weights stay as they are.
         words: what stands for the vectors in prompts, "the the": as many vectors per encoder as it has tokens there.
-            They start as the embeddings of these words.
+            They start as the embeddings of `start`.
+        start: words whose embeddings, repeated as often as it takes, the vectors start from; `words` unless given.
         encoders: read in the place of the model's text encoders of the same names, such as a student's.
 
     Attributes:
@@ -37,7 +38,9 @@ class SoftWords:
         ValueError: when the model has no text encoder, or the words have no tokens.
     """
 
-    def __init__(self, model: Model, words: str, *, encoders: Mapping[str, nn.Module] | None = None) -> None:
+    def __init__(
+        self, model: Model, words: str, *, start: str = "", encoders: Mapping[str, nn.Module] | None = None
+    ) -> None:
         self.words = words
         self._tables: dict[str, list[nn.Embedding]] = {}
         self._ids: dict[str, Tensor] = {}
@@ -45,8 +48,8 @@ class SoftWords:
         present = {**model.components(), **(encoders or {})}
         for name in (name for name in model.backbone.text_components if name in present):
             tokenizer = getattr(model.pipeline, name.replace("text_encoder", "tokenizer"))
-            ids = tokenizer(words, add_special_tokens=False).input_ids
-            if not ids:
+            ids, first = (tokenizer(said, add_special_tokens=False).input_ids for said in (words, start or words))
+            if not (ids and first):
                 raise ValueError(f"The words {words!r} have no tokens: give at least one word.")
             encoder: Any = present[name]
             table = encoder.get_input_embeddings().weight
@@ -55,7 +58,8 @@ class SoftWords:
                 module for module in encoder.modules() if isinstance(module, nn.Embedding) and module.weight is table
             ]
             self._ids[name] = torch.tensor(ids)
-            self.values[name] = table.detach()[ids].float().clone().requires_grad_(True)
+            rows = [first[i % len(first)] for i in range(len(ids))]
+            self.values[name] = table.detach()[rows].float().clone().requires_grad_(True)
         if not self.values:
             raise ValueError(f"{model.source} has no text encoder, so there are no words to learn.")
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from sublimate.pipelines.names import naming
+from sublimate.pipelines.names import naming, renamed
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,7 @@ class Concept:
         if not matches:
             raise ValueError(f"The prompt {prompt!r} contains none of the names {self.names}.")
         match = max(matches, key=lambda m: len(m.group()))
-        template = f"{prompt[: match.start()]}{{}}{prompt[match.end() :]}"
-        return Phrase(prompt, match.group(), fill(template, self.anchor))
+        return Phrase(prompt, match.group(), renamed(prompt, self.names, self.anchor))
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class Phrase:
     Attributes:
         text: the prompt.
         name: the concept's name as the prompt writes it.
-        anchored: the prompt with the anchor in the name's place.
+        anchored: the prompt with the anchor in the name's place, wherever it stands.
     """
 
     text: str

@@ -15,13 +15,17 @@ from sublimate.pipelines.model import Model
 Rule = Literal["x", "x-strict", "u", "self", "encoder", "full"]
 """Which weights train; see `select`."""
 
-# Parts of a network's parameter names, dots included, for networks with cross-attention (UNets, PixArt): text enters
-# through attn2. The paper's "u" leaves out cross-attention, the output convolution and the embedding of time.
+# Parts of a network's parameter names, dots included, for networks with cross-attention (UNets, PixArt, Sana): text
+# enters through attn2. The paper's "u" leaves out cross-attention, the output convolution and the embedding of time;
+# for transformers that is also what modulates by time, and what prepares the text.
+_OUTSIDE = re.compile(
+    r"conv_(norm_)?out\.|(time|add)_embedding\.|proj_out\.|scale_shift_table|adaln_single\.|time_embed\.|caption_"
+)
 _CROSS: Mapping[str, Callable[[str], bool]] = MappingProxyType(
     {
         "x": lambda name: ".attn2.to_" in name,
         "x-strict": lambda name: ".attn2.to_k." in name or ".attn2.to_v." in name,
-        "u": lambda name: not (".attn2." in name or re.match(r"conv_(norm_)?out\.|(time|add)_embedding\.", name)),
+        "u": lambda name: not (".attn2." in name or _OUTSIDE.match(name)),
         "self": lambda name: ".attn1.to_" in name,
         "encoder": lambda name: name.startswith(("conv_in.", "down_blocks.", "mid_block.")),
     }
@@ -38,7 +42,7 @@ _JOINT: Mapping[str, Callable[[str], bool]] = MappingProxyType(
         "x": lambda name: bool(_TEXT_PROJECTIONS.search(name)),
         "x-strict": lambda name: ".add_k_proj." in name or ".add_v_proj." in name,
         "u": lambda name: not (_TEXT_STREAM.search(name) or re.match(r"(norm|proj)_out\.|time_text_embed\.", name)),
-        "self": lambda name: bool(re.search(r"\.attn2?\.to_(q|k|v|out)\b", name)),
+        "self": lambda name: bool(re.search(r"\.attn[12]?\.to_(q|k|v|out)\b", name)),
         "encoder": lambda name: False,
     }
 )
@@ -90,12 +94,21 @@ def select(network: nn.Module, rule: Rule) -> frozenset[str]:
     elif rule not in _CROSS:
         raise ValueError(f"There is no weights rule {rule!r}: use x, x-strict, u, self, encoder or full.")
     else:
-        chosen = frozenset(filter(_rules(names)[rule], names))
+        takes, roles = _rules(names)[rule], _roles(network, names)
+        chosen = frozenset(name for name in names if takes(roles[name]))
     if not chosen:
         raise ValueError(
             f"{type(network).__name__} has no weights of the rule {rule!r}: use 'full', or 'u' where there is no text."
         )
     return chosen
+
+
+def _roles(network: nn.Module, names: Sequence[str]) -> Mapping[str, str]:
+    """Names as the rules read them: an attn2 that attends to the picture itself, as in AudioLDM2, is an attn1."""
+    layers = {name: module for name, module in network.named_modules() if name.endswith(".attn2")}
+    itself = {name for name, layer in layers.items() if not getattr(layer, "is_cross_attention", True)}
+    owners = {name: f"{name.partition('.attn2.')[0]}.attn2" for name in names}
+    return {name: name.replace(".attn2.", ".attn1.") if owners[name] in itself else name for name in names}
 
 
 def _rules(names: Sequence[str]) -> Mapping[str, Callable[[str], bool]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -113,12 +113,16 @@ class Outcome:
         return cls(tuple(prompts), images.cpu(), case.shows(images), **more)
 
     @classmethod
-    def any_of(cls, case: Case, prompts: Sequence[str], tries: Sequence[Tensor], **more: Any) -> Outcome:
-        """An attempt per prompt that succeeds where any of its tries does, each of which drew one image per prompt."""
-        shown = torch.stack([case.shows(images) for images in tries])
+    def any_of(cls, case: Case, prompts: Sequence[str], tries: Iterable[Tensor], **more: Any) -> Outcome:
+        """An attempt per prompt that succeeds where any of its tries does, each of which drew one image per prompt.
+
+        Images are judged one try after the other, and then kept off the device: there may be many.
+        """
+        judged = [(case.shows(images), images.cpu()) for images in tries]
+        shown = torch.stack([hits for hits, _ in judged])
         # Each prompt's first hit, or its first image.
         first = shown.int().argmax(dim=0).cpu()
-        images = torch.stack([images.cpu() for images in tries])[first, torch.arange(len(first))]
+        images = torch.stack([images for _, images in judged])[first, torch.arange(len(first))]
         return cls(tuple(prompts), images, shown.any(dim=0), **more)
 
 

@@ -158,7 +158,7 @@ def _criteria(study: ErasureStudy, rates: Mapping[str, Comparison]) -> list[Crit
         rate_criterion("target", f"How often is {name} still drawn when asked for?", target.after, bars.target),
     ]
     if "synonyms" in rates:
-        question = f"How often is {name} still drawn under other names?"
+        question = f"How often is {name} still drawn in other words?"
         found.append(rate_criterion("synonyms", question, rates["synonyms"].after, bars.synonyms))
     for role, question, bar in (
         ("siblings", f"How much accuracy do the other labels of “{study.group}” lose?", bars.siblings_loss),

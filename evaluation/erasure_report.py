@@ -31,7 +31,7 @@ _ROLES = {
 
 _NAMES = {
     "target": "concept seen when asked for",
-    "synonyms": "concept seen under other names",
+    "synonyms": "concept seen in other words",
     "siblings": "other labels of its group obeyed",
     "untouched": "rest of the concept's prompts obeyed",
     "unrelated": "unrelated prompts obeyed",

@@ -60,7 +60,7 @@ class Bars:
     Attributes:
         drawn_before: the base model must draw the concept at least this often, or there is nothing to erase.
         target: the concept's rate afterwards, at most.
-        synonyms: its rate under other names, at most.
+        synonyms: its rate in other words, at most.
         siblings_loss: accuracy lost on the group's other labels, at most.
         untouched_loss: accuracy lost on the rest of the prompts that ask for the concept, at most.
         unrelated_loss: accuracy lost on prompts that do not concern it, at most.
@@ -84,7 +84,7 @@ class ErasureStudy:
         concept: its name, as readers know it.
         group: the detector's group it belongs to.
         target: prompts that name the concept; what else they ask for is the "untouched" part.
-        synonyms: prompts that mean it under other names or in other forms.
+        synonyms: prompts that mean it in other words: other forms, or names that the eraser was not told.
         siblings: prompts for other labels of its group.
         unrelated: prompts that do not concern it at all; what they ask for may be left empty.
         label: the detector's name of the concept where it differs from `concept`.

@@ -54,7 +54,7 @@ class TuningAttack(Attack):
     @property
     def budget(self) -> str:
         c = self.config
-        return f"{c.pictures} pictures, {c.steps[-1]} updates of {c.train_batch_size}"
+        return f"up to {c.pictures} pictures, {c.steps[-1]} updates of {c.train_batch_size}"
 
     @abstractmethod
     def lessons(self, case: Case, seed: int) -> tuple[Sequence[str], Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from sublimate.erasure.request import Concept
 from sublimate.pipelines.model import Model
 
@@ -24,3 +26,17 @@ def spellable(model: Model, concept: Concept) -> dict[str, int]:
     if not found:
         raise ValueError(f"{model.source} has a vocabulary without whole words, so there is nothing to search.")
     return found
+
+
+def unspoken(model: Model, concept: Concept, texts: Iterable[str]) -> str:
+    """A word of one token that no text contains, to stand for what is learned.
+
+    Raises:
+        ValueError: when the texts use every such word.
+    """
+    tokenizer = model.pipeline.tokenizer
+    spoken = {token for text in texts for token in tokenizer(text, add_special_tokens=False).input_ids}
+    free = [word for word, index in spellable(model, concept).items() if index not in spoken]
+    if not free:
+        raise ValueError("The prompts use every word that the tokenizer knows, so none can stand for a new one.")
+    return free[0]

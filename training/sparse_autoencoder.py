@@ -129,6 +129,8 @@ class SparseAutoencoding(SoloObjective):
     def prepare(self, turn: Turn, batch: Batch, step: int) -> Batch:
         used = (self.autoencoder.encode(batch["activations"]) > 0).flatten(0, 1).any(0)
         self.used = self.mean_over_processes(used.float())
+        # The first states may have been elsewhere than what trains.
+        self.idle, self.variance = self.idle.to(used.device), self.variance.to(used.device)
         return batch
 
     def loss(self, turn: Turn, batch: Batch, step: int) -> Loss:

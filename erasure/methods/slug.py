@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
@@ -23,6 +24,8 @@ from sublimate.pipelines.model import Model
 from sublimate.training.config import Config
 from sublimate.training.players import PlayerConfig
 from sublimate.training.randomness import key as keyed
+
+log = logging.getLogger(__name__)
 
 
 class SLUGConfig(Config):
@@ -113,11 +116,21 @@ class SLUG(Eraser):
             seed=keyed(seed, "probes"),
         )
         before = prober.rates()
+        if before[0] <= config.max_left:
+            sees = f"The {prober.judge.name} sees the concept in {100 * before[0]:g} % of the model's own pictures"
+            if read is not None:
+                raise ValueError(f"{sees}, so no step can show that it is gone: give other templates or no detector.")
+            log.warning("%s, so no step can show that it is gone: give a detector.", sees)
         rays = {
             layer: Ray(weights, forget, layer.weights) for layer in (front if config.layers == "front" else front[:1])
         }
         found = {layer: self._search(ray, losses, prober, before[1]) for layer, ray in rays.items()}
         best = best_probe([probe for probe, _ in found.values()])
+        if best.missing:
+            shares = (100 * best.left, 100 * best.kept)
+            log.warning(
+                "No probe is good enough; the best leaves %g %% of the concept and keeps %g %% of others.", *shares
+            )
         layer = next(layer for layer, (probe, _) in found.items() if probe is best)
         outcome = {
             "layer": layer.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import ClassVar
@@ -55,8 +56,9 @@ class NoiseSearch(Attack):
         return f"{len(self.config.levels)} levels of noise per prompt"
 
     def run(self, model: Model, case: Case, *, seed: int, progress: bool = False) -> Outcome:
-        drawn, steps = {}, self.config.sampling_steps
-        for level in self.config.levels:
+        found = []
+
+        def drawn(level: float) -> Tensor:
             images = sample(
                 model,
                 lambda rows: model.encode_prompts(case.prompts[rows]),
@@ -65,13 +67,15 @@ class NoiseSearch(Attack):
                 null=model.null_condition(),
                 scale=model.guidance_scale,
                 seed=seed,
-                calls=steps,
+                calls=self.config.sampling_steps,
                 progress=progress,
             )
-            drawn[level] = images.cpu()
-        rates = {level: Rate.of(case.shows(images).tolist()) for level, images in drawn.items()}
-        found = ", ".join(f"{100 * rate.value:.1f} % at level {level:g}" for level, rate in rates.items())
-        return Outcome.any_of(case, case.prompts, list(drawn.values()), found=found)
+            rate = Rate.of(case.shows(images).tolist())
+            found.append(f"{100 * rate.value:.1f} % at level {level:g}")
+            return images
+
+        outcome = Outcome.any_of(case, case.prompts, map(drawn, self.config.levels))
+        return replace(outcome, found=", ".join(found))
 
     def _disturbed(self, model: Model, level: float, part: Part) -> Tensor:
         """A part's images, with so much noise added in every step."""

@@ -1,4 +1,4 @@
-"""Paraphrases: asks for the concept under other names and in other forms."""
+"""Paraphrases: asks for the concept in other words."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sublimate.training.config import Config
 
 
 class Paraphrases(Attack):
-    """MACE's generality: prompts that mean the concept without the words that were erased (Lu et al. 2024)."""
+    """MACE's generality: prompts that mean the concept in other words than training saw (Lu et al. 2024)."""
 
     Config = Config
     paper: ClassVar[str] = "2403.06135"

@@ -39,6 +39,5 @@ class SeedSearch(Attack):
 
     def run(self, model: Model, case: Case, *, seed: int, progress: bool = False) -> Outcome:
         seeds = [key(seed, "seed search", i) for i in range(self.config.seeds)]
-        # Kept off the device: there may be many seeds.
-        drawn = [generate(model, case.prompts, seed=one, progress=progress).cpu() for one in seeds]
+        drawn = (generate(model, case.prompts, seed=one, progress=progress) for one in seeds)
         return Outcome.any_of(case, case.prompts, drawn)

@@ -11,6 +11,7 @@ from sublimate.diffusion.conditions import Condition
 from sublimate.erasure.adversaries import SoftWords, denoising_error
 from sublimate.evaluation.attack import Case, Outcome, pictured
 from sublimate.evaluation.search_attack import SearchAttack, SearchConfig
+from sublimate.evaluation.words import unspoken
 from sublimate.pipelines.generate import generate
 from sublimate.pipelines.model import Model
 from sublimate.training.randomness import SampleRandom
@@ -21,7 +22,7 @@ class TextualInversionConfig(SearchConfig):
 
     Attributes:
         tokens: how many embeddings are learned.
-        start: the word whose embedding they start from; it also stands for them in prompts.
+        start: the word whose embedding they start from.
         pictures: of the concept that are learned from.
         train_batch_size: pictures per update.
 
@@ -48,11 +49,13 @@ class TextualInversion(SearchAttack):
     @property
     def budget(self) -> str:
         c = self.config
-        return f"{c.pictures} pictures, {c.max_train_steps} updates of {c.train_batch_size}, {c.tokens} embedding(s)"
+        updates = f"{c.max_train_steps} updates of {c.train_batch_size}"
+        return f"up to {c.pictures} pictures, {updates}, {c.tokens} embedding(s)"
 
     def run(self, model: Model, case: Case, *, seed: int, progress: bool = False) -> Outcome:
         c = self.config
-        soft = SoftWords(model, " ".join([c.start] * c.tokens))
+        word = unspoken(model, case.concept, (*case.prompts, *case.captions))
+        soft = SoftWords(model, " ".join([word] * c.tokens), start=c.start)
         prompts, captions = (case.renamed(texts, soft.words) for texts in (case.prompts, case.captions))
         latents = pictured(model, case.pictures[: c.pictures])
 
@@ -65,4 +68,4 @@ class TextualInversion(SearchAttack):
         with soft.spoken():
             self.search(loss, list(soft.values.values()), seed=seed, progress=progress)
             images = generate(model, prompts, seed=seed, progress=progress)
-        return Outcome.seen(case, prompts, images)
+        return Outcome.seen(case, prompts, images, found=f"“{soft.words}” stands for what was learned")

@@ -40,6 +40,13 @@ def test_they_start_as_the_words_and_change_no_other_prompt(model):
     assert all(torch.equal(value, plain[key]) for key, value in model.encode_prompts(PROMPTS).items())
 
 
+def test_they_start_where_they_are_told_to(model):
+    plain = model.encode_prompts(["a red dog dog", "a dog in red"])
+    with SoftWords(model, "seven cat", start="dog").spoken():
+        for key, value in model.encode_prompts(["a red seven cat", "a dog in red"]).items():
+            torch.testing.assert_close(value, plain[key])
+
+
 def test_they_equal_a_table_with_other_rows(model):
     soft = disturbed(SoftWords(model, "dog"))
     with soft.spoken():

@@ -74,6 +74,8 @@ def test_phrases_name_what_they_contain():
         Phrase("A seventh Digit Seven in red", "Digit Seven", "A seventh one in red"),
     ]
     assert Concept("seven", prompts=("a red seven",)).phrases(()) == [Phrase("a red seven", "seven", "a red")]
+    twice = Concept("cat", "dog", synonyms=("kitten",), prompts=("a Cat and its kitten",))
+    assert twice.phrases(()) == [Phrase("a Cat and its kitten", "kitten", "a dog and its dog")]
 
 
 def test_templates_have_one_place():

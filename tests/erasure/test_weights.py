@@ -5,6 +5,7 @@ import torch
 from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel
 
 from sublimate.erasure.weights import select
+from sublimate.pipelines.model import open_model
 
 BLOCKS = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
 
@@ -82,6 +83,26 @@ def test_joint_attention_trains_the_text_streams_projections(sd3):
     u = select(sd3, "u")
     assert any(".attn.to_q." in name for name in u) and any(".ff.net." in name for name in u)
     assert not [n for n in u if "context" in n or "add_" in n or n.startswith(("proj_out", "norm_out", "time_text"))]
+
+
+@pytest.mark.parametrize("name", ["tiny_pixart", "tiny_sana"])
+def test_u_leaves_out_what_prepares_text_and_time_in_transformers(request, name):
+    network = open_model(request.getfixturevalue(name)).denoiser.network
+    names = {name for name, _ in network.named_parameters()}
+    left = {name.partition(".")[0] for name in names - select(network, "u")} - {"transformer_blocks"}
+    assert left >= {"proj_out", "caption_projection", "scale_shift_table"} and left & {"adaln_single", "time_embed"}
+    assert {n for n in names - select(network, "u") if n.startswith("transformer_blocks")} == select(network, "x") | {
+        n for n in names if ".attn2." in n
+    }
+
+
+def test_an_attn2_that_attends_to_itself_is_self_attention(tiny_audio):
+    model = open_model(tiny_audio)
+    network = model.denoiser.network
+    layers = {name: module for name, module in network.named_modules() if name.endswith(".attn2")}
+    told = {name for name, layer in layers.items() if layer.is_cross_attention}
+    assert {name.partition(".attn2.")[0] + ".attn2" for name in select(network, "x")} == told < set(layers)
+    assert {f"{n}.to_q.weight" for n in set(layers) - told} <= select(network, "self") & select(network, "u")
 
 
 def test_a_network_without_text_has_no_cross_attention():

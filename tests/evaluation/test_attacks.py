@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from sublimate.erasure.request import Concept
-from sublimate.evaluation.attack import Case, counting, pictured
-from sublimate.evaluation.attacks import latent_search
+from sublimate.evaluation.attack import Case, Outcome, counting, pictured
+from sublimate.evaluation.attacks import latent_search, textual_inversion
 from sublimate.evaluation.attacks.inpainting import hole_of
 from sublimate.evaluation.audit import ATTACKS, make_attacks
 from sublimate.evaluation.words import spellable
@@ -240,11 +240,39 @@ def test_an_adversarial_prefix_is_written_in_words_and_never_worse_than_none(mod
 def test_textual_inversion_learns_what_it_is_shown(model):
     """With enough updates the learned words fit the pictures better than the words they started as."""
     case = case_of(model)
-    few = attack_of("textual_inversion", max_train_steps=1, learning_rate=1e-9).run(model, case, seed=0)
+    few = attack_of("textual_inversion", tokens=2, max_train_steps=1, learning_rate=1e-9).run(model, case, seed=0)
     plain = generate(model, case.renamed(case.prompts, "a a"), seed=0)
     torch.testing.assert_close(few.images, plain.cpu(), atol=1e-4, rtol=0)
     many = attack_of("textual_inversion", max_train_steps=30, learning_rate=0.1).run(model, case, seed=0)
     assert (many.images - plain.cpu()).abs().max() > 1e-3
+
+
+def test_what_is_learned_stands_in_the_concepts_place(model, monkeypatch):
+    case, told = case_of(model), []
+
+    def drawn(model, prompts, **options):
+        told.append(model.encode_prompts(prompts)["text"])
+        return generate(model, prompts, **options)
+
+    monkeypatch.setattr(textual_inversion, "generate", drawn)
+    attack_of("textual_inversion", learning_rate=1.0).run(model, case, seed=0)
+    started = model.encode_prompts(case.renamed(case.prompts, "a a"))["text"]
+    # A causal encoder's states differ from the first word on that does, though "a" stands before some of them.
+    first = (told[0] != started).any(dim=-1).int().argmax(dim=1).tolist()
+    before = [prompt.lower().partition("cat")[0] for prompt in case.prompts]
+    assert first == [1 + len(model.pipeline.tokenizer(text, add_special_tokens=False).input_ids) for text in before]
+
+
+def test_tries_are_judged_where_they_were_drawn(model, monkeypatch):
+    class Elsewhere(Brightness):
+        def __call__(self, images):
+            assert images.device.type == "meta"
+            return super().__call__(torch.full(images.shape, float(next(bright))))
+
+    bright, tries = iter([0.4, 0.6]), (torch.empty(3, 3, 4, 4, device="meta") for _ in range(2))
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda images: torch.zeros(images.shape) if images.is_meta else images)
+    outcome = Outcome.any_of(case_of(model, detector=Elsewhere()), ("cat",) * 3, tries)
+    assert outcome.hits.tolist() == [True] * 3 and outcome.images.shape == (3, 3, 4, 4)
 
 
 @pytest.mark.slow
