@@ -25,7 +25,7 @@ def command(
         typer.Option(help="An attack of `sublimate methods`; repeatable. By default all but distillation."),
     ] = None,
     option: Annotated[list[str] | None, typer.Option("--set", help="An attack's option, as attack.key=value.")] = None,
-    n: Annotated[int, typer.Option(min=1, help="Prompts per role, on Ink.")] = 100,
+    n: Annotated[int | None, typer.Option(min=1, help="Prompts per role, on Ink; 100 unless given.")] = None,
     pictures: Annotated[int, typer.Option(min=1, help="Pictures of the concept that attackers have.")] = 32,
     detector: Annotated[str, typer.Option(help="ink, or an image classifier's folder or hub id.")] = "ink",
     prompts: Annotated[
@@ -63,11 +63,13 @@ def command(
         raise ValueError("--prompts and --group go together: name the detector's group that your prompts are about.")
     if prompts is None and label is not None:
         raise ValueError("--label belongs to --prompts: Ink's detector knows its concepts by name.")
+    if prompts is not None and n is not None:
+        raise ValueError("--n is for Ink's grammar: your own prompts are all asked.")
     names = attack or [name for name in registry.available(ATTACKS) if name != "distillation"]
     attacks = make_attacks(names, parse_overrides(option or ()))
     judge = open_detector(detector, device=device)
     if prompts is None or group is None:
-        study, asked = ink_study(concept, n=n), ink_request(concept).erase[0]
+        study, asked = ink_study(concept, n=n or 100), ink_request(concept).erase[0]
     else:
         study, asked = read_study(prompts, concept, group, label), Concept(concept)
     words = tuple(dict.fromkeys((*asked.synonyms, *(synonym or ()))))

@@ -26,7 +26,7 @@ def command(
     resolved = load_config(DistillConfig, config, overrides or (), kind="distill")
     passes = resolved.passes()
     if dry_run:
-        from sublimate.pipelines.shapes import open_shapes
+        from sublimate.pipelines.shapes import NoShapes, open_shapes
         from sublimate.training.plan import plan_distillation
 
         typer.echo(dump_config(resolved), nl=False)
@@ -36,7 +36,7 @@ def command(
         )
         try:
             shapes = open_shapes(resolved.model, revision=resolved.revision)
-        except ValueError as unknown:
+        except NoShapes as unknown:
             typer.echo(f"# operations and memory are not counted: {unknown}")
             return
         for line in plan_distillation(resolved, shapes).lines():

@@ -81,32 +81,33 @@ def command(
             f"{method} makes an attachment, which no diffusers folder holds: leave out --fold and --lora."
         )
     if dry_run:
-        _plan(eraser, model, request)
+        _plan(eraser, model, request, revision)
         return
     opened = open_model(model, loras=fuse_lora or (), revision=revision, variant=variant, device=device)
     edit = eraser.fit(opened, request, seed=seed, progress=True)
     out.mkdir(parents=True, exist_ok=True)
     typer.echo(f"Wrote {edit.save(out / 'edit.safetensors')}")
-    if lora:
-        (out / "lora").mkdir(exist_ok=True)
-        save_lora(edit.to_lora(opened), out / "lora")
-        typer.echo(f'Wrote {out / "lora"}: pipeline.load_lora_weights("{out / "lora"}")')
     if fold:
         folder = edit.fold(opened, out / "model")
         typer.echo(f'Wrote {folder}: DiffusionPipeline.from_pretrained("{folder}")')
+    if lora:
+        state = edit.to_lora(opened)
+        (out / "lora").mkdir(exist_ok=True)
+        save_lora(state, out / "lora")
+        typer.echo(f'Wrote {out / "lora"}: pipeline.load_lora_weights("{out / "lora"}")')
 
 
-def _plan(eraser: Eraser, model: str, request: Request) -> None:
+def _plan(eraser: Eraser, model: str, request: Request, revision: str | None) -> None:
     """Prints a file of the options, with what else there is to say in comments."""
     from sublimate.erasure.eraser import NotCounted
-    from sublimate.pipelines.shapes import open_shapes
+    from sublimate.pipelines.shapes import NoShapes, open_shapes
     from sublimate.training.config import dump_config
 
     typer.echo(f"# {eraser.name()} of {model}: {json.dumps(request.to_dict())}")
     typer.echo(dump_config(eraser.config), nl=False)
     try:
-        shapes = open_shapes(model)
-    except ValueError as unknown:
+        shapes = open_shapes(model, revision=revision)
+    except NoShapes as unknown:
         typer.echo(f"# operations and memory are not counted: {unknown}")
         return
     try:

@@ -54,11 +54,12 @@ def command(
         raise ValueError("--n and --judged are for Ink's grammar: your own prompts are all drawn and judged.")
     accelerator = Accelerator()  # chooses the process's own device, which is then "cuda"
     opened, judge = (
-        open_model(model, revision=revision, variant=variant, dtype=getattr(torch, dtype), device=device),
+        open_model(model, revision=revision, variant=variant, device=device),
         open_detector(detector, device=device),
     )
     for path in edit or ():
         Edit.load(path).apply(opened)
+    opened.to(dtype=getattr(torch, dtype))  # only now: edits belong to a base in float32
 
     options = {"steps": steps, "guidance_scale": guidance_scale, "sampler": sampler, "eta": eta}
     draw = drawing(opened, progress=True, **options)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from sublimate.erasure.request import Request
+from sublimate.pipelines.cards import public_name
 from sublimate.pipelines.detector import Detector
 from sublimate.pipelines.edit import Edit
 from sublimate.pipelines.edit_attachment import EditAttachment
@@ -84,7 +85,11 @@ class Eraser(Method):
         if detector is not None and not self.uses_detector:
             raise ValueError(f"{self.name()} does not consult a detector: leave it out.")
         provenance = {
-            "base": {"source": model.source, "content_hash": model.content_hash()},
+            "base": {
+                "source": public_name(model.source),
+                "content_hash": model.content_hash(),
+                **({"loras": [public_name(lora) for lora in model.loras]} if model.loras else {}),
+            },
             "method": self.name(),
             "paper": self.paper,
             "config": self.config.model_dump(mode="json"),

@@ -117,6 +117,11 @@ def stack_of(model: Model) -> EditStack | None:
     return _STACKS.get(model)
 
 
+def differs_from_disk(model: Model) -> bool:
+    """Whether the model carries edits, or LoRAs, that the checkpoint it was opened from does not."""
+    return stack_of(model) is not None or bool(model.loras)
+
+
 def open_stack(model: Model) -> EditStack:
     """The model's stack, made on first use; it then remembers the hash of the unedited weights."""
     if (stack := _STACKS.get(model)) is None:

@@ -21,6 +21,7 @@ from sublimate.pipelines.backbones.base import StockSampling
 from sublimate.pipelines.cards import inherited_license, model_card, public_name
 from sublimate.pipelines.checkpoints import INDEX, cast_file, keep_options
 from sublimate.pipelines.edit_attachment import refuse_attached
+from sublimate.pipelines.edit_stack import differs_from_disk
 from sublimate.pipelines.few_steps import FewSteps
 from sublimate.pipelines.folders import written_aside
 from sublimate.pipelines.locations import packaged_folder
@@ -123,10 +124,15 @@ def export_lora(
         The folder.
 
     Raises:
-        ValueError: when the network has no LoRA layers, the stock pipeline loads none, model or network carry an
-            edit's attachment, or the folder holds something else.
+        ValueError: when the network has no LoRA layers, the stock pipeline loads none, the model carries edits or
+            LoRAs that its checkpoint has not, or the folder holds something else.
     """
     refuse_attached(model, network)
+    if differs_from_disk(model):
+        raise ValueError(
+            f"A LoRA would be put on {model.source} as it is on disk, without the edits and LoRAs that this model "
+            "carries: export the student whole (export_student)."
+        )
     state = lora_state(_unwrapped(model, network), model.backbone.network_attribute)
     stock = stock_sampling(model, "lora", t, few_steps, as_base=as_base)
     record = _record("lora", model, provenance, stock, t, as_base)

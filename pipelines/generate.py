@@ -218,7 +218,7 @@ def _few_steps(
     if steps is not None and steps != few.steps:
         given |= {"steps": steps, "times": None}
     if start is not None and start != few.call_times(model.schedule)[0]:
-        if steps != 1:
+        if (steps or few.steps) != 1:
             raise ValueError(f"A start of its own takes 1 step, not {steps or few.steps}: leave out start or steps.")
         given["times"] = (float(start),)
     few = replace(few, **given)

@@ -48,6 +48,7 @@ class Model:
         source: what it was opened from.
         defaults: "guidance_scale", "steps", "start", "few_steps", "sampler" and "noise_scale" (of the initial noise)
             from the checkpoint's `sublimate.json`, or, without that file, as far as its folder or family says them.
+        loras: what was added to its weights when it was opened, for good.
         attached: what applied edits carry beside the weights, in the order in which it acts.
         carried: components that nothing here reads and the pipeline is without, such as a safety checker: still on
             disk, for whole exports to carry on.
@@ -64,6 +65,7 @@ class Model:
         self.backbone: Backbone = backbone_for(type(pipeline).__name__)
         self.source = source
         self.defaults = dict(defaults or {})
+        self.loras: tuple[str, ...] = ()
         self.attached: list[InstalledAttachment] = []
         self.carried = carried
         for module in self.components().values():
@@ -307,7 +309,9 @@ def open_model(
     backbone = backbone_for(type(pipeline).__name__)
     defaults = backbone.published_defaults(pipeline) if file is None else read_json(file)
     # transformers keeps the precision of a text encoder's file; a mixed pipeline would fail at its first step.
-    return Model(pipeline, name, defaults, unread).to(device, dtype)
+    model = Model(pipeline, name, defaults, unread).to(device, dtype)
+    model.loras = tuple(map(str, loras))
+    return model
 
 
 def weights_hash(tensors: Mapping[str, Tensor]) -> str:

@@ -32,6 +32,10 @@ class Shapes(FakeTensorMode):
         return self
 
 
+class NoShapes(ValueError):
+    """A checkpoint is there, but its shapes cannot be known before it is opened."""
+
+
 def open_shapes(source: str | Path, *, revision: str | None = None) -> Model:
     """Opens a checkpoint's shapes: what a run would cost can be counted before anything large is read or downloaded.
 
@@ -43,10 +47,11 @@ def open_shapes(source: str | Path, *, revision: str | None = None) -> Model:
         revision: branch, tag or commit of a hub id.
 
     Raises:
-        ValueError: when the checkpoint is missing or of an unknown family, or one file, which holds no configuration.
+        NoShapes: when it is one file, which holds no configuration, or quantised.
+        ValueError: when the checkpoint is missing or of an unknown family.
     """
     if Path(source).is_file():
-        raise ValueError(f"{source} is one file, whose shapes cannot be known without opening it: give a folder.")
+        raise NoShapes(f"{source} is one file, whose shapes cannot be known without opening it: give a folder.")
     folder = checkpoint_folder(source, revision=revision, weights=False)
     index = read_json(folder / INDEX)
     kind = str(index.get("_class_name"))
@@ -76,12 +81,12 @@ def _component(mode: Shapes, folder: Path, library: str | None, name: str | None
     if not issubclass(cls, nn.Module):
         return cls.from_pretrained(folder)
     if "quantization_config" in read_json(folder / "config.json"):
-        raise ValueError(f"{folder} is quantised, and its configuration does not say how large that makes it.")
+        raise NoShapes(f"{folder} is quantised, and its configuration does not say how large that makes it.")
     if issubclass(cls, ModelMixin):
         return _without_values(cls.from_config, cls.load_config(folder), mode)
     if issubclass(cls, PreTrainedModel):
         return _without_values(cls, cls.config_class.from_pretrained(folder), mode)
-    raise ValueError(f"{folder} is a {name}, of which no shapes can be made without its weights.")
+    raise NoShapes(f"{folder} is a {name}, of which no shapes can be made without its weights.")
 
 
 def _without_values(make: Callable[[Any], nn.Module], config: Any, mode: Shapes) -> nn.Module:

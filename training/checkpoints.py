@@ -62,6 +62,19 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.removeprefix(PREFIX)))
 
 
+def refuse_later(folder: Path, step: int) -> None:
+    """Refuses to start at a step from which the folder's later checkpoints would be taken for the run's newest.
+
+    Raises:
+        ValueError: when there are some.
+    """
+    if later := [path.name for path in checkpoints(folder) if int(path.name.removeprefix(PREFIX)) > step]:
+        raise ValueError(
+            f"{folder} holds {', '.join(later)} of a run that went beyond step {step}, where this one starts: "
+            "resume from the latest, delete what is later, or choose another output_dir."
+        )
+
+
 def find_checkpoint(folder: Path, wanted: str | None) -> Path | None:
     """The checkpoint to resume from: None, the newest ("latest", None when there is none), or a named folder.
 

@@ -143,12 +143,15 @@ def read_prompts(path: Path) -> list[str]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no prompt file {path}: give a text file with one prompt per line.")
-    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    # Lines end as files have them: what else Unicode takes for an end may stand in a prompt.
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     if path.suffix == ".jsonl":
         try:
-            lines = [str(json.loads(line)["text"]) for line in lines]
+            lines = [json.loads(line)["text"] for line in lines]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f'Every line of {path} must be JSON with a "text" field ({error!r}).') from error
+        if wrong := [line for line in lines if not isinstance(line, str)]:
+            raise ValueError(f'Every "text" of {path} must be a text, and {wrong[0]!r} is none.')
     if not lines:
         raise ValueError(f"The prompt file {path} is empty: give one prompt per line.")
     return lines

@@ -18,6 +18,7 @@ from sublimate.pipelines.attachments import export_attachment
 from sublimate.pipelines.attention import Kernel, attention_chosen
 from sublimate.pipelines.edit import Edit
 from sublimate.pipelines.edit_attachment import detached, strip
+from sublimate.pipelines.edit_stack import differs_from_disk
 from sublimate.pipelines.export import export_lora, export_student, stock_sampling
 from sublimate.pipelines.few_steps import sample_few_steps
 from sublimate.pipelines.model import Model, open_model
@@ -96,7 +97,9 @@ def distill(
     """Trains a student and exports it as a folder that stock diffusers opens.
 
     Of an edited teacher the student starts with the edited weights and reads the edited text encoders. What an edit
-    attaches stays with the teacher: the student starts, and reads, without it, and learns what it does.
+    attaches stays with the teacher: the student starts, and reads, without it, and learns what it does. A LoRA student
+    of a teacher that differs from its checkpoint, by edits or by LoRAs, is exported whole: on that checkpoint it would
+    be another.
 
     Args:
         config: the run.
@@ -145,8 +148,9 @@ def _run(
         # A stock student cannot carry what edits attached to its teacher: it learns what that does.
         for player in objective.players().values():
             strip(player.module)
+        kind = _format(model, artefact)
         with detached(model):  # refused now rather than after training
-            stock_sampling(model, artefact.kind, artefact.start_time, artefact.few_steps, as_base=artefact.as_base)
+            stock_sampling(model, kind, artefact.start_time, artefact.few_steps, as_base=artefact.as_base)
     accelerator = Accelerator()
     source = make_source(
         model,
@@ -238,13 +242,18 @@ def _drawn(model: Model, artefact: Artefact, condition: Condition, null: Conditi
     return sample_few_steps(few, told, z.to(model.device), schedule, lambda x: next(fresh).to(x))
 
 
+def _format(model: Model, artefact: Artefact) -> Literal["weights", "lora"]:
+    """What a student is exported as: a LoRA only where it fits the checkpoint that its teacher was opened from."""
+    return "lora" if artefact.kind == "lora" and not differs_from_disk(model) else "weights"
+
+
 def _export(model: Model, objective: Objective, config: DistillConfig, folder: Path) -> None:
     artefact = objective.exports()
     provenance = {**objective.describe(), "config": dump_config(config), "base": model.source}
     if artefact.kind == "attachment":
         export_attachment(model, artefact.module, folder, provenance=provenance, **artefact.attachment)
         return
-    write = export_lora if artefact.kind == "lora" else export_student
+    write = export_lora if _format(model, artefact) == "lora" else export_student
     write(
         model,
         artefact.module,

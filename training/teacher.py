@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from pydantic import AfterValidator
+
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.denoisers import Denoiser
 
@@ -42,6 +44,19 @@ def images_and(null: Condition, *more: str) -> frozenset[str]:
         more: other needs, by name.
     """
     return frozenset({"images", *more} | ({"prompts"} if null else set()))
+
+
+def scales_from(least: float) -> AfterValidator:
+    """Validates a range (low, high) of guidance scales: least <= low <= high."""
+
+    def checked(scales: tuple[float, float]) -> tuple[float, float]:
+        if not least <= scales[0] <= scales[1]:
+            raise ValueError(
+                f"a range of guidance goes from a scale of at least {least:g} to a larger one, not {scales}."
+            )
+        return scales
+
+    return AfterValidator(checked)
 
 
 def check_guidance(null: Condition, *scales: float, option: str = "guidance_scale") -> None:

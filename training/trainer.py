@@ -154,13 +154,14 @@ class Trainer:
         Raises:
             Interrupted: on SIGINT or SIGTERM, once the current step is finished and saved.
             Diverged: when a loss or gradient is not finite; the last checkpoint stays.
-            ValueError: when the checkpoint to resume from does not fit.
+            ValueError: when the checkpoint to resume from does not fit, or the folder holds later ones.
         """
         config = self.config
         if config.mixed_precision == "bf16":
             warn_of_slow_bf16(self.accelerator.device)
         if found := checkpoints.find_checkpoint(config.output_dir, config.resume_from_checkpoint):
             self.load(found)
+        checkpoints.refuse_later(config.output_dir, self.step)
         if config.report_to:
             self.accelerator.init_trackers("sublimate", config=json.loads(config.model_dump_json()))
         bar = tqdm(
@@ -206,6 +207,7 @@ class Trainer:
         for name, player in self.players.items():
             player.set_trainable(name in turn.trains)
             player.module.train(name in turn.trains)
+        torch.manual_seed(key(self.config.seed, self.step, turn.name, "preparing", self._first_index))
         with torch.no_grad(), self._autocast():
             batch = self.objective.prepare(turn, self._batch(turn), self.step)
 
@@ -294,7 +296,9 @@ class Trainer:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within this context players with an average hold it; this is what gets validated and exported."""
+        """Within this context, for validation and export, players hold their averages, and nothing is dropped out."""
+        for player in self.players.values():
+            player.module.eval()
         with contextlib.ExitStack() as stack:
             for average in self.averages.values():
                 stack.enter_context(average.applied())

@@ -74,6 +74,7 @@ def test_dry_run_of_an_erasure_prints_options_and_cost(capsys, tmp_path, tiny_sd
     assert sublimate(capsys, *erase, "--config", tmp_path / "options.yaml")[1] == out
     status, out, _ = sublimate(capsys, "erase", tiny_sd_v, "cat", "--method", "slug", "--dry-run")
     assert status == 0 and "are not counted: what slug does depends on values" in out
+    assert "nowhere" in failed(capsys, "erase", tmp_path / "nowhere", "cat", "--dry-run")
     (tmp_path / "model.safetensors").write_bytes(b"")
     status, out, _ = sublimate(capsys, "erase", tmp_path / "model.safetensors", "cat", "--dry-run")
     assert status == 0 and "lam: " in out and "are not counted: " in out and "give a folder" in out
@@ -86,6 +87,9 @@ def test_erase_then_generate(capsys, tmp_path, tiny_sd_v):
     draw = ["--steps", "2", "--out", images, "--guidance-scale", "1"]
     assert sublimate(capsys, "generate", tiny_sd_v, "red cat", "--edit", edit / "edit.safetensors", *draw)[0] == 0
     edited = (images / "00000.png").read_bytes()
+    half = [*draw, "--dtype", "bfloat16"]
+    assert sublimate(capsys, "generate", tiny_sd_v, "red cat", "--edit", edit / "edit.safetensors", *half)[0] == 0
+    assert (images / "00000.png").read_bytes() != edited
     assert sublimate(capsys, "generate", edit / "model", "red cat", *draw)[0] == 0
     assert (images / "00000.png").read_bytes() == edited
     assert sublimate(capsys, *erase, "--lora")[0] == 0

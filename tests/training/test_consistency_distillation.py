@@ -326,7 +326,7 @@ def test_what_does_not_fit_is_refused(told, request):
         )
     with pytest.raises(ValueError, match="no null condition"):
         ConsistencyDistillation(tiny_model(VP), ConsistencyDistillationConfig(guidance_input=False))
-    with pytest.raises(ValueError, match="guidance_range goes from"):
+    with pytest.raises(ValueError, match="a range of guidance goes from"):
         ConsistencyDistillationConfig(guidance_range=(5.0, 2.0))
     with pytest.raises(ValueError, match="no 4 steps"):
         ConsistencyDistillation(tiny_model(VP), ConsistencyDistillationConfig(**PLAIN, grid_steps=3))

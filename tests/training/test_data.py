@@ -18,6 +18,11 @@ def test_prompts_come_from_text_and_json_lines(tmp_path):
     assert read_prompts(tmp_path / "a.txt") == read_prompts(tmp_path / "b.jsonl") == ["a cat", "a dog"]
 
 
+def test_a_prompt_may_hold_what_unicode_calls_an_end_of_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a café\u2028at night"}\n', encoding="utf-8")
+    assert read_prompts(tmp_path / "a.jsonl") == ["a café\u2028at night"]
+
+
 def test_bad_prompt_files_are_named(tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "bad.jsonl").write_text('{"caption": "a cat"}\n')
@@ -26,6 +31,9 @@ def test_bad_prompt_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="empty"):
         read_prompts(tmp_path / "empty.txt")
     with pytest.raises(ValueError, match='"text" field'):
+        read_prompts(tmp_path / "bad.jsonl")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a cat"}\n{"text": null}\n')
+    with pytest.raises(ValueError, match="must be a text, and None is none"):
         read_prompts(tmp_path / "bad.jsonl")
 
 

@@ -10,6 +10,7 @@ from quadrature import GENERATORS
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.predictions import add_noise
+from sublimate.diffusion.schedules import RectifiedFlow
 from sublimate.pipelines.discriminator import Discriminator
 from sublimate.training.losses import F_DIVERGENCES, discriminator_loss
 from sublimate.training.objective import Batch, Turn
@@ -43,6 +44,13 @@ GRADIENTS = {
 def plain_objective(**options):
     """The objective on a tiny real denoiser; every test starts from this constructor."""
     return FDistill(tiny_model(), FDistillConfig(**options))
+
+
+def test_bins_of_an_infinite_range_are_refused():
+    config = FDistillConfig(divergence="jensen_shannon", time_range=(0.02, 1.0), guidance_scale=1.0)
+    with pytest.raises(ValueError, match="ratio_bins divide the log-SNR, which runs from -inf"):
+        FDistill(tiny_model(RectifiedFlow()), config)
+    FDistill(tiny_model(RectifiedFlow()), config.model_copy(update={"ratio_bins": 1}))
 
 
 def oracle_objective(divergence, teacher, a, b, time_range=(0.02, 0.98)):

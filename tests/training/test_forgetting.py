@@ -6,6 +6,9 @@ import torch
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.guidance import guided
 from sublimate.diffusion.predictions import add_noise
+from sublimate.erasure.methods.uce import UCE
+from sublimate.erasure.request import Concept, Request
+from sublimate.pipelines.export import export_lora
 from sublimate.pipelines.generate import generate_latents
 from sublimate.pipelines.model import open_model
 from sublimate.training.data_config import DataConfig
@@ -176,6 +179,28 @@ def test_what_trains_no_student_is_refused(model, prompts, tmp_path):
     )
     with pytest.raises(ValueError, match="which forgets nothing"):
         distill(config, model, progress=False)
+
+
+@pytest.mark.slow
+def test_a_lora_student_of_an_edited_teacher_is_exported_with_the_edit(tiny_sd_v, prompts, tmp_path):
+    model = open_model(tiny_sd_v)
+    edit = UCE().fit(model, Request(Concept("cat", anchor="dog")))
+    path = edit.save(tmp_path / "edit.safetensors")
+    config = DistillConfig(
+        model=str(tiny_sd_v),
+        edits=[path],
+        method="denoising",
+        objective={"student": {"kind": "lora", "rank": 2, "learning_rate": 1e-12, "adam_weight_decay": 0.0}},
+        data=DataConfig(prompts=prompts, images="teacher", count=2, teacher_steps=1),
+        trainer={"output_dir": tmp_path / "run", "max_train_steps": 1, "train_batch_size": 2},
+    )
+    student = open_model(distill(config, progress=False))
+    with edit.applied(model):
+        for key, weights in model.parameters().items():
+            torch.testing.assert_close(student.parameters()[key], weights)
+        player = make_player(model.denoiser, PlayerConfig(kind="lora", rank=2))
+        with pytest.raises(ValueError, match="without the edits and LoRAs that this model carries"):
+            export_lora(model, player.module, tmp_path / "lora")
 
 
 @pytest.mark.slow

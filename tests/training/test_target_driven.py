@@ -252,6 +252,9 @@ def test_the_published_sampling_is_the_default():
     assert few.call_times(VP) == (999, 751, 499, 251)
     assert objective.solver.grid.tolist() == [*map(float, range(999, 0, -4)), -1.0]
     assert objective_of(VP).few_steps.guidance_scale == 1
+    teacher = tiny_model(VP, Condition(text=torch.tensor([2])))
+    teacher.denoiser.reads_guidance = True  # it was told none in training
+    assert TargetDriven(teacher, TargetDrivenConfig(student=FULL)).few_steps.guidance_scale == 1
     uneven = objective_of(VP, sampling_times=(999, 875, 751, 499, 251)).few_steps
     assert (uneven.steps, uneven.call_times(VP)) == (5, (999, 875, 751, 499, 251))
     assert uneven.targets(VP) == (700, 600, 399, 200, -1)

@@ -149,6 +149,27 @@ def test_checkpoints_are_limited_and_the_last_step_is_saved(tmp_path):
     assert not list(tmp_path.glob(".*partial"))
 
 
+def test_a_start_before_what_a_folder_holds_is_refused_and_deletes_nothing(tmp_path):
+    train(tmp_path, checkpointing_steps=3)
+    for options in ({"resume_from_checkpoint": None}, {"resume_from_checkpoint": "checkpoint-3"}):
+        with pytest.raises(ValueError, match=r"holds .*checkpoint-6 of a run that went beyond step"):
+            train(tmp_path, **options)
+    assert [p.name for p in checkpoints.checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-6"]
+
+
+def test_validation_drops_nothing_out(tmp_path):
+    objective, seen = Duel(), []
+    student = objective.players()["student"].module
+
+    def validate(step):
+        x = torch.ones(8, 3)
+        seen.append(torch.equal(student(x), student(x)))
+
+    config = TrainerConfig(output_dir=tmp_path, max_train_steps=2, train_batch_size=4, validation_steps=1)
+    Trainer(objective, Noise(), config, validate=validate, progress=False).run()
+    assert seen == [True, True]
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     train(tmp_path, checkpointing_steps=6)
     with pytest.raises(ValueError, match="made with seed = 0, this run has 5"):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 from torch.func import functional_call
 
@@ -18,7 +18,7 @@ from sublimate.training.ema import Average
 from sublimate.training.losses import pseudo_huber_loss, squared_loss
 from sublimate.training.objective import Artefact, Batch, Loss, ObjectiveConfig, SoloObjective, Turn
 from sublimate.training.players import PlayerConfig, make_player
-from sublimate.training.teacher import Teacher, check_guidance, images_and
+from sublimate.training.teacher import Teacher, check_guidance, images_and, scales_from
 
 
 class ConsistencyDistillationConfig(ObjectiveConfig):
@@ -43,20 +43,13 @@ class ConsistencyDistillationConfig(ObjectiveConfig):
 
     guidance_input: bool = True
     guidance_scale: float = Field(default=8.5, ge=1)
-    guidance_range: tuple[float, float] | None = (6.0, 16.0)
+    guidance_range: Annotated[tuple[float, float], scales_from(1)] | None = (6.0, 16.0)
     grid_steps: int = Field(default=50, ge=1)
     target_decay: float | None = Field(default=0.95, ge=0, lt=1)
     loss: Literal["huber", "l2"] = "huber"
     huber_c: float = Field(default=1e-3, gt=0)
     sampling_steps: int = Field(default=4, ge=1)
     student: PlayerConfig = PlayerConfig(learning_rate=1e-6)
-
-    @field_validator("guidance_range")
-    @classmethod
-    def _in_order(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
-        if value is not None and not 1 <= value[0] <= value[1]:
-            raise ValueError(f"guidance_range goes from a scale of at least 1 to a larger one, not {value}.")
-        return value
 
     def passes(self, step: int = 0) -> float:
         # The teacher's step, the student forward and backward, the target.

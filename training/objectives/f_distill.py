@@ -90,6 +90,11 @@ class FDistill(Matching):
         super().__init__(model, config)
         # Log-SNR falls with t, so the first bin is the noisiest level used.
         ends = self.schedule.log_snr(self.schedule.uniform_time(torch.tensor(config.time_range).flip(0).double()))
+        if config.weighted and config.ratio_bins > 1 and not bool(ends.isfinite().all()):
+            raise ValueError(
+                f"objective.ratio_bins divide the log-SNR, which runs from {ends[0]:g} to {ends[1]:g} in "
+                f"objective.time_range={config.time_range}: choose a range whose ends are finite, or a single bin."
+            )
         self._bin_edges = torch.linspace(float(ends[0]), float(ends[1]), config.ratio_bins + 1)[1:-1]
         self._bin_means = torch.ones(config.ratio_bins)
 

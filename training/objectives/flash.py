@@ -18,7 +18,7 @@ from sublimate.training.losses import pseudo_target_loss, score_difference, squa
 from sublimate.training.objective import Artefact, Batch, Loss, Objective, ObjectiveConfig, Turn
 from sublimate.training.players import Player, PlayerConfig, make_player
 from sublimate.training.randomness import key
-from sublimate.training.teacher import Teacher, check_guidance, frozen, images_and
+from sublimate.training.teacher import Teacher, check_guidance, frozen, images_and, scales_from
 
 Weights = Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)]
 Phases = Annotated[tuple[Weights, ...], Field(min_length=1)]
@@ -55,7 +55,7 @@ class FlashConfig(ObjectiveConfig):
     mode_weights: Phases = ((0, 0, 0.5, 0.5), (0.1, 0.3, 0.3, 0.3), (0.25,) * 4, (0.4, 0.2, 0.2, 0.2))
     mode_variance: float = Field(default=0.5, gt=0)
     phase_steps: int = Field(default=5000, ge=1)
-    guidance_range: tuple[float, float] = (3.0, 13.0)
+    guidance_range: Annotated[tuple[float, float], scales_from(0)] = (3.0, 13.0)
     distance: Literal["l2", "l1", "features", "perceptual"] = "l2"
     feature_time: float = Field(default=0.05, ge=0, le=1)
     crop: int = Field(default=64, ge=1)

@@ -87,14 +87,15 @@ class TargetDriven(SoloObjective):
         check_guidance(self.solver.null, config.guidance_scale)
         self.targets = merged_targets(config.grid_steps, config.target_steps)
         self.window = target_window(config.grid_steps, config.target_steps[0])
-        times = config.sampling_times
+        times, told = config.sampling_times, model.denoiser.reads_guidance
         self.few_steps = FewSteps(
             "target_driven",
             steps=config.sampling_steps if times is None else len(times),
             eta=config.sampling_eta,
             times=times,
             grid_steps=config.grid_steps,
-            guidance_scale=config.sampling_guidance if self.solver.null else 1.0,
+            # What is told a guidance was told none by the loss, and is told none when it is sampled.
+            guidance_scale=1.0 if told or not self.solver.null else config.sampling_guidance,
         )
 
     @property
