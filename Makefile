@@ -60,7 +60,7 @@ benchmark-ink: $(INSTALLED)  ## train every objective from Ink's teacher with on
 benchmark-teacher: $(INSTALLED)  ## measure Ink's teacher: agreement, Ink-FID, precision, recall
 	@$(BIN)/sublimate evaluate ink --out benchmarks/results/teacher.json
 
-grid: $(INSTALLED)  ## run both property matrices on every family, and write the README's grid; an hour or two
+grid: $(INSTALLED)  ## run both property matrices on every family, and write the README's grid; hours
 	@$(BIN)/python benchmarks/grid.py
 
 # sdist first: a wheel built in the tree would ship whatever an old build/ still holds.

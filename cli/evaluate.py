@@ -12,6 +12,9 @@ from sublimate.cli.opening import Precision, Revision, Variant
 
 def command(
     model: Annotated[str, typer.Argument(help="A packaged name (ink, ink_one_step), a folder, a file or a hub id.")],
+    fuse_lora: Annotated[
+        list[str] | None, typer.Option(help="A LoRA to add to the model's weights first; repeatable.")
+    ] = None,
     edit: Annotated[list[Path] | None, typer.Option(help="An edit to apply first; repeatable.")] = None,
     n: Annotated[int | None, typer.Option(min=2, help="Images for the distances (on Ink); 5000 by default.")] = None,
     judged: Annotated[
@@ -54,7 +57,7 @@ def command(
         raise ValueError("--n and --judged are for Ink's grammar: your own prompts are all drawn and judged.")
     accelerator = Accelerator()  # chooses the process's own device, which is then "cuda"
     opened, judge = (
-        open_model(model, revision=revision, variant=variant, device=device),
+        open_model(model, loras=fuse_lora or (), revision=revision, variant=variant, device=device),
         open_detector(detector, device=device),
     )
     for path in edit or ():

@@ -285,7 +285,8 @@ def open_model(
         token: for gated or private repositories of the hub.
         config: a diffusers folder with the configuration and tokenizers of a single file's architecture, for which
             weights are not needed; from the hub unless given.
-        loras: added to the weights in this order, for good: files, folders or hub ids of the checkpoint's family.
+        loras: added to the weights in this order, for good: files, folders or hub ids of the checkpoint's family. With
+            the folder of a student that this library wrote, the model is sampled as that student.
         dtype: precision of all weights that are not quantised.
         device: where to put them.
 
@@ -307,7 +308,11 @@ def open_model(
     for lora in loras:
         fuse_lora(pipeline, lora)
     backbone = backbone_for(type(pipeline).__name__)
+    # A LoRA that is a student is sampled as it was made to be.
+    students = [found for lora in loras if (found := Path(lora).expanduser() / DEFAULTS_FILE).is_file()]
+    records = [record for record in map(read_json, students) if "start" in record]
     defaults = backbone.published_defaults(pipeline) if file is None else read_json(file)
+    defaults = records[-1] if records else defaults
     # transformers keeps the precision of a text encoder's file; a mixed pipeline would fail at its first step.
     model = Model(pipeline, name, defaults, unread).to(device, dtype)
     model.loras = tuple(map(str, loras))

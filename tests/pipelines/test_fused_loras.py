@@ -4,10 +4,12 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
+from students import with_lora
 
 from sublimate.erasure.methods.uce import UCE
 from sublimate.erasure.request import Concept, Request
-from sublimate.pipelines.export import export_lora
+from sublimate.pipelines.export import export_lora, export_student
+from sublimate.pipelines.generate import generate
 from sublimate.pipelines.lora_files import LORA_FILE
 from sublimate.pipelines.model import open_model
 from sublimate.training.players import PlayerConfig, make_player
@@ -54,6 +56,17 @@ def test_a_lora_is_in_the_weights_as_stock_diffusers_adds_it(tiny_sd_v, lora, tm
     assert not any("lora" in name for name in opened.parameters())
     torch.testing.assert_close(predicted(opened), loaded, rtol=1e-4, atol=1e-5)
     assert (predicted(opened) - plain).abs().max() > 1e-2
+
+
+def test_a_students_lora_is_sampled_as_the_student(tiny_sd_v, tmp_path):
+    model = open_model(tiny_sd_v)
+    student = with_lora(model, {})
+    folder = export_lora(model, student, tmp_path / "lora", t=600)
+    whole = open_model(export_student(model, student, tmp_path / "whole", t=600))
+    opened = open_model(tiny_sd_v, loras=[folder])
+    assert opened.is_student and opened.loras == (str(folder),)
+    torch.testing.assert_close(generate(opened, ["a cat"]), generate(whole, ["a cat"]), rtol=1e-4, atol=1e-5)
+    assert not open_model(tiny_sd_v, loras=[folder / LORA_FILE]).is_student
 
 
 def test_it_trains_and_is_edited_as_any_other(tiny_sd_v, lora, tmp_path):
