@@ -23,25 +23,25 @@ def command(
     from sublimate.training.config import dump_config, load_config
     from sublimate.training.distill import DistillConfig, distill
 
-    resolved = load_config(DistillConfig, config, overrides or (), kind="distill")
-    passes = resolved.passes()
+    asked = load_config(DistillConfig, config, overrides or (), kind="distill")
+    passes = asked.passes()
     if dry_run:
         from sublimate.pipelines.shapes import NoShapes, open_shapes
         from sublimate.training.plan import plan_distillation
 
-        typer.echo(dump_config(resolved), nl=False)
+        typer.echo(dump_config(asked.resolved()), nl=False)
         typer.echo(
             f"# {passes:,.0f} network passes of one sample to train (a backward pass counts 2, to inputs alone 1); "
             "the teacher's own samples, where the data ask for them, come on top"
         )
         try:
-            shapes = open_shapes(resolved.model, revision=resolved.revision)
+            shapes = open_shapes(asked.model, revision=asked.revision)
         except NoShapes as unknown:
             typer.echo(f"# operations and memory are not counted: {unknown}")
             return
-        for line in plan_distillation(resolved, shapes).lines():
+        for line in plan_distillation(asked, shapes).lines():
             typer.echo(f"# {line}")
         return
-    typer.echo(f"Wrote {distill(resolved)}; how to load it stands in its README.md.")
+    typer.echo(f"Wrote {distill(asked)}; how to load it stands in its README.md.")
     # A process that leaves while the group's threads run may be aborted by them.
     PartialState().destroy_process_group()

@@ -38,8 +38,8 @@ def erase_object(
     scale: float = 9.0,
     similarity: float = 0.3,
     suppressed: float = 9 / 50,
-    first_step: float = 4 / 50,
-    first_layer: float = 10 / 16,
+    first_step: float | None = None,
+    first_layer: float | None = None,
     inversion: Inversion = "noise",
     dilation: float = 0.0,
     paste: bool = True,
@@ -66,8 +66,10 @@ def erase_object(
         scale: of the guidance by redirection; 0 is plain image-to-image sampling within the mask.
         similarity: the factor of object rows' logits in the first steps; 1 suppresses nothing.
         suppressed: until when it is used, as a share of `steps`. The paper's 9 of 50.
-        first_step: until when nothing is redirected, as a share of `steps`. The authors' 4 of 50; for SDXL 0.
-        first_layer: the share of self-attention layers, from the first, that stay plain. The authors' 10 of 16.
+        first_step: until when nothing is redirected, as a share of `steps`. The authors' unless given: 4 of 50, and 0
+            for Stable Diffusion XL.
+        first_layer: the share of self-attention layers, from the first, that stay plain. The authors' unless given: 10
+            of 16, and 34 of 70.
         inversion: "noise" or "ddim". The latter is deterministic, and faithful at many steps only.
         dilation: widens masks by a blur of this standard deviation in pixels, everything above 0.1 being the object: a
             straight edge moves by 1.3 times as much. The authors' kernel of 77 on 1024 pixels is 11.9.
@@ -84,6 +86,9 @@ def erase_object(
             outside of [0, 1], or an option outside of its range.
     """
     network = _network(model)
+    usual_step, usual_layer = (0.0, 34 / 70) if "text_encoder_2" in model.components() else (4 / 50, 10 / 16)
+    first_step = usual_step if first_step is None else first_step
+    first_layer = usual_layer if first_layer is None else first_layer
     _check_options(steps, strength, scale, similarity, suppressed, first_step, first_layer, inversion)
     objects = _objects(images, masks, dilation)
     shape = model.backbone.latent_shape(model.pipeline, *images.shape[-2:])

@@ -33,7 +33,11 @@ def test_its_header_says_needs_memory_and_command(name):
 def test_a_distillation_has_options_of_its_objective_and_a_cost(name):
     config = load_config(DistillConfig, name, kind="distill")
     objective = registry.load(OBJECTIVES, config.method, Objective)
-    assert isinstance(validate_section(objective.Config, config.objective), objective.Config)
+    options = validate_section(objective.Config, config.objective)
+    assert isinstance(options, objective.Config)
+    written = config.resolved()
+    assert validate_section(objective.Config, written.objective) == options and written.resolved() == written
+    assert options.phases()[-1] < config.trainer.max_train_steps
     assert config.passes() > 0
 
 

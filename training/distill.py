@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -83,6 +84,12 @@ class DistillConfig(Config):
             raise ValueError("validation_prompts and trainer.validation_steps go together: set both or neither.")
         return self
 
+    def resolved(self) -> Self:
+        """The same run, with the defaults of its method's options written out."""
+        method = registry.load(OBJECTIVES, self.method, Objective)
+        options = validate_section(method.Config, self.objective)
+        return self.model_copy(update={"objective": options.model_dump(mode="json")})
+
     def passes(self) -> float:
         """Counted network passes of the training, per process; without the teacher's own samples."""
         method = registry.load(OBJECTIVES, self.method, Objective)
@@ -116,6 +123,13 @@ def distill(
     """
     method = registry.load(OBJECTIVES, config.method, Objective)
     options = validate_section(method.Config, config.objective)
+    last, steps = options.phases()[-1], config.trainer.max_train_steps
+    if last >= steps:
+        warnings.warn(
+            f"{config.method} enters its last phase at step {last:,}, and trainer.max_train_steps is {steps:,}: the "
+            "run ends before the method does. Train longer, or make its phases shorter.",
+            stacklevel=2,
+        )
     if model is not None and config.loras:
         raise ValueError("The teacher is open already: open it with these loras, and leave them out of the run.")
     if model is None:
@@ -249,7 +263,7 @@ def _format(model: Model, artefact: Artefact) -> Literal["weights", "lora"]:
 
 def _export(model: Model, objective: Objective, config: DistillConfig, folder: Path) -> None:
     artefact = objective.exports()
-    provenance = {**objective.describe(), "config": dump_config(config), "base": model.source}
+    provenance = {**objective.describe(), "config": dump_config(config.resolved()), "base": model.source}
     if artefact.kind == "attachment":
         export_attachment(model, artefact.module, folder, provenance=provenance, **artefact.attachment)
         return

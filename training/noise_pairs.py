@@ -27,11 +27,19 @@ class Doubling(Config):
     last_steps: int = Field(default=1280, ge=1)
     total_steps: int = Field(default=400_000, ge=1)
 
+    @property
+    def _every(self) -> int:
+        ratio = max(self.last_steps // self.first_steps, 1)
+        return max(math.floor(self.total_steps / (math.log2(ratio) + 1)), 1)
+
+    def phases(self) -> tuple[int, ...]:
+        """The first steps of each grid."""
+        doublings = math.ceil(math.log2(max(self.last_steps / self.first_steps, 1)))
+        return tuple(self._every * i for i in range(doublings + 1))
+
     def levels(self, step: int) -> int:
         """N(k) = min(s_0 2^floor(k/K'), s_1) + 1 with K' = floor(K / (log2 floor(s_1/s_0) + 1))."""
-        ratio = max(self.last_steps // self.first_steps, 1)
-        every = max(math.floor(self.total_steps / (math.log2(ratio) + 1)), 1)
-        return min(self.first_steps * 2 ** (step // every), self.last_steps) + 1
+        return min(self.first_steps * 2 ** (step // self._every), self.last_steps) + 1
 
 
 class Continuous(Config):
@@ -48,6 +56,10 @@ class Continuous(Config):
     decay: float = Field(default=2.0, gt=1)
     steps_per_stage: int = Field(default=25_000, ge=1)
     largest_ratio: float = Field(default=0.999, gt=0, lt=1)
+
+    def phases(self) -> tuple[int, ...]:
+        """Stages never end: a run may stop in any."""
+        return (0,)
 
     def lower(self, t: Tensor, step: int) -> Tensor:
         """r = max(t - t (1 - ratio) (1 + 8 sigmoid(-t)), 0) with ratio = 1 - 1/q^(stage + 1); shaped like t."""

@@ -36,6 +36,13 @@ class ObjectiveConfig(Config, ABC):
         A pass that ends with the features it is made for counts as a whole one.
         """
 
+    def phases(self) -> tuple[int, ...]:
+        """The steps from which a training step does something else, ascending from 0.
+
+        What a method promises it has done only after its last phase: a run should go beyond its beginning.
+        """
+        return (0,)
+
     def guided_passes(self, guided: bool) -> int:
         """Network passes of one prediction, guided or not.
 

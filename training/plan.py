@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -139,24 +140,27 @@ class Plan:
     Attributes:
         base: bytes of the model that players share: denoiser, text encoders, autoencoder.
         players: by name.
-        turns: by name.
+        turns: of the first step, by name.
+        later: the turns of the first step of each later phase that takes other passes, by step.
         before: what is done once, before the first step; None where it is not counted.
     """
 
     base: int
     players: Mapping[str, PlayerCost]
     turns: Mapping[str, TurnCost]
+    later: Mapping[int, Mapping[str, TurnCost]] = field(default_factory=dict)
     before: TurnCost | None = None
 
     @property
     def flops(self) -> int:
-        """Of one training step."""
-        return sum(turn.flops for turn in self.turns.values())
+        """Of one training step, in the phase where it takes most."""
+        return max(sum(turn.flops for turn in turns.values()) for turns in (self.turns, *self.later.values()))
 
     @property
     def peak(self) -> int:
         """The most bytes alive at any moment."""
-        return max(turn.peak for turn in (*self.turns.values(), *([self.before] if self.before else [])))
+        costs = [turn for turns in (self.turns, *self.later.values()) for turn in turns.values()]
+        return max(cost.peak for cost in (*costs, *([self.before] if self.before else [])))
 
     def lines(self) -> list[str]:
         """The plan as text, a line for each part."""
@@ -167,6 +171,8 @@ class Plan:
         ]
         named = {"before training": self.before} if self.before else {}
         named |= {f"turn {name}": turn for name, turn in self.turns.items()}
+        for step, costs in self.later.items():
+            named |= {f"from step {step:,}, turn {name}": turn for name, turn in costs.items()}
         turns = [f"{name}: {cost.flops / 1e12:,.4g} TFLOP, peak {gib(cost.peak)}" for name, cost in named.items()]
         return [f"shared weights: {gib(self.base)}", *players, *turns]
 
@@ -192,7 +198,12 @@ def plan_distillation(config: DistillConfig, model: Model | None = None) -> Plan
     model = open_shapes(config.model) if model is None else model
     kernel = config.attention if config.attention in WRITTEN_OUT else None
     with attention_chosen(model, kernel):
-        found = plan(lambda: _trainer(config, method, model), model.parameters().values())
+        options = validate_section(method.Config, config.objective)
+        found = plan(
+            lambda: _trainer(config, method, model),
+            model.parameters().values(),
+            phases=[step for step in options.phases() if step < config.trainer.max_train_steps],
+        )
     # What the data need before training depends on them.
     return replace(found, before=None)
 
@@ -206,9 +217,15 @@ def _trainer(config: DistillConfig, method: type[Objective], model: Model) -> Tr
 
 
 def plan(
-    make: Callable[[], Trainer], base: Iterable[Tensor], loop: Callable[[Objective], Loop | None] = lambda _: None
+    make: Callable[[], Trainer],
+    base: Iterable[Tensor],
+    loop: Callable[[Objective], Loop | None] = lambda _: None,
+    *,
+    phases: Sequence[int] = (0,),
 ) -> Plan:
     """Takes a trainer's first step, without clipping but with Adam's moments already there, and counts.
+
+    Of a method in phases it also takes the first step of each that takes other turns or passes.
 
     What is counted are tensors: a device's libraries and its allocator's gaps come on top.
 
@@ -216,6 +233,7 @@ def plan(
         make: the trainer, of a model opened by `open_shapes`; a real one would be trained.
         base: the model's parameters, which the players may share.
         loop: a part of the objective's steps that is too long to be taken in full here.
+        phases: the steps at which they begin, from 0 on.
     """
     held = {id(p): p for p in base}
     with Meter() as meter:
@@ -227,9 +245,13 @@ def plan(
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        turns = {}
-        for turn in trainer.objective.turns(0):
-            _, turns[turn.name] = counted(meter, partial(_take, trainer, turn))
+        turns, later = _turns(meter, trainer), {}
+        for last, step in pairwise(phases):
+            for done in range(last, step):
+                trainer.objective.after_step(done)
+            trainer.step = step
+            if _kind(trainer, step) != _kind(trainer, last):
+                later[step] = _turns(meter, trainer)
         if repeated := loop(trainer.objective):
             _, once = counted(meter, repeated.run)
             first, cost = next(iter(turns.items()))
@@ -243,7 +265,18 @@ def plan(
         average = trainer.averages[name].values.values() if name in trainer.averages else ()
         moments = [v for state in trainer.optimizers[name].state.values() for v in state.values()]
         players[name] = PlayerCost(_bytes(own.values()), _bytes(trains), _bytes(moments), _bytes(average))
-    return Plan(shared, players, turns, before)
+    return Plan(shared, players, turns, later, before)
+
+
+def _kind(trainer: Trainer, step: int) -> tuple[object, ...]:
+    """What tells the cost of a training step from another's."""
+    return (trainer.objective.config.passes(step), *trainer.objective.turns(step))
+
+
+def _turns(meter: Meter, trainer: Trainer) -> dict[str, TurnCost]:
+    """The costs of the turns of the trainer's step."""
+    turns = trainer.objective.turns(trainer.step)
+    return {turn.name: counted(meter, partial(_take, trainer, turn))[1] for turn in turns}
 
 
 def _take(trainer: Trainer, turn: Turn) -> None:

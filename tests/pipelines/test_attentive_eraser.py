@@ -1,5 +1,6 @@
 """Attentive Eraser against its parts put together by hand, what it keeps, and what it refuses."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -8,6 +9,7 @@ from torch import nn
 
 from sublimate.diffusion.predictions import add_noise
 from sublimate.diffusion.samplers import ddim
+from sublimate.pipelines import attentive_eraser
 from sublimate.pipelines.attentive_eraser import dilated, erase_object
 from sublimate.pipelines.model import open_model
 from sublimate.pipelines.negative_attention import attention_layers
@@ -84,6 +86,27 @@ def test_guidance_leads_from_plain_to_redirected_attention(model):
     expected = blended(model, grid, step)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert (found - erase_object(model, IMAGES, MASKS, **FEW, scale=0.0, paste=False)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("tiny_sd", {"first_step": 4 / 50, "first_layer": 10 / 16}),
+        ("tiny_sdxl_v", {"first_step": 0.0, "first_layer": 34 / 70}),
+    ],
+)
+def test_settings_are_the_authors_of_the_family(request, family, settings, monkeypatch):
+    model, asked = open_model(request.getfixturevalue(family)), []
+
+    @contextlib.contextmanager
+    def noting(network, first):
+        asked.append(first)
+        with redirected(network, first=first) as redirection:
+            yield redirection
+
+    monkeypatch.setattr(attentive_eraser, "redirected", noting)
+    usual, told = (erase_object(model, IMAGES, MASKS, steps=25, strength=0.2, **some) for some in ({}, settings))
+    assert asked == [settings["first_layer"]] * 2 and torch.equal(usual, told)
 
 
 def test_a_scale_of_one_is_redirected_attention_alone(plain_model):

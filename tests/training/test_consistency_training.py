@@ -344,3 +344,11 @@ def test_a_short_run_from_random_weights_reaches_the_known_function(options):
         with torch.no_grad():
             error = (objective.student(x, t).x0 - Exact(schedule)(x.double(), t).x0).abs()
         assert float(error.mean()) < 0.06, (noise, float(error.mean()))
+
+
+def test_phases_of_doublings_are_where_the_grid_grows():
+    pairs = Doubling(first_steps=10, last_steps=60, total_steps=100)
+    phases = pairs.phases()
+    assert phases[0] == 0 and pairs.levels(phases[-1]) == 61 > pairs.levels(phases[-1] - 1)
+    assert all(pairs.levels(step) > pairs.levels(step - 1) for step in phases[1:])
+    assert ConsistencyTrainingConfig().phases()[-1] == 7 * (400_000 // 8)

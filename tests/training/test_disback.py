@@ -11,6 +11,7 @@ from sublimate.diffusion.denoisers import Denoiser
 from sublimate.diffusion.predictions import Parametrization
 from sublimate.diffusion.schedules import TrigFlow
 from sublimate.training.data import Batch
+from sublimate.training.distill import DistillConfig, distill
 from sublimate.training.objective import Turn
 from sublimate.training.objectives.disback import DisBack, DisBackConfig
 from sublimate.training.objectives.f_distill import FDistill, FDistillConfig
@@ -163,3 +164,17 @@ def test_a_path_of_other_adapters_is_refused():
 def test_a_critic_that_is_no_lora_is_refused():
     with pytest.raises(ValueError, match=r"critic\.kind=lora"):
         make(critic={"kind": "full"})
+
+
+def test_phases_are_where_passes_and_targets_change():
+    config = DisBackConfig(degradation_steps=500, record_every=100, backtrack_every=1000)
+    assert config.phases() == (0, 500, 4500)
+    assert [config.target(step) for step in (500, 4499, 4500)] == [4, 1, 0]
+    assert DisBackConfig(degradation_steps=0).phases() == (0,)
+
+
+def test_a_run_that_ends_before_the_last_phase_says_so(tmp_path):
+    config = DistillConfig(method="disback", model=str(tmp_path / "nowhere"))
+    said = "enters its last phase at step 4,500, and trainer.max_train_steps is 1,000"
+    with pytest.warns(UserWarning, match=said), pytest.raises(ValueError, match="nowhere"):
+        distill(config)

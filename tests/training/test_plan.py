@@ -144,6 +144,20 @@ def test_the_peak_is_what_torchs_allocator_reports_of_a_real_step(tiny_sd_v, tmp
 
 
 @pytest.mark.slow
+def test_every_phase_of_a_method_is_planned_once(tiny_sd_v, tmp_path):
+    stages = {"degradation_steps": 2, "record_every": 1, "backtrack_every": 1, "critic_updates": 1}
+    critic = {"critic": {"kind": "lora", "rank": 2}}
+    found = plan_distillation(configured(tiny_sd_v, tmp_path, "disback", {**stages, **critic}))
+    # The teacher's turn as the last target costs what its nodes' do.
+    assert found.turns.keys() == {"critic0"} and {step: set(turns) for step, turns in found.later.items()} == {
+        2: {"critic0", "student"}
+    }
+    assert found.peak == found.later[2]["student"].peak > found.turns["critic0"].peak
+    assert found.flops == sum(turn.flops for turn in found.later[2].values())
+    assert any(line.startswith("from step 2, turn student: ") for line in found.lines())
+
+
+@pytest.mark.slow
 def test_operations_of_a_pass_are_counted_with_attention(tiny_sd_v, tmp_path):
     one = plan_distillation(configured(tiny_sd_v, tmp_path, **CASES["consistency"])).flops
     two = plan_distillation(configured(tiny_sd_v, tmp_path, **CASES["consistency"], train_batch_size=4)).flops

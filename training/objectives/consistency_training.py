@@ -64,6 +64,9 @@ class ConsistencyTrainingConfig(ObjectiveConfig):
             raise ValueError(f"noise_range goes from a positive level to a higher one, not {value}.")
         return value
 
+    def phases(self) -> tuple[int, ...]:
+        return self.pairs.phases()
+
     def passes(self, step: int = 0) -> float:
         # The student forward and backward, and its own target.
         return 3 + 1

@@ -53,6 +53,11 @@ class DisBackConfig(MatchingConfig):
         # The last node is where the critic starts: as a target it would pull nowhere.
         return max(0, self.nodes - 1 - behind)
 
+    def phases(self) -> tuple[int, ...]:
+        # The critic alone; the walk back; the teacher itself.
+        walk = self.backtrack_every * max(0, self.nodes - 1)
+        return tuple(sorted({0, self.degradation_steps, self.degradation_steps + walk}))
+
     def passes(self, step: int = 0) -> float:
         return 1 + 3 if step < self.degradation_steps else super().passes(step)
 

@@ -76,6 +76,11 @@ class FlashConfig(ObjectiveConfig):
             raise ValueError(f"Every phase needs mode weights that are not all 0, not {phases}.")
         return phases
 
+    def phases(self) -> tuple[int, ...]:
+        mixture = len(self.mode_weights) if self.start == "mixture" else 1
+        several = max(mixture, len(self.dmd_weights), len(self.adversarial_weights))
+        return tuple(self.phase_steps * i for i in range(several))
+
     def weight(self, weights: Weights, step: int) -> float:
         """The weight of a term in the step's phase."""
         return weights[min(step // self.phase_steps, len(weights) - 1)]

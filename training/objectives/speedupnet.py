@@ -70,6 +70,9 @@ class SpeedUpNetConfig(ObjectiveConfig):
             raise ValueError("SpeedUpNet's adapter is small as it is: set adapter.kind to full.")
         return self
 
+    def phases(self) -> tuple[int, ...]:
+        return tuple(sorted({0, self.stage1_steps}))
+
     def passes(self, step: int = 0) -> float:
         # The adapted network forward and backward and the guided teacher, once or as often as it steps.
         stage1, stage2 = 3 + 2, 3 + 2 * self.solver_steps

@@ -46,7 +46,8 @@ class SwiftBrushConfig(MatchingConfig):
 
     @model_validator(mode="after")
     def _one_guidance(self) -> Self:
-        if self.guidance_range is not None and "guidance_scale" in self.model_fields_set:
+        usual = type(self).model_fields["guidance_scale"].default
+        if self.guidance_range is not None and self.guidance_scale != usual:
             raise ValueError("guidance_scale is not used where guidance_range is given: set one of them to null.")
         low, high = self.guidance_range or (self.guidance_scale,) * 2
         if not 0 <= low <= high < float("inf"):
