@@ -264,7 +264,10 @@ class Edit:
         stack = stack_of(model)
         carried = stack is not None and any(edit is self for edit in stack.edits)
         with contextlib.nullcontext() if carried else self.applied(model, allow_other_base=allow_other_base):
-            return save_model(model, folder, provenance=self.provenance)
+            edits, provenance = open_stack(model).edits, self.provenance
+            if len(edits) > 1:
+                provenance = {**provenance, "edits": [edit.provenance for edit in edits]}
+            return save_model(model, folder, provenance=provenance)
 
     def _check_base(self, model: Model, stack: EditStack) -> None:
         base = self.provenance.get("base") or {}

@@ -309,3 +309,9 @@ def test_a_folded_model_opens_in_stock_diffusers(model, tmp_path):
         assert bits(open_model(tmp_path / name)) == expected
     record = json.loads((folder / "sublimate.json").read_text())["provenance"]
     assert record["base"] == edit.provenance["base"] and record["seed"] == edit.provenance["seed"]
+    assert "edits" not in record
+    other = made_for(model, [K])
+    with other.applied(model):
+        edit.fold(model, tmp_path / "both")
+    record = json.loads((tmp_path / "both" / "sublimate.json").read_text())["provenance"]
+    assert record["edits"] == [json.loads(json.dumps(made.provenance)) for made in (other, edit)]
