@@ -74,7 +74,8 @@ def recipes(kind):
 @pytest.mark.parametrize(("name", "tiny"), recipes("distill"))
 def test_a_recipe_of_a_published_checkpoint_is_planned_on_a_tiny_one_of_its_class(request, name, tiny):
     folder = request.getfixturevalue(tiny)
-    small = ["trainer.train_batch_size=1", "trainer.gradient_accumulation_steps=1"]
+    # Every phase takes as long again.
+    small = [f"trainer.{name}=1" for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps")]
     method = load_config(DistillConfig, name, kind="distill").method
     if "critic_updates" in registry.load(OBJECTIVES, method, Objective).Config.model_fields:  # which are all alike
         small.append("objective.critic_updates=1")

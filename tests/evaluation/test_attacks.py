@@ -1,14 +1,13 @@
 """One property matrix over all attacks, and what makes each of them that attack."""
 
 import copy
-from typing import ClassVar
 
 import pytest
 import torch
+from attacked import Brightness, case_of
 from safetensors.torch import save_file
 
-from sublimate.erasure.request import Concept
-from sublimate.evaluation.attack import Case, Outcome, counting, pictured
+from sublimate.evaluation.attack import Outcome, counting, pictured
 from sublimate.evaluation.attacks import latent_search, textual_inversion
 from sublimate.evaluation.attacks.inpainting import hole_of
 from sublimate.evaluation.audit import ATTACKS, make_attacks
@@ -47,40 +46,11 @@ QUICK = ("paraphrases", "textual_inversion", "word_search")
 ROWS = [pytest.param(name, marks=pytest.mark.slow) if name not in QUICK else name for name in CASES]
 
 
-class Brightness:
-    """Reads bright pictures as one label and dark ones as the other; differentiable."""
-
-    groups: ClassVar = {"animal": ("cat", "dog")}
-
-    def __init__(self, cut=0.5):
-        self.cut = cut
-
-    def __call__(self, images):
-        bright = torch.sigmoid(50 * (images.mean(dim=(1, 2, 3)) - self.cut))
-        return {"animal": torch.stack([bright, 1 - bright, torch.zeros_like(bright)], dim=1)}
-
-
 @pytest.fixture
 def model(tiny_sd):
     opened = open_model(tiny_sd)
     opened.defaults |= {"steps": 2, "guidance_scale": 2.0}
     return opened
-
-
-def case_of(model, **changes):
-    made = Case(
-        concept=Concept("cat", anchor="dog", synonyms=("seven",)),
-        prompts=("a red cat", "the cat", "a photo of the Cat"),
-        pictures=generate(model, ["a cat", "red cat", "cat"], seed=9),
-        captions=("a cat", "red cat", "cat"),
-        detector=Brightness(),
-        group="animal",
-        label="cat",
-        base=model,
-        paraphrases=("a seven",),
-        others=("a photo", "the style of van gogh"),
-    )
-    return Case(**{**vars(made), **changes})
 
 
 def attack_of(name, **options):

@@ -247,7 +247,7 @@ def test_every_objective_composes_by_configuration_alone(tiny_sd_v, tmp_path):
     refusals = {case: said for case, said in outcomes[0].items() if said}
     assert refusals.keys() == REFUSED and all("LoRA" in said for said in refusals.values()), refusals
     for case in CASES.keys() - REFUSED:
-        files = list((tmp_path / case / "student").glob("*.safetensors"))
+        files = list((tmp_path / case / "student").rglob("*.safetensors"))
         assert files and all(torch.isfinite(t).all() for file in files for t in load_file(file).values()), case
 
 
