@@ -118,7 +118,10 @@ class DisBack(Matching):
         if node != self._held:
             load_exactly(self._node.trainable(), self.path[node - 1], f"node {node} of the degradation path")
             self._held = node
-        return self._node.module.to(next(self.teacher.parameters()).device).eval()  # type: ignore[return-value]
+        device = next(self.teacher.parameters()).device
+        if any(p.device != device for p in self._node.module.parameters()):
+            self._node.module.to(device)
+        return self._node.module.eval()  # type: ignore[return-value]
 
     def after_step(self, step: int) -> None:
         done = step + 1
