@@ -16,6 +16,7 @@ from sublimate.diffusion.conditions import Condition
 from sublimate.pipelines.attachments import read_attachment
 from sublimate.pipelines.model import Model
 from sublimate.pipelines.negative_attention import NEGATIVE, STRENGTH, attention_layers, reads_negatives
+from sublimate.pipelines.placement import placed
 
 NAME = "speedupnet"
 
@@ -173,7 +174,7 @@ def install_speedupnet(network: nn.Module, *, positive: bool = False, initial_sc
     adapters = []
     for layer in crossed:
         adapter = SpeedUpAttention(layer, positive=positive, initial_scale=initial_scale)
-        adapters.append(adapter.to(layer.to_q.weight.device, layer.to_q.weight.dtype))
+        adapters.append(placed(adapter, layer.to_q.weight.device, layer.to_q.weight.dtype))
         layer.set_processor(adapter)
     return nn.ModuleList(adapters)
 

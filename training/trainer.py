@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sublimate.pipelines.gradient_checkpointing import enable_gradient_checkpointing
+from sublimate.pipelines.placement import placed
 from sublimate.training import checkpoints
 from sublimate.training.config import Config
 from sublimate.training.data import Placed, Source
@@ -134,8 +135,7 @@ class Trainer:
         objective.mean_over_processes = lambda tensor: self.accelerator.reduce(tensor, "mean")
         self.players = objective.players()
         for player in self.players.values():
-            if any(p.device != self.accelerator.device for p in player.module.parameters()):
-                player.module.to(self.accelerator.device)
+            placed(player.module, self.accelerator.device)
             if config.gradient_checkpointing:
                 enable_gradient_checkpointing(player.module)
         self.sharded = shard_players(objective, self.accelerator.device) if sharding_asked() else []

@@ -155,6 +155,8 @@ def test_every_phase_of_a_method_is_planned_once(tiny_sd_v, tmp_path):
     assert found.peak == found.later[2]["student"].peak > found.turns["critic0"].peak
     assert found.flops == sum(turn.flops for turn in found.later[2].values())
     assert any(line.startswith("from step 2, turn student: ") for line in found.lines())
+    found = plan_distillation(configured(tiny_sd_v, tmp_path, "speedupnet", {"stage1_steps": 2}))
+    assert found.later.keys() == {2} and found.later[2]["adapter"].flops > found.turns["adapter"].flops
 
 
 @pytest.mark.slow

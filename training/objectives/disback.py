@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sublimate.diffusion.denoisers import Denoiser
 from sublimate.diffusion.guidance import guided
+from sublimate.pipelines.placement import placed
 from sublimate.training.checkpoints import load_exactly
 from sublimate.training.losses import pseudo_target_loss, score_difference
 from sublimate.training.matching import Matching, MatchingConfig
@@ -118,10 +119,8 @@ class DisBack(Matching):
         if node != self._held:
             load_exactly(self._node.trainable(), self.path[node - 1], f"node {node} of the degradation path")
             self._held = node
-        device = next(self.teacher.parameters()).device
-        if any(p.device != device for p in self._node.module.parameters()):
-            self._node.module.to(device)
-        return self._node.module.eval()  # type: ignore[return-value]
+        tree = placed(self._node.module, next(self.teacher.parameters()).device)
+        return tree.eval()  # type: ignore[return-value]
 
     def after_step(self, step: int) -> None:
         done = step + 1

@@ -1,0 +1,17 @@
+"""Moving networks only where they have to move."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def placed(module: M, device: torch.device, dtype: torch.dtype | None = None) -> M:
+    """`module.to(device, dtype)`, which torch refuses shapes without storage even where nothing would change."""
+    if any(p.device != device or p.dtype != (dtype or p.dtype) for p in module.parameters()):
+        module.to(device, dtype)
+    return module
