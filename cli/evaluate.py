@@ -56,13 +56,21 @@ def command(
     if prompts is not None and (n is not None or judged is not None):
         raise ValueError("--n and --judged are for Ink's grammar: your own prompts are all drawn and judged.")
     accelerator = Accelerator()  # chooses the process's own device, which is then "cuda"
+    precision = getattr(torch, dtype)
     opened, judge = (
-        open_model(model, loras=fuse_lora or (), revision=revision, variant=variant, device=device),
+        open_model(
+            model,
+            loras=fuse_lora or (),
+            revision=revision,
+            variant=variant,
+            dtype=torch.float32 if edit else precision,
+            device=device,
+        ),
         open_detector(detector, device=device),
     )
     for path in edit or ():
         Edit.load(path).apply(opened)
-    opened.to(dtype=getattr(torch, dtype))  # only now: edits belong to a base in float32
+    opened.to(dtype=precision)  # only now: edits belong to a base in float32
 
     options = {"steps": steps, "guidance_scale": guidance_scale, "sampler": sampler, "eta": eta}
     draw = drawing(opened, progress=True, **options)

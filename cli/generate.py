@@ -53,10 +53,18 @@ def command(
     from sublimate.pipelines.pictures import image_grid, pictures_of, to_png
     from sublimate.pipelines.sound import to_wav, waveforms
 
-    opened = open_model(model, loras=fuse_lora or (), revision=revision, variant=variant, device=device)
+    precision = getattr(torch, dtype)
+    opened = open_model(
+        model,
+        loras=fuse_lora or (),
+        revision=revision,
+        variant=variant,
+        dtype=torch.float32 if edit else precision,
+        device=device,
+    )
     for path in edit or ():
         Edit.load(path).apply(opened)
-    opened.to(dtype=getattr(torch, dtype))  # only now: edits belong to a base in float32
+    opened.to(dtype=precision)  # only now: edits belong to a base in float32
     if attention is not None:
         set_attention(opened, attention)
     texts = [prompt for prompt in prompts or () for _ in range(count)]

@@ -46,7 +46,7 @@ class Meter(TorchDispatchMode):
     """Counts floating-point operations, and follows the bytes of all storages that exist while it is on.
 
     A storage counts from the first operation that shows it until it is freed, once however many tensors share it.
-    Operations are counted by torch's formulas, as by its `FlopCounterMode`, which alone takes as long as all the rest.
+    Operations are counted by torch's formulas, as by its `FlopCounterMode`, without a second mode around each of them.
 
     Attributes:
         flops: floating-point operations.

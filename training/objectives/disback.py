@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from pydantic import Field
@@ -119,8 +119,7 @@ class DisBack(Matching):
         if node != self._held:
             load_exactly(self._node.trainable(), self.path[node - 1], f"node {node} of the degradation path")
             self._held = node
-        tree = placed(self._node.module, next(self.teacher.parameters()).device)
-        return tree.eval()  # type: ignore[return-value]
+        return placed(cast(Denoiser, self._node.module), next(self.teacher.parameters()).device).eval()
 
     def after_step(self, step: int) -> None:
         done = step + 1
