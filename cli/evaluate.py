@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sublimate.cli.opening import Precision, Revision, Variant
+from sublimate.cli.opening import Precision, Revision, Variant, open_edited
 
 
 def command(
@@ -41,7 +41,6 @@ def command(
     """
     import json
 
-    import torch
     from accelerate import Accelerator
 
     from sublimate.evaluation.agreement import agreement, check_judge
@@ -50,27 +49,12 @@ def command(
     from sublimate.evaluation.hardware import hardware_line
     from sublimate.evaluation.ink_study import ink_quality
     from sublimate.evaluation.studies import read_prompt_set
-    from sublimate.pipelines.edit import Edit
-    from sublimate.pipelines.model import open_model
 
     if prompts is not None and (n is not None or judged is not None):
         raise ValueError("--n and --judged are for Ink's grammar: your own prompts are all drawn and judged.")
     accelerator = Accelerator()  # chooses the process's own device, which is then "cuda"
-    precision = getattr(torch, dtype)
-    opened, judge = (
-        open_model(
-            model,
-            loras=fuse_lora or (),
-            revision=revision,
-            variant=variant,
-            dtype=torch.float32 if edit else precision,
-            device=device,
-        ),
-        open_detector(detector, device=device),
-    )
-    for path in edit or ():
-        Edit.load(path).apply(opened)
-    opened.to(dtype=precision)  # only now: edits belong to a base in float32
+    opened = open_edited(model, edit, dtype, loras=fuse_lora, revision=revision, variant=variant, device=device)
+    judge = open_detector(detector, device=device)
 
     options = {"steps": steps, "guidance_scale": guidance_scale, "sampler": sampler, "eta": eta}
     draw = drawing(opened, progress=True, **options)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sublimate.cli.opening import Precision, Revision, Variant
+from sublimate.cli.opening import Precision, Revision, Variant, open_edited
 
 
 def command(
@@ -44,27 +44,13 @@ def command(
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Draw images and write them as PNG files, with a sheet of all of them; sounds as WAV files too."""
-    import torch
 
     from sublimate.pipelines.attention import set_attention
-    from sublimate.pipelines.edit import Edit
     from sublimate.pipelines.generate import generate
-    from sublimate.pipelines.model import open_model
     from sublimate.pipelines.pictures import image_grid, pictures_of, to_png
     from sublimate.pipelines.sound import to_wav, waveforms
 
-    precision = getattr(torch, dtype)
-    opened = open_model(
-        model,
-        loras=fuse_lora or (),
-        revision=revision,
-        variant=variant,
-        dtype=torch.float32 if edit else precision,
-        device=device,
-    )
-    for path in edit or ():
-        Edit.load(path).apply(opened)
-    opened.to(dtype=precision)  # only now: edits belong to a base in float32
+    opened = open_edited(model, edit, dtype, loras=fuse_lora, revision=revision, variant=variant, device=device)
     if attention is not None:
         set_attention(opened, attention)
     texts = [prompt for prompt in prompts or () for _ in range(count)]
