@@ -38,6 +38,8 @@ def command(
     out: Annotated[Path, typer.Option(help="Folder for report.html and report.json.")] = Path("runs/audit"),
     revision: Revision = None,
     variant: Variant = None,
+    edited_revision: Annotated[str | None, typer.Option(help="As --revision, of an EDITED that is no edit.")] = None,
+    edited_variant: Annotated[str | None, typer.Option(help="As --variant, of an EDITED that is no edit.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Measure an erasure, then try to undo it; the report says what was tried, with which budget, and what was not."""
@@ -65,6 +67,9 @@ def command(
         raise ValueError("--label belongs to --prompts: Ink's detector knows its concepts by name.")
     if prompts is not None and n is not None:
         raise ValueError("--n is for Ink's grammar: your own prompts are all asked.")
+    whole = Path(edited).suffix != ".safetensors"
+    if not whole and (edited_revision or edited_variant):
+        raise ValueError(f"{edited} is an edit of {base}: it has no revision and no variant of its own.")
     names = attack or [name for name in registry.available(ATTACKS) if name != "distillation"]
     attacks = make_attacks(names, parse_overrides(option or ()))
     judge = open_detector(detector, device=device)
@@ -76,11 +81,11 @@ def command(
     asked = Concept(asked.name, asked.anchor if anchor is None else anchor, words)
     before = open_model(base, revision=revision, variant=variant, device=device)
     check_judge(before, judge)
-    if Path(edited).suffix == ".safetensors":
+    if whole:
+        after = open_model(edited, revision=edited_revision, variant=edited_variant, device=device)
+    else:
         after = open_model(base, revision=revision, variant=variant, device=device)
         Edit.load(edited).apply(after)
-    else:
-        after = open_model(edited, device=device)
 
     with tqdm(desc="auditing", unit="part") as bar:
 

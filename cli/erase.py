@@ -80,6 +80,8 @@ def command(
         raise ValueError(
             f"{method} makes an attachment, which no diffusers folder holds: leave out --fold and --lora."
         )
+    if lora and not eraser.low_rank:
+        raise ValueError(f"{method} replaces weights by others of full rank, which no LoRA holds: leave out --lora.")
     if dry_run:
         _plan(eraser, model, request, revision)
         return

@@ -64,6 +64,8 @@ class ClosedFormPlan:
 class ClosedFormEraser(Eraser):
     """An eraser that solves for the layers through which text enters; its options have `templates` and `tokens`."""
 
+    low_rank = True
+
     def plan(self, model: Model, request: Request) -> ClosedFormPlan:
         """What is read and solved for the concepts; prompts of a method's own (MACE's prior) come on top.
 

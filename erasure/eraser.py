@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from sublimate.erasure.request import Request
-from sublimate.pipelines.cards import public_name
+from sublimate.pipelines.cards import public_name, public_values
 from sublimate.pipelines.detector import Detector
 from sublimate.pipelines.edit import Edit
 from sublimate.pipelines.edit_attachment import EditAttachment
@@ -50,7 +50,8 @@ class Eraser(Method):
     A method reads of a request what it has a use for; parts that would change *what* is erased and that it cannot
     honour (`within`, a detector) it refuses. `uses_anchor` and `uses_images` say whether it reads what takes a
     concept's place and pictures of it, `attaches` that its edits carry an attachment, which stock diffusers cannot
-    hold. An eraser made of another has the other's answers.
+    hold, `low_rank` that they are low-rank changes alone, which LoRA files can hold. An eraser made of another has
+    the other's answers.
     """
 
     handles_within: bool = False
@@ -58,6 +59,7 @@ class Eraser(Method):
     uses_anchor: bool = True
     uses_images: bool = False
     attaches: bool = False
+    low_rank: bool = False
 
     def fit(
         self,
@@ -92,7 +94,7 @@ class Eraser(Method):
             },
             "method": self.name(),
             "paper": self.paper,
-            "config": self.config.model_dump(mode="json"),
+            "config": public_values(self.config.model_dump(mode="json")),
             "request": request.to_dict(paths=False),
             "seed": seed,
             "versions": versions(),

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from sublimate.pipelines.generate import generate
 from sublimate.pipelines.model import Model
+from sublimate.training.together import drawn_together
 
 Generate = Callable[[Sequence[str], int], Tensor]
 """(prompts, seed) -> images (N, 3, H, W) in [0, 1]; the same seed must give both models the same noise."""
@@ -29,18 +29,11 @@ def drawing(model: Model, *, progress: bool = False, **options: Any) -> Generate
     """
 
     def draw(texts: Sequence[str], seed: int) -> Tensor:
-        accelerator = Accelerator()
-        processes, rank = accelerator.num_processes, accelerator.process_index
-        # Shares of one size, gathered in one message: the last ones begin earlier and draw some images again.
-        share = -(-len(texts) // processes)
-        firsts = [min(i * share, len(texts) - share) for i in range(processes)]
-        mine = texts[firsts[rank] : firsts[rank] + share]
-        shown = progress and accelerator.is_main_process
-        images = generate(model, mine, seed=seed, first=firsts[rank], progress=shown, **options)
-        if processes == 1:
-            return images
-        parts = accelerator.gather(images.to(accelerator.device)).split(share)
-        kept = [part[i * share - first :] for i, (part, first) in enumerate(zip(parts, firsts, strict=True))]
-        return torch.cat(kept).to(images.device)
+        shown = progress and Accelerator().is_main_process
+
+        def share(places: slice) -> Tensor:
+            return generate(model, texts[places], seed=seed, first=places.start, progress=shown, **options)
+
+        return drawn_together(len(texts), share)
 
     return draw

@@ -50,14 +50,15 @@ def model_card(
     """
     if kind not in _KINDS:
         raise ValueError(f"An artefact is one of {', '.join(_KINDS)}, not {kind!r}.")
-    front: dict[str, Any] = {"library_name": "diffusers", "tags": ["sublimate", kind, *tags]}
+    library = "sublimate" if kind == "attachment" else "diffusers"
+    front: dict[str, Any] = {"library_name": library, "tags": ["sublimate", kind, *tags]}
     if license is None:
         front |= {"license": "other", "license_name": "as-base-model"}
     else:
         front["license"] = license
     if _is_hub_id(base):
         front["base_model"] = base
-        front["base_model_relation"] = "adapter" if kind == "lora" else "finetune"
+        front["base_model_relation"] = "finetune" if kind == "weights" else "adapter"
     blocks = {name: value for name, value in provenance.items() if isinstance(value, str) and "\n" in value}
     rows = [f"| {name} | {_cell(value)} |" for name, value in provenance.items() if name not in blocks]
     parts = [
@@ -77,6 +78,18 @@ def model_card(
 def public_name(source: str) -> str:
     """What to call a base model in public: of a local folder its name, since its path is nobody's business."""
     return Path(source).resolve().name if Path(source).exists() else source
+
+
+def public_values(value: Any) -> Any:
+    """JSON values in which paths that lead out of the working folder are their last part alone: see `public_name`."""
+    if isinstance(value, Mapping):
+        return {key: public_values(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [public_values(one) for one in value]
+    if isinstance(value, str) and "\n" not in value:
+        path = Path(value)
+        return path.name if path.is_absolute() or value.startswith("~") or ".." in path.parts else value
+    return value
 
 
 def inherited_license(folder: Path) -> str | None:

@@ -68,13 +68,13 @@ def check_folder(folder: Path, variant: str | None = None) -> str:
 
     Args:
         folder: with a `model_index.json`.
-        variant: of the weights' files ("fp16"), None for the plain ones.
+        variant: of the weights' files ("fp16"), None for the plain ones; components that lack it have plain ones.
 
     Returns:
         The pipeline's class name.
 
     Raises:
-        ValueError: when something is missing, damaged or a pickle, naming it.
+        ValueError: when something is missing, damaged or a pickle, naming it, or no component has the variant.
     """
     index = folder / INDEX
     if not index.is_file():
@@ -85,6 +85,8 @@ def check_folder(folder: Path, variant: str | None = None) -> str:
     for name, kind in contents.items():
         if not name.startswith("_") and isinstance(kind, list) and kind[1:] != [None]:
             _check_component(folder / name, str(kind[1]), variant)
+    if variant and not any(_has_variant(part, variant) for part in folder.iterdir() if part.is_dir()):
+        raise ValueError(f"{folder} holds no weights of the variant {variant!r}: leave it out.")
     return contents["_class_name"]
 
 
@@ -189,12 +191,12 @@ def weights_files(folder: Path, variant: str | None = None) -> list[Path]:
 
     Args:
         folder: the component's.
-        variant: of the files ("fp16"), None for the plain ones.
+        variant: of the files ("fp16"); the plain ones where there are none of it, as diffusers does.
 
     Raises:
         ValueError: when some are missing, or they are pickles.
     """
-    suffix = f".{variant}" if variant else ""
+    suffix = f".{variant}" if variant and _has_variant(folder, variant) else ""
     for base in _WEIGHTS:
         if (whole := folder / f"{base}{suffix}.safetensors").is_file():
             return [whole]
@@ -213,6 +215,10 @@ def weights_files(folder: Path, variant: str | None = None) -> list[Path]:
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     hint = f"it has {', '.join(others)}: pass their variant" if others else "get the checkpoint again"
     raise ValueError(f"The weights of {folder} are missing ({hint}).")
+
+
+def _has_variant(folder: Path, variant: str) -> bool:
+    return any(f".{variant}." in path.name for path in folder.iterdir())
 
 
 def _shards(folder: Path, index: dict[str, Any]) -> list[Path]:

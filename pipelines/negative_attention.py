@@ -202,7 +202,10 @@ def install_negative_attention(network: nn.Module) -> None:
     crossed = [layer for layer in layers if getattr(layer, "is_cross_attention", False)]
     if not joint and not crossed:
         raise ValueError(f"A {type(network).__name__} has no cross-attention and so no negative prompts.")
-    if not signature(type(network).forward).parameters.keys() & {"cross_attention_kwargs", "joint_attention_kwargs"}:
+    told = signature(type(network).forward).parameters.keys()
+    if "encoder_hidden_states_1" in told:
+        raise ValueError(f"A {type(network).__name__} reads two texts: negative attention fits one.")
+    if not told & {"cross_attention_kwargs", "joint_attention_kwargs"}:
         raise ValueError(f"A {type(network).__name__} tells its attention nothing but the text: no negative prompt.")
     if not joint and any(layer.residual_connection for layer in crossed):
         raise ValueError("Negative attention does not fit cross-attention that adds its own input.")

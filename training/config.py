@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from sublimate.pipelines.cards import public_values
 from sublimate.training.config_files import ConfigError, find_config, parse_yaml, to_yaml
 
 __all__ = [
@@ -105,9 +106,15 @@ def parse_overrides(overrides: Sequence[str], values: Mapping[str, Any] | None =
     return changed
 
 
-def dump_config(config: Config) -> str:
-    """The configuration as YAML, defaults included; `load_config` reads it back to an equal one."""
-    return to_yaml(config.model_dump(mode="json"))
+def dump_config(config: Config, *, public: bool = False) -> str:
+    """The configuration as YAML, defaults included; `load_config` reads it back to an equal one.
+
+    Args:
+        config: what to write.
+        public: for a card: of paths that lead out of the working folder only the last part is written.
+    """
+    values = config.model_dump(mode="json")
+    return to_yaml(public_values(values) if public else values)
 
 
 def describe_error(

@@ -92,6 +92,10 @@ class DataConfig(Config):
             raise ValueError("Captioned pictures bring their own captions: set data.prompts to null.")
         if self.captioned and self.images not in (None, "teacher"):
             raise ValueError(f"Captioned pictures cannot be joined with images of {self.images!r}: leave those out.")
+        if unread := [name for name in self._unread() if self._given(name)]:
+            raise ValueError(f"{unread[0]} is of captioned pictures, and none are read: leave it out.")
+        if not self.streaming and self._given("shuffle_buffer_size"):
+            raise ValueError("shuffle_buffer_size is of a stream: set streaming, or leave it out.")
         if self.images not in (None, "teacher", "ink"):
             raise ValueError(
                 f"images is {self.images!r}, not teacher, ink or null: a folder of pictures is data.train_data_dir."
@@ -99,6 +103,17 @@ class DataConfig(Config):
         if self.streaming:
             self._streams()
         return self
+
+    def _unread(self) -> tuple[str, ...]:
+        """The options that nothing reads: without captioned pictures, or where the teacher draws its own."""
+        pictures = ("image_column", "resolution", "center_crop", "random_flip")
+        if not self.captioned:
+            return ("caption_column", *pictures)
+        return pictures if self.images == "teacher" else ()
+
+    def _given(self, name: str) -> bool:
+        """Whether an option has another value than its default."""
+        return getattr(self, name) != type(self).model_fields[name].default
 
     def _streams(self) -> None:
         if not self.captioned:

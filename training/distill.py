@@ -263,7 +263,7 @@ def _format(model: Model, artefact: Artefact) -> Literal["weights", "lora"]:
 
 def _export(model: Model, objective: Objective, config: DistillConfig, folder: Path) -> None:
     artefact = objective.exports()
-    provenance = {**objective.describe(), "config": dump_config(config.resolved()), "base": model.source}
+    provenance = {**objective.describe(), "config": dump_config(config.resolved(), public=True), "base": model.source}
     if artefact.kind == "attachment":
         export_attachment(model, artefact.module, folder, provenance=provenance, **artefact.attachment)
         return

@@ -20,6 +20,7 @@ from sublimate.training.hub_rows import DatasetRows, DatasetStream
 from sublimate.training.ink.sources import captioned
 from sublimate.training.ink.vocabulary import SYNONYMS
 from sublimate.training.streams import StreamSource
+from sublimate.training.together import drawn_together
 
 _IMAGES = frozenset({"images"})
 
@@ -85,13 +86,21 @@ def make_source(
         encode = _encode(model, texts, cache, forget, unattached=unattached, truncate=data.truncate_prompts)
 
     def drawn() -> Tensor:
-        steps, seed = data.teacher_steps, data.seed
-        texts = asked or data.count
-        with cut_to_fit() if data.truncate_prompts else nullcontext():
-            x0 = generate_latents(
-                model, texts, steps=steps, guidance_scale=guidance_scale, seed=seed, progress=progress
+        texts = asked or [""] * data.count
+
+        def share(places: slice) -> Tensor:
+            return generate_latents(
+                model,
+                texts[places],
+                steps=data.teacher_steps,
+                guidance_scale=guidance_scale,
+                seed=data.seed,
+                first=places.start,
+                progress=progress,
             )
-        return x0.cpu()
+
+        with cut_to_fit() if data.truncate_prompts else nullcontext():
+            return drawn_together(len(texts), share).cpu()
 
     latents: Table | None = None
     if reads_images and data.images == "teacher":

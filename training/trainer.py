@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal, Self
 
 import torch
@@ -27,6 +25,8 @@ from sublimate.training.data import Placed, Source
 from sublimate.training.ema import Average
 from sublimate.training.fsdp import shard_players, sharding_asked
 from sublimate.training.gradients import average_gradients, clip_gradients
+from sublimate.training.interrupts import stop_requests
+from sublimate.training.log import Log
 from sublimate.training.objective import Batch, Objective, Turn
 from sublimate.training.precision import warn_of_slow_bf16
 from sublimate.training.randomness import SampleRandom, key
@@ -146,6 +146,7 @@ class Trainer:
             for name, player in self.players.items()
             if player.ema and config.ema_decay is not None
         }
+        self.log = Log(config.output_dir)
         self.step = 0
 
     def run(self) -> None:
@@ -162,15 +163,17 @@ class Trainer:
         if found := checkpoints.find_checkpoint(config.output_dir, config.resume_from_checkpoint):
             self.load(found)
         checkpoints.refuse_later(config.output_dir, self.step)
+        if self.accelerator.is_main_process:
+            self.log.rewind(self.step)
         if config.report_to:
-            self.accelerator.init_trackers("sublimate", config=json.loads(config.model_dump_json()))
+            self.accelerator.init_trackers("sublimate", config=config.model_dump(mode="json"))
         bar = tqdm(
             total=config.max_train_steps,
             initial=self.step,
             disable=not (self.progress and self.accelerator.is_main_process),
             desc=self.objective.describe()["method"],
         )
-        with bar, _stop_requests() as stop:
+        with bar, stop_requests() as stop:
             while self.step < config.max_train_steps:
                 taken = [self._take(turn) for turn in self.objective.turns(self.step)]
                 # What several turns log under one name is averaged.
@@ -282,14 +285,12 @@ class Trainer:
         if self.step % config.logging_steps == 0 or self.step == config.max_train_steps:
             values = {name: float(self.accelerator.reduce(v.float(), "mean")) for name, v in logs.items()}
             bar.set_postfix({name.split("/")[-1]: f"{v:.3g}" for name, v in list(values.items())[:4]})
+            if any(not math.isfinite(v) for v in values.values()):
+                raise Diverged(f"A logged value is not finite at step {self.step}: {values}.")
             if config.report_to:
                 self.accelerator.log(values, step=self.step)
             if self.accelerator.is_main_process:
-                config.output_dir.mkdir(parents=True, exist_ok=True)
-                with (config.output_dir / "log.jsonl").open("a") as file:
-                    file.write(json.dumps({"step": self.step, **values}) + "\n")
-            if any(not math.isfinite(v) for v in values.values()):
-                raise Diverged(f"A logged value is not finite at step {self.step}: {values}.")
+                self.log.write(self.step, values)
         if self.validate is not None and config.validation_steps and self.step % config.validation_steps == 0:
             with torch.no_grad(), self.averaged():
                 self.validate(self.step)
@@ -379,22 +380,3 @@ class Trainer:
             "global_batch": self.config.local_batch * self.accelerator.num_processes,
             "averages": sorted(self.averages),
         }
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying of them; a second one of either takes effect at once."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        signal.signal(number, previous[number])
-
-    previous: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        for number in previous:
-            signal.signal(number, note)
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -46,6 +46,7 @@ def test_it_writes_a_report(capsys, tmp_path, edit):
         (["--concept", "seven", "--prompts", "nowhere", "--group", "digit"], "no prompt file"),
         (["--concept", "seven", "--label", "7"], "--label"),
         (["--concept", "seven", "--attack", "paraphrases"], "no edit file"),
+        (["--concept", "seven", "--edited-variant", "fp16"], "no variant of its own"),
     ],
 )
 def test_bad_input_is_one_sentence(capsys, tmp_path, options, complaint):

@@ -94,6 +94,7 @@ def test_erase_then_generate(capsys, tmp_path, tiny_sd_v):
     assert (images / "00000.png").read_bytes() == edited
     assert sublimate(capsys, *erase, "--lora")[0] == 0
     assert {f.name for f in (edit / "lora").iterdir()} == {"pytorch_lora_weights.safetensors", "kohya.safetensors"}
+    assert "full rank, which no LoRA holds" in failed(capsys, "erase", tiny_sd_v, "cat", "--method", "esd", "--lora")
 
 
 def test_classes_are_erased_and_drawn_by_name(capsys, tmp_path, tiny_dit):

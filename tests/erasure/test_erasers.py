@@ -197,7 +197,8 @@ class TestEraser:
         assert bits(model) == before
         assert torch.equal(torch.get_rng_state(), state)
 
-    def test_the_edit_changes_keys_that_it_names_and_comes_off_bit_by_bit(self, model, edit):
+    def test_the_edit_changes_keys_that_it_names_and_comes_off_bit_by_bit(self, model, edit, case):
+        assert registry.load(ERASERS, CASES[case][0], Eraser).low_rank == (bool(edit.low_rank) and not edit.values)
         before, said = bits(model), answer(model)
         edit.apply(model)
         after = bits(model)

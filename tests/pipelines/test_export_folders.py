@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
@@ -16,6 +17,8 @@ from sublimate.pipelines.cards import inherited_license, model_card
 from sublimate.pipelines.export import export_lora, export_student
 from sublimate.pipelines.folders import written_aside
 from sublimate.pipelines.model import open_model
+from sublimate.training.config import dump_config
+from sublimate.training.distill import DistillConfig
 
 
 def test_a_failed_export_leaves_the_earlier_one(tiny_sd, tmp_path, monkeypatch):
@@ -130,6 +133,19 @@ def test_local_paths_stay_private(tiny_sd, tmp_path):
         assert str(tiny_sd) not in file.read_text() and '"_name_or_path"' not in file.read_text()
 
 
+def test_a_runs_record_keeps_no_path_that_leads_out_of_its_folder(tmp_path):
+    trainer = {"output_dir": str(tmp_path / "secret" / "run"), "checkpointing_steps": 5}
+    data = {"prompts": "../secret/words.txt", "cache_dir": "cache/here", "train_data_dir": None}
+    config = DistillConfig(
+        model="owner/name", method="f_distill", data=data, trainer=trainer, edits=["~/secret/e.safetensors"]
+    )
+    written = yaml.safe_load(dump_config(config, public=True))
+    assert written["trainer"]["output_dir"] == "run" and written["edits"] == ["e.safetensors"]
+    assert written["data"]["prompts"] == "words.txt" and written["data"]["cache_dir"] == "cache/here"
+    assert written["model"] == "owner/name" and written["trainer"]["checkpointing_steps"] == 5
+    assert yaml.safe_load(dump_config(config)) == config.model_dump(mode="json")
+
+
 def test_cards_inherit_the_license_and_name_a_base_on_the_hub(tmp_path):
     options = {"title": "t", "summary": "s", "usage": "u", "provenance": {"a|b": "c|d"}}
     card = model_card(kind="lora", base="owner/name", license="mit", **options)
@@ -138,7 +154,8 @@ def test_cards_inherit_the_license_and_name_a_base_on_the_hub(tmp_path):
     assert inherited_license(tmp_path) == "mit"
     other = model_card(kind="attachment", base="ink", **options)
     (tmp_path / "README.md").write_text(other)
-    assert "base_model:" not in other
+    assert "base_model:" not in other and "library_name: sublimate" in other
+    assert "base_model_relation: adapter" in model_card(kind="attachment", base="owner/name", **options)
     assert "license: other" in other
     assert inherited_license(tmp_path) is None
     assert inherited_license(tmp_path / "nowhere") is None

@@ -121,6 +121,21 @@ def test_variants(request, tmp_path, name):
         open_model(tmp_path / "v")
 
 
+def test_components_without_the_variant_have_plain_weights(tiny_sd, tmp_path):
+    pipeline = DiffusionPipeline.from_pretrained(tiny_sd)
+    pipeline.save_pretrained(tmp_path)
+    for name in ("unet", "text_encoder"):
+        shutil.rmtree(tmp_path / name)
+    with torch.no_grad():
+        next(pipeline.unet.parameters()).zero_()
+    pipeline.unet.save_pretrained(tmp_path / "unet", variant="fp16", max_shard_size="40KB")
+    pipeline.text_encoder.save_pretrained(tmp_path / "text_encoder")
+    ours, stock = open_model(tmp_path, variant="fp16"), DiffusionPipeline.from_pretrained(tmp_path, variant="fp16")
+    assert ours.content_hash() == Model(stock, "stock").content_hash() != open_model(tiny_sd).content_hash()
+    with pytest.raises(ValueError, match="holds no weights of the variant 'bf16': leave it out"):
+        open_model(tiny_sd, variant="bf16")
+
+
 @pytest.mark.parametrize(("name", "variant"), [("tiny_sd", None), ("tiny_sdxl", None), ("tiny_sdxl", "fp16")])
 def test_shards(request, tmp_path, name, variant):
     folder = request.getfixturevalue(name)

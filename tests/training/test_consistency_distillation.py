@@ -287,7 +287,9 @@ def test_a_student_told_the_scale_starts_out_as_the_teacher(told):
 
 @pytest.mark.slow
 def test_the_scale_is_drawn_from_the_range_and_told_to_student_and_target(told, monkeypatch):
-    objective = ConsistencyDistillation(told, ConsistencyDistillationConfig(guidance_range=(3.0, 5.0)))
+    objective = ConsistencyDistillation(
+        told, ConsistencyDistillationConfig(guidance_scale=4.0, guidance_range=(3.0, 5.0))
+    )
     batch = objective.prepare(TURN, told_batch(told), 0)
     assert bool(((batch["scale"] >= 3) & (batch["scale"] <= 5)).all()) and len(batch["scale"].unique()) == 3
     seen = []
@@ -328,5 +330,7 @@ def test_what_does_not_fit_is_refused(told, request):
         ConsistencyDistillation(tiny_model(VP), ConsistencyDistillationConfig(guidance_input=False))
     with pytest.raises(ValueError, match="a range of guidance goes from"):
         ConsistencyDistillationConfig(guidance_range=(5.0, 2.0))
+    with pytest.raises(ValueError, match=r"guidance_scale is 8\.5, .* choose one of guidance_range, 2\.0 to 5\.0"):
+        ConsistencyDistillationConfig(guidance_range=(2.0, 5.0))
     with pytest.raises(ValueError, match="no 4 steps"):
         ConsistencyDistillation(tiny_model(VP), ConsistencyDistillationConfig(**PLAIN, grid_steps=3))

@@ -76,6 +76,10 @@ def test_captioned_pictures_come_without_prompts_and_images():
         ({"train_data_dir": "a", "prompts": "p.txt"}, "own captions: set data.prompts to null"),
         ({"train_data_dir": "a", "images": "ink"}, "cannot be joined with images of 'ink'"),
         ({"images": "some/folder"}, "a folder of pictures is data.train_data_dir"),
+        ({"prompts": "p.txt", "random_flip": True}, "random_flip is of captioned pictures, and none are read"),
+        ({"caption_column": None}, "caption_column is of captioned pictures"),
+        ({"train_data_dir": "a", "images": "teacher", "resolution": 8}, "resolution is of captioned pictures"),
+        ({"train_data_dir": "a", "shuffle_buffer_size": 8}, "shuffle_buffer_size is of a stream"),
         ({"streaming": True}, "streaming is for dataset_name and train_data_dir"),
         ({"streaming": True, "dataset_name": "b", "images": "teacher"}, "a stream has no end"),
         ({"streaming": True, "dataset_name": "b", "cache_dir": "c"}, "a stream has no end: leave out one"),
@@ -88,7 +92,7 @@ def test_data_that_do_not_fit_each_other_are_refused(options, message):
 
 def test_where_results_are_kept_and_what_would_end_a_run_do_not_make_another_run():
     plain, cached = DataConfig(), DataConfig(cache_dir="somewhere", cache_shard_bytes=1, truncate_prompts=True)
-    assert plain.lasting() == cached.lasting() != DataConfig(random_flip=True).lasting()
+    assert plain.lasting() == cached.lasting() != DataConfig(seed=1).lasting()
 
 
 def test_a_folder_of_pictures_is_a_source(tiny_sd, tmp_path):
@@ -108,7 +112,7 @@ def test_a_folder_of_pictures_is_a_source(tiny_sd, tmp_path):
 
 def test_captions_of_a_folder_may_serve_the_teacher(tiny_sd, tmp_path):
     model = open_model(tiny_sd)
-    data = DataConfig(train_data_dir=image_folder(tmp_path, 2), images="teacher", teacher_steps=1, random_flip=True)
+    data = DataConfig(train_data_dir=image_folder(tmp_path, 2), images="teacher", teacher_steps=1)
     source = make_source(model, data, 1.0, progress=False)
     assert source.prompts == [caption(0), caption(1)] and source.tensors["images"].shape == (2, *model.latent_shape)
 

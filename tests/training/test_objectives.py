@@ -132,12 +132,13 @@ def test_every_objective_has_a_row():
 TAUGHT_BY_DATA = ("consistency_training", "consistency_training-tuning", "denoising", "denoising-lora", "disback")
 
 # Why an objective may refuse a family: its network has no input for one more number, no cross-attention, masked text,
-# attention that is told nothing else, no text.
+# attention that is told nothing else, two texts, none.
 REASONS = (
     "cannot be told",
     "has no cross-attention",
     "masks the padding of its text",
     "tells its attention nothing but the text",
+    "reads two texts",
     "has no null condition to guide by",
 )
 
@@ -291,7 +292,7 @@ class TestObjective:
             floor = 1e-9 + 1e-8 * max(float(a.abs().max()) for a in expected)
             for a, b in zip(expected, found, strict=True):
                 # Near pure noise an eps-network's x0 multiplies rounding by fifteen.
-                torch.testing.assert_close(a, b, rtol=2e-3, atol=1e-3 * float(a.abs().max()) + floor)
+                torch.testing.assert_close(a, b, rtol=2e-3, atol=3e-3 * float(a.abs().max()) + floor)
 
     @pytest.mark.slow
     def test_gradient_checkpointing_changes_nothing(self, model, case, tmp_path):
@@ -327,8 +328,9 @@ class TestObjective:
         moved = False
         for turn in trainers[0].objective.turns(0):
             plain, same, led = (gradients(trainer, turn) for trainer in trainers)
+            floor = 1e-10 + 1e-8 * max(float(a.abs().max()) for a in plain)
             for a, b in zip(plain, same, strict=True):  # gradients of features are added in another order
-                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(a.abs().max()) + 1e-10)
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(a.abs().max()) + floor)
             moved |= any(not torch.equal(a, b) for a, b in zip(plain, led, strict=True))
         assert moved == (case not in TAUGHT_BY_DATA)
 

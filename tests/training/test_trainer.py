@@ -2,7 +2,9 @@
 
 import copy
 import json
+import math
 import os
+import shutil
 import signal
 
 import pytest
@@ -239,6 +241,27 @@ def test_the_log_is_json_lines(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert {"critic/loss", "student/loss"} <= lines[0].keys()
+
+
+def test_a_resumed_runs_log_is_that_of_an_uninterrupted_one(tmp_path):
+    options = {"logging_steps": 1, "checkpointing_steps": 2, "lr_scheduler": "constant"}
+    train(tmp_path / "whole", **options)
+    train(tmp_path / "resumed", **options, max_train_steps=5)
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-5")
+    log = tmp_path / "resumed" / "log.jsonl"
+    log.write_text(log.read_text() + '{"step": 6, "cri')  # killed while it wrote
+    train(tmp_path / "resumed", **options)
+    assert log.read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
+
+
+def test_a_report_that_is_not_finite_stops_the_run_and_is_not_logged(tmp_path):
+    class Odd(Duel):
+        def loss(self, turn, batch, step):
+            return Loss(super().loss(turn, batch, step).total, {"ratio": torch.tensor(1.0 if step < 2 else math.inf)})
+
+    with pytest.raises(Diverged, match=r"not finite at step 3: .*'ratio': inf"):
+        train(tmp_path, Odd(), logging_steps=1)
+    assert [json.loads(line)["ratio"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1.0, 1.0]
 
 
 def test_what_several_turns_log_under_one_name_is_averaged(tmp_path):

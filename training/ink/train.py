@@ -119,7 +119,7 @@ def _train_teacher(config: InkConfig, autoencoder: AutoencoderKL, progress: bool
     source = CaptionedLatents(factor * latents, glyphs, untrained.encode_prompts)
     identity = fingerprint(weights_hash(autoencoder.state_dict()), config.teacher.pictures)
     _run(objective, source, config, "teacher", progress, identity)
-    provenance = {**objective.describe(), "config": dump_config(config)}
+    provenance = {**objective.describe(), "config": dump_config(config, public=True)}
     save_teacher(_network(objective), autoencoder, tokenizer, config.output_dir / "teacher", provenance)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.func import functional_call
 
@@ -50,6 +50,16 @@ class ConsistencyDistillationConfig(ObjectiveConfig):
     huber_c: float = Field(default=1e-3, gt=0)
     sampling_steps: int = Field(default=4, ge=1)
     student: PlayerConfig = PlayerConfig(learning_rate=1e-6)
+
+    @model_validator(mode="after")
+    def _samples_what_it_is_told(self) -> Self:
+        low, high = self.guidance_range or (self.guidance_scale,) * 2
+        if self.guidance_input and not low <= self.guidance_scale <= high:
+            raise ValueError(
+                f"guidance_scale is {self.guidance_scale}, which the student would be sampled with and is never told: "
+                f"choose one of guidance_range, {low} to {high}."
+            )
+        return self
 
     def passes(self, step: int = 0) -> float:
         # The teacher's step, the student forward and backward, the target.
