@@ -110,6 +110,7 @@ REASONS = (
     "has no CLIP text encoder",
     "is shown no pictures",
     "has no null condition",
+    "text belongs to one concept",
 )
 
 # What is tested to be refused even where not all families are.

@@ -46,7 +46,10 @@ CASES = {
     "consistency_distillation": ("consistency_distillation", BAKED),
     "consistency_distillation-lora": ("consistency_distillation", {**BAKED, "student": LORA}),
     "consistency_distillation-self": ("consistency_distillation", {**BAKED, "target_decay": None, "loss": "l2"}),
-    "consistency_distillation-told": ("consistency_distillation", SOFT),
+    "consistency_distillation-told": (
+        "consistency_distillation",
+        {**SOFT, "guidance_range": (1.0, 4.0), "guidance_scale": 2.0},
+    ),
     "target_driven": ("target_driven", {"student": LORA, "empty_prompts": 0.5, **SOFT}),
     "target_driven-full": ("target_driven", {"student": {"kind": "full"}, "target_steps": (1, 3), **SOFT}),
     "em_distillation": ("em_distillation", {"langevin_steps": 2, "step_z": 0.01}),
