@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from sublimate.pipelines.model import Model
 
 NAME = "discriminator_guidance"
 # The paper's clip of the discriminator's probability to [1e-5, 1 - 1e-5], as a bound of the logit.
+_ROUNDING = 1e-3  # of a level that is the noisiest
 _LOGIT_BOUND = math.log((1 - 1e-5) / 1e-5)
 
 
@@ -39,6 +41,7 @@ class DiscriminatorGuidance:
         discriminator: trained on data and the model's samples.
         predictor_weight, corrector_weight: w at the start and at the end of a step; 0 costs nothing.
         log_snr_max: cleaner levels are not corrected; 6.2 is the paper's tau = 0.01 of the linear schedule.
+        log_snr_min: noisier levels are not corrected, which an export knows nothing of; nor is pure noise.
         boosting: help samples that the discriminator calls fake (appendix): every second step their predictor weight
             doubles, every fifth step they get fresh noise first.
         churn: the paper's S_churn of that noise: the noise level rises by the fraction min(churn/steps, sqrt(2) - 1).
@@ -53,13 +56,14 @@ class DiscriminatorGuidance:
         predictor_weight: float = 1.0,
         corrector_weight: float = 0.0,
         log_snr_max: float = 6.2,
+        log_snr_min: float = -math.inf,
         boosting: bool = False,
         churn: float = 4.0,
         guidance_scale: float = 1.0,
     ) -> None:
         self.denoiser, self.discriminator = denoiser, discriminator
         self.predictor_weight, self.corrector_weight = predictor_weight, corrector_weight
-        self.log_snr_max, self.boosting, self.churn = log_snr_max, boosting, churn
+        self.log_snr_max, self.log_snr_min, self.boosting, self.churn = log_snr_max, log_snr_min, boosting, churn
         self.guidance_scale = guidance_scale
 
     @classmethod
@@ -107,7 +111,9 @@ class DiscriminatorGuidance:
             doubled: double the weight of samples that the discriminator calls fake.
         """
         c = prediction.coefficients
-        used = (2 * (c.alpha.log() - c.sigma.log()) <= self.log_snr_max).expand(len(prediction.x_t))
+        log_snr = 2 * (c.alpha.log() - c.sigma.log())
+        known = (log_snr <= self.log_snr_max) & (log_snr >= self.log_snr_min - _ROUNDING) & log_snr.isfinite()
+        used = known.expand(len(prediction.x_t))
         if weight == 0 or not bool(used.any()):
             return prediction, None
         ratio, gradient = self.correction(prediction.x_t, t, condition)
@@ -116,7 +122,9 @@ class DiscriminatorGuidance:
             weights = torch.where(ratio < 0, 2 * weights, weights)
         # The score is -eps / sigma.
         shift = scaled(-c.sigma, per_sample(weights, gradient) * gradient)
-        return prediction.shifted(shift.to(prediction.x_t.dtype)), ratio
+        shifted = prediction.shifted(shift.to(prediction.x_t.dtype)).output
+        output = torch.where(per_sample(used, shifted), shifted, prediction.output)
+        return replace(prediction, output=output), ratio
 
     def sample(
         self,

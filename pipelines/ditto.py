@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from tqdm.auto import tqdm
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.pipelines.controls import Control
-from sublimate.pipelines.generate import generate_latents
+from sublimate.pipelines.generate import choose_sampling, generate_latents
 from sublimate.pipelines.gradient_checkpointing import enable_gradient_checkpointing
 from sublimate.pipelines.model import Model
 from sublimate.pipelines.sampling import initial_noise
@@ -90,7 +91,11 @@ def ditto(
         raise ValueError(
             f"Steering needs 0 or more iterations and a positive step, not {iterations}, {learning_rate}."
         )
+    if isinstance(prompts, str):
+        raise TypeError(f"Give a list of prompts: [{prompts!r}].")
     texts = [""] * prompts if isinstance(prompts, int) else list(prompts)
+    how: dict[str, Any] = {"steps": steps, "sampler": sampler, "eta": eta, "guidance_scale": guidance_scale}
+    choose_sampling(decoder, **how, height=height, width=width)  # refused now rather than after all updates
     noise = initial_noise(shape, seed, range(len(texts)))
     scale = guidance_scale if decoder is model else None
     saving = _checkpointed(model) if gradient_checkpointing else nullcontext()
@@ -108,10 +113,7 @@ def ditto(
         decoder,
         prompts,
         z=z,
-        steps=steps,
-        sampler=sampler,
-        eta=eta,
-        guidance_scale=guidance_scale,
+        **how,
         seed=seed,
         batch_size=batch_size,
         height=height,

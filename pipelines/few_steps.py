@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -63,6 +64,8 @@ class FewSteps:
             raise ValueError(f"eta is a fraction from 0 to 1, not {self.eta}.")
         if self.times is not None and len(self.times) != self.steps:
             raise ValueError(f"{self.steps} steps need {self.steps} times, not {len(self.times)}.")
+        if self.times is not None and any(s >= t for t, s in itertools.pairwise(self.times)):
+            raise ValueError(f"The times of a sampler's calls descend, unlike {list(self.times)}.")
         if self.grid_steps is not None and self.grid_steps < self.steps:
             raise ValueError(f"A grid of {self.grid_steps} times has no {self.steps} steps.")
         if self.clipped_calls < 0 or self.clip_limit < 1:

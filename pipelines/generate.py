@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -141,11 +141,94 @@ def generate_latents(
         raise ValueError(f"There is nothing to draw: {len(texts)} prompts in batches of {batch_size}.")
     if z is not None and len(z) != len(texts):
         raise ValueError(f"{len(texts)} samples need as many initial noises, not {len(z)}.")
+    chosen = choose_sampling(
+        model,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt,
+        negative_strength=negative_strength,
+        sampler=sampler,
+        eta=eta,
+        clipped_calls=clipped_calls,
+        start=start,
+        discriminator=discriminator,
+        height=height,
+        width=width,
+    )
+    if z is not None and tuple(z.shape[1:]) != chosen.shape:
+        raise ValueError(f"Initial noise of {tuple(z.shape[1:])} does not fit latents of {chosen.shape}.")
     sizes = model.backbone.sizes(model.pipeline, height, width).expand(len(texts))
     shown = sizes if shown is None else sizes.replace(**shown.expand(len(texts)))
+
+    def told(rows: slice) -> Condition:
+        condition = model.encode_prompts(texts[rows])
+        return condition.replace(**shown.index(rows), **chosen.negative.expand(len(texts[rows])))
+
+    with nullcontext() if negative_strength is None else negative_attention(model.denoiser.network):
+        drawn = sample(
+            model,
+            told,
+            chosen.run,
+            len(texts),
+            null=chosen.null,
+            scale=chosen.scale,
+            reads_target=chosen.reads_target,
+            seed=seed,
+            first=first,
+            z=z,
+            shape=chosen.shape,
+            batch_size=batch_size,
+            calls=chosen.calls,
+            progress=progress,
+        )
+    return finite(model, drawn, "latents")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a model is sampled, once defaults are filled in.
+
+    Attributes:
+        run: the sampler's walk over one batch.
+        shape: of one sample's latents.
+        null, scale: guidance: away from `null` by `scale`.
+        negative: what the network is told besides.
+        reads_target: whether the network is told where a jump ends.
+        calls: network calls per sample.
+    """
+
+    run: Run
+    shape: tuple[int, int, int]
+    null: Condition
+    scale: float
+    negative: Condition
+    reads_target: bool
+    calls: int
+
+
+@torch.no_grad()
+def choose_sampling(
+    model: Model,
+    *,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    negative_prompt: str | None = None,
+    negative_strength: float | None = None,
+    sampler: str | None = None,
+    eta: float | None = None,
+    clipped_calls: int | None = None,
+    start: float | None = None,
+    discriminator: DiscriminatorGuidance | None = None,
+    height: int | None = None,
+    width: int | None = None,
+) -> Sampling:
+    """What `generate` does with these options, whose checkpoint's defaults are filled in.
+
+    Raises:
+        ValueError: for options that do not fit each other or the model.
+    """
     few = _few_steps(model, sampler, steps, start, eta=eta, clipped_calls=clipped_calls)
-    network = model.denoiser.network
-    adapter = attached_speedupnet(network)
+    adapter = attached_speedupnet(model.denoiser.network)
     defaults = {"guidance_scale": model.guidance_scale, **model.defaults, **(adapter or {})}
     if steps is None:
         steps = few.steps if few else 1 if sampler == "one_step" else int(defaults.get("steps", STEPS))
@@ -161,6 +244,8 @@ def generate_latents(
     shape = model.backbone.latent_shape(model.pipeline, height, width)
     schedule = model.schedule_at(shape)
     run = _few_step_run(schedule, few) if few else _walk(model, schedule, name, steps, start)
+    if discriminator is not None:
+        run = _corrected(discriminator, schedule.grid(steps, model.backbone.grid_spacing), name)
     reads_target = few is not None and few.sampler == "trajectory"
     reads_guidance = not reads_target and model.denoiser.reads_guidance
     if negative_strength is not None:
@@ -169,33 +254,8 @@ def generate_latents(
         null, negative, scale = Condition(), told_guidance(model, scale, negative_prompt), 1.0
     else:
         null, negative = _null(model, scale, negative_prompt, reads_guidance), Condition()
-    if z is not None and tuple(z.shape[1:]) != shape:
-        raise ValueError(f"Initial noise of {tuple(z.shape[1:])} does not fit latents of {shape}.")
-    if discriminator is not None:
-        run = _corrected(discriminator, schedule.grid(steps, model.backbone.grid_spacing), name)
-
-    def told(rows: slice) -> Condition:
-        condition = model.encode_prompts(texts[rows])
-        return condition.replace(**shown.index(rows), **negative.expand(len(texts[rows])))
-
-    with nullcontext() if negative_strength is None else negative_attention(network):
-        drawn = sample(
-            model,
-            told,
-            run,
-            len(texts),
-            null=null,
-            scale=scale,
-            reads_target=reads_target,
-            seed=seed,
-            first=first,
-            z=z,
-            shape=shape,
-            batch_size=batch_size,
-            calls=2 * steps - 1 if name == "heun" and few is None else steps,
-            progress=progress,
-        )
-    return finite(model, drawn, "latents")
+    calls = 2 * steps - 1 if name == "heun" and few is None else steps
+    return Sampling(run, shape, null, scale, negative, reads_target, calls)
 
 
 def _few_steps(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import torch
 from pydantic import AfterValidator
+from torch import Tensor
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.denoisers import Denoiser
+from sublimate.training.objective import Batch
 
 
 class Trainee(Protocol):
@@ -57,6 +60,33 @@ def scales_from(least: float) -> AfterValidator:
         return scales
 
     return AfterValidator(checked)
+
+
+class Scales(NamedTuple):
+    """The guidance scales that options ask for: drawn uniformly from low to high for each sample, 1 being none."""
+
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, scales: tuple[float, float] | None, scale: float = 1.0) -> Scales:
+        """A range, or where there is none a single scale."""
+        return cls(*(scales or (scale, scale)))
+
+    @property
+    def guided(self) -> bool:
+        """Whether any differs from none."""
+        return self != (1, 1)
+
+    def drawn(self, batch: Batch, device: torch.device) -> Batch:
+        """The batch with a scale for each sample, where there is more than one."""
+        if self.low == self.high:
+            return batch
+        return batch.adding(scale=self.low + (self.high - self.low) * batch.random.uniform(device))
+
+    def in_batch(self, batch: Batch) -> float | Tensor:
+        """What `drawn` drew, (batch,), or the one scale."""
+        return self.low if self.low == self.high else batch["scale"]
 
 
 def check_guidance(null: Condition, *scales: float, option: str = "guidance_scale") -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from sublimate.diffusion import samplers
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.mixtures import GaussianMixture, MixtureDenoiser
-from sublimate.diffusion.schedules import EDM, TrigFlow
+from sublimate.diffusion.schedules import EDM, RectifiedFlow, TrigFlow
 from sublimate.pipelines.discriminator_guidance import DiscriminatorGuidance
 
 NOTHING = Condition()
@@ -66,16 +66,27 @@ def plain(denoiser):
     return lambda x, t: denoiser(x, t)
 
 
-@pytest.mark.parametrize("schedule", [EDM(0.02, 20.0), TrigFlow(1.0)], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("schedule", [EDM(0.02, 20.0), TrigFlow(1.0), RectifiedFlow()], ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize("sampler", ["heun", "ddim"])
 def test_the_exact_ratio_turns_the_models_score_into_the_datas(schedule, sampler):
     guided = guidance(schedule)
-    # TrigFlow's first time has no signal and so nothing to correct.
-    grid = schedule.grid(12) if schedule.t_max > 2 else schedule.grid(12)[1:]
+    # Flows begin at pure noise, of which no ratio says what to correct.
+    grid = schedule.grid(12) if isinstance(schedule, EDM) else schedule.grid(12)[1:]
     found = guided.sample(plain(guided.denoiser), noise(), NOTHING, grid, no_noise, sampler=sampler)
     walk = {"heun": samplers.heun, "ddim": samplers.ddim}[sampler]
     exact = MixtureDenoiser(DATA, schedule)
     expected = walk(plain(exact), schedule.start_scale(float(grid[0])) * noise(), schedule, grid)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("noisiest", "uncorrected"), [(-math.inf, 1), (-4.0, 2)])
+def test_pure_noise_and_levels_beyond_those_it_knows_are_not_corrected(noisiest, uncorrected):
+    schedule = RectifiedFlow()
+    guided, grid = guidance(schedule, log_snr_min=noisiest), schedule.grid(12)
+    assert -5 < float(schedule.log_snr(grid[1])) < -4 < float(schedule.log_snr(grid[2]))
+    found = guided.sample(plain(guided.denoiser), noise(), NOTHING, grid, no_noise, sampler="ddim")
+    x = samplers.ddim(plain(guided.denoiser), noise(), schedule, grid[: uncorrected + 1])
+    expected = samplers.ddim(plain(MixtureDenoiser(DATA, schedule)), x, schedule, grid[uncorrected:])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -155,6 +155,19 @@ def test_misuse_is_named(tiny_sd, tiny_unconditional):
     model = open_model(tiny_sd)
     with pytest.raises(ValueError, match="must share one latent space"):
         ditto(model, ["a dog"], lambda m: m, decoder=open_model(tiny_unconditional))
+
+    def control(media):
+        raise AssertionError("no update is made before the decoder's options are known to do")
+
+    for options, message in (
+        ({"sampler": "nope"}, "no sampler 'nope'"),
+        ({"steps": 0}, "at least 1 step"),
+        ({"guidance_scale": -1}, "cannot be -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ditto(model, ["a dog"], control, **options)
+    with pytest.raises(TypeError, match="Give a list of prompts"):
+        ditto(model, "a dog", control)
     with pytest.raises(ValueError, match="positive step, not 3, 0"):
         ditto(model, ["a dog"], lambda m: m, iterations=3, learning_rate=0)
     with pytest.raises(ValueError, match="2 samples need as many initial noises, not 1"):

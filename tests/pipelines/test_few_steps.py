@@ -176,6 +176,7 @@ def test_a_record_round_trips():
         ({"steps": 0}, "at least 1 step, not 0"),
         ({"eta": 1.5}, r"fraction from 0 to 1, not 1\.5"),
         ({"times": (999.0,)}, "4 steps need 4 times, not 1"),
+        ({"steps": 2, "times": (251.0, 999.0)}, r"calls descend, unlike \[251\.0, 999\.0\]"),
         ({"grid_steps": 3}, "grid of 3 times has no 4 steps"),
         ({"clip_limit": 0.5}, "limit of at least 1"),
     ],

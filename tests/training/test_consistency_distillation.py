@@ -332,5 +332,8 @@ def test_what_does_not_fit_is_refused(told, request):
         ConsistencyDistillationConfig(guidance_range=(5.0, 2.0))
     with pytest.raises(ValueError, match=r"guidance_scale is 8\.5, .* choose one of guidance_range, 2\.0 to 5\.0"):
         ConsistencyDistillationConfig(guidance_range=(2.0, 5.0))
+    with pytest.raises(ValueError, match="guidance_scale is not used where guidance_range is given"):
+        ConsistencyDistillationConfig(guidance_input=False, guidance_scale=2.0)
+    assert ConsistencyDistillationConfig(guidance_input=False, guidance_range=(2.0, 4.0)).sample_guidance == 3.0
     with pytest.raises(ValueError, match="no 4 steps"):
         ConsistencyDistillation(tiny_model(VP), ConsistencyDistillationConfig(**PLAIN, grid_steps=3))

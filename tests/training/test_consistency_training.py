@@ -303,6 +303,10 @@ def test_the_student_starts_at_the_noisiest_level_it_was_trained_at():
     assert start(RectifiedFlow())[0] == pytest.approx(80 / 81)
     few = start(VP, sampling_steps=4)[1]
     assert few.call_times(VP) == (999.0, 749.0, 499.0, 249.0)
+    # Where that is below the grid's second time, the others are of a finer grid.
+    few = start(VP, sampling_steps=4, noise_range=(0.002, 2.5))[1]
+    first, *rest = few.call_times(VP)
+    assert first < 749 and rest == [599.0, 399.0, 199.0]
     few = start(RectifiedFlow(), sampling_steps=2)[1]
     assert few.call_times(RectifiedFlow()) == pytest.approx((80 / 81, 0.5))
 

@@ -10,6 +10,7 @@ from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.denoisers import Denoiser
 from sublimate.diffusion.predictions import Parametrization
 from sublimate.diffusion.schedules import TrigFlow
+from sublimate.pipelines.edit_attachment import strip
 from sublimate.training.data import Batch
 from sublimate.training.distill import DistillConfig, distill
 from sublimate.training.objective import Turn
@@ -31,9 +32,11 @@ class Nothing:
         return Batch(Condition(), random)
 
 
-def make(cls=DisBack, config=DisBackConfig, **options):
+def make(cls=DisBack, config=DisBackConfig, attached=None, **options):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(2, 8), nn.SiLU(), nn.Linear(8, 2))
+    if attached is not None:
+        network[0].register_forward_hook(attached)
     schedule, parametrization = TrigFlow(sigma_data=1.0), Parametrization("v_prediction")
     denoiser = Denoiser(network, lambda n, x, t, c, f: (n(x), {}), schedule, parametrization)
     model = SimpleNamespace(
@@ -103,6 +106,21 @@ def test_each_target_is_its_own_node(tmp_path):
         held = objective._target(node).state_dict()
         assert all(torch.equal(held[k], v) for k, v in objective.path[node - 1].items())
     assert objective._target(0) is objective.teacher
+
+
+def test_what_is_attached_to_the_teacher_and_taken_out_of_the_critic_is_in_no_node(tmp_path):
+    def shift(module, inputs, output):
+        return output + 1
+
+    shift.attachment_kind = "shifted"
+    objective = make(attached=shift, degradation_steps=1, record_every=1)
+    for player in objective.players().values():
+        strip(player.module)  # as a distillation does
+    train(objective, tmp_path, 1)
+    x = torch.randn(4, 2)
+    with torch.no_grad():
+        node, critic = objective._target(1)(x, 1.0).x0, objective.critic(x, 1.0).x0
+        assert torch.equal(node, critic) and not torch.equal(objective.teacher(x, 1.0).x0, critic)
 
 
 def test_a_recorded_node_is_the_target(tmp_path):

@@ -1,5 +1,6 @@
 """Flash Diffusion: its mixture of times and phases, its target, and its terms written out."""
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.mixtures import GaussianMixture, MixtureDenoiser
 from sublimate.diffusion.predictions import add_noise
 from sublimate.diffusion.schedules import DiscreteVP, TrigFlow
+from sublimate.pipelines.model import open_model
 from sublimate.training.objective import Batch, Turn
 from sublimate.training.objectives.flash import Flash, FlashConfig
 from sublimate.training.players import Player, PlayerConfig
@@ -60,7 +62,8 @@ def test_places_are_drawn_from_the_mixture_and_repeat():
     assert drawn == [config.place(step) for step in range(400)]
     counts = torch.bincount(torch.tensor(drawn), minlength=32) / 400
     assert (counts - config.start_probabilities(0)).abs().max() < 0.07
-    assert {config.model_copy(update={"seed": 1}).place(step) for step in range(20)} != set(drawn[:1])
+    other = config.model_copy(update={"seed": 1})
+    assert [other.place(step) for step in range(20)] != drawn[:20]
 
 
 def test_weights_follow_the_phases():
@@ -197,10 +200,32 @@ def test_an_extractor_sees_the_centre():
     assert torch.equal(seen[0], latents[:, :, 1:5])
 
 
-def test_guidance_is_drawn_per_sample_and_refused_where_there_is_no_text():
+@pytest.mark.slow
+def test_the_target_is_guided_by_each_samples_own_scale(tiny_sd):
+    model = open_model(tiny_sd)
+    config = FlashConfig(
+        guidance_range=(3.0, 13.0), teacher_steps=2, mode_weights=((1.0,),), adversarial_weights=(0.0,)
+    )
+    objective = Flash(model, config)
+    random = SampleRandom(1, 0, "student", range(6))
+    images = random.normal(model.latent_shape)
+    condition = model.encode_prompts(["red cat", "a dog"] * 3)
+    with torch.no_grad():
+        batch = objective.prepare(STUDENT, Batch(condition, random, {"images": images}), 0)
+        scale, x = batch["scale"], batch["x_t"]
+        assert len(scale.unique()) == 6 and 3 <= float(scale.min()) < 6 and 10 < float(scale.max()) <= 13
+        null = model.null_condition().expand(6)
+        for t, s in itertools.pairwise(objective.grid[config.place(0) :].tolist()):
+            own, other = (model.denoiser(x, t, c) for c in (condition, null))
+            c, w = objective.schedule.at(s), scale.view(-1, 1, 1, 1)
+            x0, eps = (b + w * (a - b) for a, b in ((own.x0, other.x0), (own.eps, other.eps)))
+            x = (c.alpha * x0 + c.sigma * eps).float()
+    torch.testing.assert_close(batch["target"], x, rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_is_none_for_a_range_of_ones_and_refused_where_there_is_no_text():
     with pytest.raises(ValueError, match="no null condition"):
         make(guidance_range=(3.0, 13.0))
-    scale = prepared(make())["scale"]
-    assert torch.equal(scale, torch.ones(16).double())
+    assert "scale" not in prepared(make()).tensors
     with pytest.raises(ValueError, match="not all 0"):
         FlashConfig(mode_weights=((0.0, 0.0),))

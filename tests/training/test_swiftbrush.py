@@ -4,11 +4,12 @@ import pytest
 import torch
 from oracles import STUDENT, tiny_model
 
+from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.guidance import guided
 from sublimate.pipelines.model import open_model
 from sublimate.pipelines.negative_attention import NEGATIVE, takes_negatives
 from sublimate.training.data import ModelSource
-from sublimate.training.objective import Turn
+from sublimate.training.objective import Batch, Turn
 from sublimate.training.objectives.f_distill import FDistill, FDistillConfig
 from sublimate.training.objectives.swiftbrush import SwiftBrush, SwiftBrushConfig
 from sublimate.training.randomness import SampleRandom
@@ -40,6 +41,16 @@ def gradient(objective, batch):
     return torch.autograd.grad(
         objective.loss(STUDENT, batch, 0).total, list(objective.players()["student"].trainable().values())
     )
+
+
+def test_a_range_of_ones_is_no_guidance_and_costs_none():
+    assert SwiftBrushConfig(guidance_range=(1.0, 1.0)).teacher_passes == 1
+    torch.manual_seed(0)
+    objective = SwiftBrush(tiny_model(), SwiftBrushConfig(guidance_range=(1.0, 1.0), critic={"kind": "full"}))
+    batch = Batch(Condition(), SampleRandom(2, 0, "student", range(6)))
+    with torch.no_grad():
+        batch = objective.prepare(STUDENT, batch, 0)
+    assert "scale" not in batch.tensors and bool(objective.loss(STUDENT, batch, 0).total.isfinite())
 
 
 @pytest.mark.slow

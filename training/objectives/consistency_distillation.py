@@ -18,7 +18,7 @@ from sublimate.training.ema import Average
 from sublimate.training.losses import pseudo_huber_loss, squared_loss
 from sublimate.training.objective import Artefact, Batch, Loss, ObjectiveConfig, SoloObjective, Turn
 from sublimate.training.players import PlayerConfig, make_player
-from sublimate.training.teacher import Teacher, check_guidance, images_and, scales_from
+from sublimate.training.teacher import Scales, Teacher, check_guidance, images_and, scales_from
 
 
 class ConsistencyDistillationConfig(ObjectiveConfig):
@@ -52,18 +52,31 @@ class ConsistencyDistillationConfig(ObjectiveConfig):
     student: PlayerConfig = PlayerConfig(learning_rate=1e-6)
 
     @model_validator(mode="after")
-    def _samples_what_it_is_told(self) -> Self:
-        low, high = self.guidance_range or (self.guidance_scale,) * 2
+    def _reads_its_scale(self) -> Self:
+        usual, (low, high) = type(self).model_fields["guidance_scale"].default, self.scales
         if self.guidance_input and not low <= self.guidance_scale <= high:
             raise ValueError(
                 f"guidance_scale is {self.guidance_scale}, which the student would be sampled with and is never told: "
                 f"choose one of guidance_range, {low} to {high}."
             )
+        if not self.guidance_input and self.guidance_range is not None and self.guidance_scale != usual:
+            raise ValueError(
+                "guidance_scale is not used where guidance_range is given: set that to null, or leave it."
+            )
         return self
+
+    @property
+    def scales(self) -> Scales:
+        """The teacher's guidance."""
+        return Scales.of(self.guidance_range, self.guidance_scale)
+
+    @property
+    def sample_guidance(self) -> float:
+        return self.guidance_scale if self.guidance_input else sum(self.scales) / 2
 
     def passes(self, step: int = 0) -> float:
         # The teacher's step, the student forward and backward, the target.
-        return self.guided_passes(self.guidance_range is not None or self.guidance_scale != 1) + 3 + 1
+        return self.guided_passes(self.scales.guided) + 3 + 1
 
 
 class ConsistencyDistillation(SoloObjective):
@@ -96,10 +109,8 @@ class ConsistencyDistillation(SoloObjective):
         super().__init__(model, config, "student", make_player(network, config.student, ema=True))
         self.solver = GuidedSolver(model, config.grid_steps)
         self.schedule, self.shape = self.solver.schedule, tuple(model.latent_shape)
-        if config.guidance_range is None:
-            check_guidance(self.solver.null, config.guidance_scale)
-        else:
-            check_guidance(self.solver.null, *config.guidance_range, option="guidance_range")
+        option = "guidance_scale" if config.guidance_range is None else "guidance_range"
+        check_guidance(self.solver.null, *config.scales, option=option)
         self.few_steps = FewSteps(
             "consistency",
             steps=config.sampling_steps,
@@ -120,17 +131,14 @@ class ConsistencyDistillation(SoloObjective):
         device = batch["images"].device
         t, s = self.solver.neighbours(batch.random.integers(self.config.grid_steps, device))
         batch = batch.adding(t=t, s=s, eps=batch.random.normal(self.shape, device))
-        if self.config.guidance_range is None:
-            return batch
-        low, high = self.config.guidance_range
-        return batch.adding(scale=low + (high - low) * batch.random.uniform(device))
+        return self.config.scales.drawn(batch, device)
 
     def loss(self, turn: Turn, batch: Batch, step: int) -> Loss:
         t, s = batch["t"], batch["s"]
         condition = self._told(batch)
         x_t = add_noise(self.schedule, batch["images"], batch["eps"], t)
         with torch.no_grad():
-            x_s = self.solver.step(x_t, t, s, batch.condition, self._scale(batch))
+            x_s = self.solver.step(x_t, t, s, batch.condition, self.config.scales.in_batch(batch))
             target = self._to_data(self.target, x_s, s, condition)
         x0 = self._to_data(self.player.module, x_t, t, condition)
         if self.config.loss == "l2":
@@ -148,14 +156,11 @@ class ConsistencyDistillation(SoloObjective):
         """f(x, t)."""
         return jump(network, self.schedule, x, t, torch.full_like(t, self.schedule.t_clean), condition)
 
-    def _scale(self, batch: Batch) -> float | Tensor:
-        return self.config.guidance_scale if self.config.guidance_range is None else batch["scale"]
-
     def _told(self, batch: Batch) -> Condition:
         """What student and target are told."""
         if not self.config.guidance_input:
             return batch.condition
-        scale = torch.as_tensor(self._scale(batch), dtype=torch.float32, device=batch["t"].device)
+        scale = torch.as_tensor(self.config.scales.in_batch(batch), dtype=torch.float32, device=batch["t"].device)
         return batch.condition.replace(guidance=scale.expand(len(batch)))
 
     @property

@@ -150,11 +150,22 @@ class ConsistencyTraining(SoloObjective):
         t = schedule.t_at_log_snr(-2 * noise.clamp_min(self.low).log()).clamp(schedule.t_min, schedule.t_max)
         return torch.where(noise > 0, t, schedule.t_clean)
 
+    def _below(self, count: int) -> list[float]:
+        """The sampler's times after the first: of the coarsest grid that has so many below it."""
+        for steps in range(count + 1, 1000):
+            times = [t for t in self.schedule.grid(steps).tolist()[1:-1] if t < self.start]
+            if len(times) >= count:
+                return times[:count]
+        raise ValueError(
+            f"noise_range ends at {self.high:g}, below which no grid has {count} times: sample in fewer steps, or "
+            "train on more noise."
+        )
+
     def exports(self) -> Artefact:
         if (steps := self.config.sampling_steps) == 1:
             return Artefact(self.config.student.artefact, self.student, self.start)
         whole = self.start == self.schedule.t_max
-        times = None if whole else (self.start, *self.schedule.grid(steps)[1:-1].tolist())
+        times = None if whole else (self.start, *self._below(steps - 1))
         few = FewSteps("consistency", steps=steps, times=times)
         return Artefact(self.config.student.artefact, self.student, self.start, few)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sublimate.diffusion.denoisers import Denoiser
 from sublimate.diffusion.guidance import guided
+from sublimate.pipelines.edit_attachment import attached_kinds, strip
 from sublimate.pipelines.placement import placed
 from sublimate.training.checkpoints import load_exactly
 from sublimate.training.losses import pseudo_target_loss, score_difference
@@ -118,6 +119,8 @@ class DisBack(Matching):
             return self.teacher
         if node != self._held:
             load_exactly(self._node.trainable(), self.path[node - 1], f"node {node} of the degradation path")
+            if not attached_kinds(self.critic):  # taken out of the players, of which the node is none
+                strip(self._node.module)
             self._held = node
         return placed(cast(Denoiser, self._node.module), next(self.teacher.parameters()).device).eval()
 

@@ -106,6 +106,7 @@ class DiscriminatorGuidance(SoloObjective):
             "predictor_weight": c.predictor_weight,
             "corrector_weight": c.corrector_weight,
             "log_snr_max": c.log_snr_max,
+            "log_snr_min": min(self.log_snr_range),
             "boosting": c.boosting,
             "guidance_scale": c.guidance_scale,
         }

@@ -24,7 +24,7 @@ from sublimate.training.teacher import Teacher
 
 
 class FDistillConfig(AdversarialConfig):
-    """Options of f-distill; defaults are those published for Stable Diffusion 1.5.
+    """Options of f-distill; defaults are FastGen's for Stable Diffusion 1.5, but for noise levels, DMD2's.
 
     Attributes:
         divergence: which D_f(teacher || student) to minimise.

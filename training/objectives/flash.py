@@ -18,7 +18,7 @@ from sublimate.training.losses import pseudo_target_loss, score_difference, squa
 from sublimate.training.objective import Artefact, Batch, Loss, Objective, ObjectiveConfig, Turn
 from sublimate.training.players import Player, PlayerConfig, make_player
 from sublimate.training.randomness import key
-from sublimate.training.teacher import Teacher, check_guidance, frozen, images_and, scales_from
+from sublimate.training.teacher import Scales, Teacher, check_guidance, frozen, images_and, scales_from
 
 Weights = Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)]
 Phases = Annotated[tuple[Weights, ...], Field(min_length=1)]
@@ -109,7 +109,7 @@ class FlashConfig(ObjectiveConfig):
         return int(torch.multinomial(self.start_probabilities(step), 1, generator=generator))
 
     def passes(self, step: int = 0) -> float:
-        teacher = self.guided_passes(self.guidance_range != (1.0, 1.0))
+        teacher = self.guided_passes(Scales(*self.guidance_range).guided)
         # The teacher's remaining steps, the student forward and backward.
         total = teacher * (self.teacher_steps - self.place(step)) + 3.0 + 3 * (self.distance == "features")
         total += (teacher + 1) * (self.weight(self.dmd_weights, step) > 0)
@@ -189,9 +189,7 @@ class Flash(Objective):
         levels = torch.tensor(c.discriminator_levels, dtype=torch.float64, device=device)
         judged = self.schedule.uniform_time(levels[batch.random.integers(len(levels), device)])
         matched = self.schedule.uniform_time(batch.random.uniform(device))
-        low, high = c.guidance_range
-        scale = low + (high - low) * batch.random.uniform(device)
-        batch = batch.adding(x_t=x_t, judged=judged, matched=matched, scale=scale)
+        batch = Scales(*c.guidance_range).drawn(batch.adding(x_t=x_t, judged=judged, matched=matched), device)
         if turn.name == "discriminator":
             return batch.adding(x0=self.student(x_t, t, batch.condition).x0)
         target = ddim(lambda x, at: self._teach(x, at, batch), x_t, self.schedule, self.grid[place:])
@@ -214,7 +212,7 @@ class Flash(Objective):
         return Loss(torch.stack(list(terms.values())).sum(), terms)
 
     def _teach(self, x_t: Tensor, t: Tensor, batch: Batch) -> Prediction:
-        scale = 1 if self.config.guidance_range == (1.0, 1.0) else batch["scale"]
+        scale = Scales(*self.config.guidance_range).in_batch(batch)
         return guided(self.teacher, x_t, t, batch.condition, self.null, scale)
 
     def _distance(self, x0: Tensor, target: Tensor, batch: Batch) -> Tensor:

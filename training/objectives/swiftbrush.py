@@ -22,7 +22,7 @@ from sublimate.training.losses import pseudo_target_loss, score_difference
 from sublimate.training.matching import Matching, MatchingConfig
 from sublimate.training.objective import Batch, Loss, Turn
 from sublimate.training.players import PlayerConfig
-from sublimate.training.teacher import Teacher, check_guidance
+from sublimate.training.teacher import Scales, Teacher, check_guidance
 
 
 class SwiftBrushConfig(MatchingConfig):
@@ -49,12 +49,17 @@ class SwiftBrushConfig(MatchingConfig):
         usual = type(self).model_fields["guidance_scale"].default
         if self.guidance_range is not None and self.guidance_scale != usual:
             raise ValueError("guidance_scale is not used where guidance_range is given: set one of them to null.")
-        low, high = self.guidance_range or (self.guidance_scale,) * 2
+        low, high = self.scales
         if not 0 <= low <= high < float("inf"):
             raise ValueError(f"guidance_range is (low, high) with 0 <= low <= high, not ({low}, {high}).")
         if self.negative_attention and low == high == 1:
             raise ValueError("Without guidance the teacher reads no negative prompts: guide it, or leave them out.")
         return self
+
+    @property
+    def scales(self) -> Scales:
+        """The teacher's guidance."""
+        return Scales.of(self.guidance_range, self.guidance_scale)
 
     @property
     def teacher_passes(self) -> int:
@@ -63,7 +68,7 @@ class SwiftBrushConfig(MatchingConfig):
 
     @property
     def _guided_passes(self) -> int:
-        return self.guided_passes(self.guidance_range is not None or self.guidance_scale != 1)
+        return self.guided_passes(self.scales.guided)
 
     def student_passes(self, step: int = 0) -> float:
         return 3 + self.teacher_passes + (self._guided_passes if self.guide_critic else 1)
@@ -108,9 +113,7 @@ class SwiftBrush(Matching):
 
     def prepare(self, turn: Turn, batch: Batch, step: int) -> Batch:
         device = next(self.student.parameters()).device
-        low, high = self.config.guidance_range or (self.config.guidance_scale,) * 2
-        scale = low + (high - low) * batch.random.uniform(device)
-        batch = batch.adding(scale=scale)
+        batch = self.config.scales.drawn(batch, device)
         if not self.config.negative_attention:
             if NEGATIVE in batch.condition:
                 raise ValueError("Only negative_attention reads negative prompts: set it, or data.negatives to null.")
@@ -127,20 +130,17 @@ class SwiftBrush(Matching):
         return self.generate(batch["z"], condition)
 
     def student_loss(self, batch: Batch, step: int) -> Loss:
-        x0 = self.sample(batch)
+        x0, scale = self.sample(batch), self.config.scales.in_batch(batch)
         with torch.no_grad():
             x_t = self.noised(x0, batch)
             if self.config.negative_attention:
                 null = self.null.expand(len(x0)).replace(**as_text(negative_part(batch.tensors)))
-                p = extrapolated(self.teacher, x_t, batch["t"], batch.condition, null, self._scale(batch))
+                p = extrapolated(self.teacher, x_t, batch["t"], batch.condition, null, scale)
             else:
-                p = guided(self.teacher, x_t, batch["t"], batch.condition, self.null, self._scale(batch))
+                p = guided(self.teacher, x_t, batch["t"], batch.condition, self.null, scale)
             if self.config.guide_critic:
-                q = guided(self.critic, x_t, batch["t"], batch.condition, self.null, self._scale(batch))
+                q = guided(self.critic, x_t, batch["t"], batch.condition, self.null, scale)
             else:
                 q = self.critic(x_t, batch["t"], batch.condition)
             direction = score_difference(x0, p, q, normalized=self.config.sample_normalization)
         return Loss(pseudo_target_loss(x0, direction).mean())
-
-    def _scale(self, batch: Batch) -> float | Tensor:
-        return batch["scale"] if self.config.guidance_range is not None else self.config.guidance_scale
