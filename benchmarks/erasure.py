@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import json
 import re
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -301,8 +300,7 @@ def main() -> None:
                 continue
             print(f"{name} ...", flush=True)
             found = work()
-            memory = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
-            record = {"cell": name, **found, "peak_memory_gib": memory, "hardware": hardware_line()}
+            record = {"cell": name, **found, "hardware": hardware_line()}
             path.write_text(json.dumps(record, indent=1) + "\n")
     print(table())
 

@@ -149,7 +149,10 @@ def drawing(name: str, cell: Cell) -> Draw:
 def run_cell(name: str, n: int) -> None:
     """Trains and measures one cell in this process, and writes its JSON file."""
     cell = CELLS[name]
+    path = RESULTS / f"{name}.json"
+    earlier = json.loads(path.read_text()) if path.exists() else {}
     record: dict[str, Any] = {"cell": name, "steps": cell.steps}
+    untrained = False
     if cell.config is not None:
         changes = [f"trainer.output_dir={RUNS / name}", *cell.overrides]
         config, passes = within_budget(load_config(DistillConfig, cell.config, changes), cell.budget)
@@ -160,11 +163,12 @@ def run_cell(name: str, n: int) -> None:
         distill(config)
         seconds = time.perf_counter() - began
         record |= {"method": config.method, "config": cell.config, "overrides": cell.overrides, "passes": passes}
-        record |= {
-            "updates": updates,
-            "seconds_per_update": round(seconds / (updates - resumed), 3) if updates > resumed else None,
-        }
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        untrained = updates == resumed
+        per_update = earlier.get("seconds_per_update") if untrained else round(seconds / (updates - resumed), 3)
+        record |= {"updates": updates, "seconds_per_update": per_update}
+    # Where an earlier process trained, its figures are the cell's.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    memory = earlier.get("peak_memory_gib", peak) if untrained else peak
     draw = drawing(name, cell)
     quality = ink_quality(draw, n=n, judged=min(2000, n))
     record |= {"peak_memory_gib": round(memory, 2), "n": n, **quality.to_dict(), "hardware": hardware_line()}
@@ -172,7 +176,7 @@ def run_cell(name: str, n: int) -> None:
     # The same sixteen prompts from the same noise for every cell.
     row = draw([caption.text for caption in prompts(16, 7)], 7)
     (RESULTS / f"{name}.png").write_bytes(to_png(image_grid(row, columns=16)))
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def table() -> str:

@@ -45,6 +45,7 @@ def command(
     """Measure an erasure, then try to undo it; the report says what was tried, with which budget, and what was not."""
     import shlex
     import sys
+    from dataclasses import replace
 
     from tqdm.auto import tqdm
 
@@ -74,9 +75,10 @@ def command(
     attacks = make_attacks(names, parse_overrides(option or ()))
     judge = open_detector(detector, device=device)
     if prompts is None or group is None:
-        study, asked = ink_study(concept, n=n or 100), ink_request(concept).erase[0]
+        study, asked = ink_study(concept, n=n or 100, seed=seed), ink_request(concept).erase[0]
     else:
         study, asked = read_study(prompts, concept, group, label), Concept(concept)
+    study = replace(study, seeds=(seed,))
     words = tuple(dict.fromkeys((*asked.synonyms, *(synonym or ()))))
     asked = Concept(asked.name, asked.anchor if anchor is None else anchor, words)
     before = open_model(base, revision=revision, variant=variant, device=device)
@@ -96,6 +98,9 @@ def command(
         found = audit(before, after, asked, study, judge, attacks, pictures=pictures, seed=seed, progress=show)
     for row in attack_table(found).rows:
         typer.echo(f"{row[0]}: base {row[2]}, edited {row[3]}")
+    for name in names:
+        if name in found.skipped:
+            typer.echo(f"{name}: not tried, {found.skipped[name]}")
     report = audit_report(
         found,
         command=shlex.join(["sublimate", *sys.argv[1:]]),

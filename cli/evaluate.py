@@ -49,6 +49,7 @@ def command(
     from sublimate.evaluation.hardware import hardware_line
     from sublimate.evaluation.ink_study import ink_quality
     from sublimate.evaluation.studies import read_prompt_set
+    from sublimate.pipelines.cards import public_values
 
     if prompts is not None and (n is not None or judged is not None):
         raise ValueError("--n and --judged are for Ink's grammar: your own prompts are all drawn and judged.")
@@ -74,7 +75,16 @@ def command(
         for name, rate in {**found.groups, "all that was asked": found.together, "rejected": found.rejected}.items():
             typer.echo(f"{name}: {rate}")
         if out is not None:
-            record = {"model": opened.source, "content_hash": opened.content_hash(), "seed": seed, **measured}
+            how = {
+                **options,
+                "dtype": dtype,
+                "detector": detector,
+                "prompts": None if prompts is None else str(prompts),
+                "edits": [str(path) for path in edit or ()],
+                "loras": list(opened.loras),
+            }
+            asked_of = {"model": opened.source, "content_hash": opened.content_hash(), "seed": seed}
+            record = {**asked_of, "options": public_values(how), **measured}
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps({**record, "hardware": hardware_line()}, indent=2) + "\n")
     # A process that leaves while the group's threads run may be aborted by them.

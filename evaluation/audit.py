@@ -76,7 +76,7 @@ class Audit:
     Attributes:
         erasure: the study of both models without attacks: what is gone, and what went with it.
         trials: the attacks that were tried.
-        skipped: attacks that were not, with the reason.
+        skipped: attacks that were not, or could not be run, with the reason.
         atoms: what moved in the images of the study's prompts, whatever it is, the farthest first; empty where the
             detector has no features.
     """
@@ -147,13 +147,16 @@ def audit(
         The study's result with examples, and the trials.
 
     Raises:
-        ValueError: when the detector does not know the concept, or the base does not draw it.
+        ValueError: when the detector does not know the concept, the base does not draw it, or a model is not in
+            float32.
     """
+    if {base.dtype, edited.dtype} != {torch.float32}:
+        raise ValueError("Attacks train and differentiate: open both models in float32 to audit them.")
     tell: Progress = progress or (lambda done, total, what: None)
+    case = make_case(base, concept, study, detector, pictures=pictures, seed=seed)
     seen = {"before": Noted(drawing(base), detector), "after": Noted(drawing(edited), detector)}
     erasure = run_study(study, seen["before"], seen["after"], detector, tell)
     atoms = mapped(seen["before"], seen["after"], seed=seed) if hasattr(detector, "features") else ()
-    case = make_case(base, concept, study, detector, pictures=pictures, seed=seed)
     asked_for = {attack.name() for attack in attacks}
     skipped = {name: "not asked for" for name in registry.available(ATTACKS) if name not in asked_for}
     trials = []
@@ -162,13 +165,17 @@ def audit(
         if reason := attack.out_of_place(edited, case):
             skipped[name] = reason
             continue
-        tell(2 * i, 2 * len(attacks), f"{name}, base")
-        on_base = attack.run(base, case, seed=key(seed, "attack", name))
-        tell(2 * i + 1, 2 * len(attacks), f"{name}, edited")
-        began = time.perf_counter()
-        with counting(edited) as passes:
-            on_edited = attack.run(edited, case, seed=key(seed, "attack", name))
-        seconds = time.perf_counter() - began
+        try:
+            tell(2 * i, 2 * len(attacks), f"{name}, base")
+            on_base = attack.run(base, case, seed=key(seed, "attack", name))
+            tell(2 * i + 1, 2 * len(attacks), f"{name}, edited")
+            began = time.perf_counter()
+            with counting(edited) as passes:
+                on_edited = attack.run(edited, case, seed=key(seed, "attack", name))
+            seconds = time.perf_counter() - began
+        except ValueError as error:  # what the others find is not lost to one that cannot be run
+            skipped[name] = f"it could not be run: {error}"
+            continue
         trials.append(Trial(name, attack.box, attack.budget, on_base, on_edited, passes.count, seconds))
     tell(2 * len(attacks), 2 * len(attacks), "done")
     return Audit(erasure, tuple(trials), skipped, tuple(atoms))

@@ -16,7 +16,7 @@ _ATOMS = 12
 
 BEYOND = (
     "attackers with a larger budget, other pictures or another detector",
-    "images as conditions (inpainting, adapters such as IP-Adapter or ControlNet), and other samplers",
+    "images as conditions through adapters such as IP-Adapter or ControlNet, and other samplers",
 )
 """What no audit of ours tries."""
 
@@ -100,10 +100,11 @@ def _atoms(found: Audit) -> Table:
         "What else changed: features that nobody listed",
         ("in images of", "energy, base", "energy, edited", "edited / (edited + base)"),
         rows,
-        f"{len(moved)} of {len(found.atoms)} directions of a sparse autoencoder on the detector's features moved "
-        "beyond their 95 % interval, over all prompts of the study; those that moved farthest stand here, named by "
-        "what is special about the images where they are strongest. 0 is suppressed, 0.5 as it was, 1 exaggerated. "
-        "The erased concept should lead, and what took its place; anything else is a side effect to look at.",
+        f"{len(moved)} of {len(found.atoms)} directions of a sparse autoencoder on the detector's features moved, "
+        "over all prompts of the study: their 95 % intervals, which hold for all directions at once, leave out 0.5. "
+        "Those farthest from it stand here, named by what is special about the images where they are strongest. 0 is "
+        "suppressed, 0.5 as it was, 1 exaggerated. The erased concept should lead, and what took its place; anything "
+        "else is a side effect to look at.",
     )
 
 

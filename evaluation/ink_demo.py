@@ -22,7 +22,9 @@ from sublimate.evaluation.erasure_result import ErasureResult
 from sublimate.evaluation.ink_study import ink_study
 from sublimate.evaluation.report_sections import Verdict
 from sublimate.evaluation.studies import ErasureStudy, PromptSet
+from sublimate.pipelines.cards import public_values
 from sublimate.pipelines.detector import Detector
+from sublimate.pipelines.edit import Edit
 from sublimate.pipelines.model import open_model
 from sublimate.training import registry
 from sublimate.training.config import load_config
@@ -128,6 +130,7 @@ def run_demo(
             f"{method} makes an attachment, and the demo's student is a folder of stock classes: choose another."
         )
     name = request.erase[0].name
+    _check_unused(folder / "edit.safetensors", method, eraser, request)
     config = load_config(DistillConfig, "demo", [f"trainer.output_dir={folder / 'distill'}", *overrides])
     base, edited, detector = open_model("ink"), open_model("ink"), open_detector("ink")
 
@@ -166,6 +169,20 @@ def run_demo(
     for title, result in results.items():
         say(f"{title}: {Verdict(result.criteria).sentence}")
     return report.write(folder)
+
+
+def _check_unused(path: Path, method: str, eraser: Eraser, request: Request) -> None:
+    """Refuses a folder in which another concept was erased, or otherwise: its student would stand beside this edit."""
+    if not path.is_file():
+        return
+    made = Edit.load(path).provenance
+    asked = {
+        "method": method,
+        "config": public_values(eraser.config.model_dump(mode="json")),
+        "request": request.to_dict(paths=False),
+    }
+    if any(made.get(key) != value for key, value in asked.items()):
+        raise ValueError(f"{path.parent} holds another demo: give another --out, or delete it.")
 
 
 def sized(study: ErasureStudy, n: int) -> ErasureStudy:

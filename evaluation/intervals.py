@@ -192,35 +192,3 @@ def paired_difference(first: Sequence[bool], second: Sequence[bool], confidence:
 def plain(measured: Rate | Difference) -> dict[str, float]:
     """Counts, value and limits as plain numbers, for JSON."""
     return {**asdict(measured), "value": measured.value, "low": measured.low, "high": measured.high}
-
-
-@dataclass(frozen=True)
-class Spread:
-    """One number measured under several seeds.
-
-    Attributes:
-        values: the measurement of each seed.
-    """
-
-    values: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if not self.values or not all(map(math.isfinite, self.values)):
-            raise ValueError(f"a spread needs at least one finite value, got {self.values!r}")
-
-    @property
-    def mean(self) -> float:
-        """The mean over seeds."""
-        return statistics.fmean(self.values)
-
-    @property
-    def deviation(self) -> float | None:
-        """The sample standard deviation over seeds (n - 1); None for a single seed, which has no spread."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else None
-
-    def __str__(self) -> str:
-        if self.deviation is None:
-            return f"{self.mean:.4g} (1 seed)"
-        # Two digits of the deviation, and the mean no finer than that.
-        decimals = max(0, 1 - math.floor(math.log10(self.deviation))) if self.deviation else 4
-        return f"{self.mean:.{decimals}f} ± {self.deviation:.{decimals}f} ({len(self.values)} seeds)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -78,19 +78,3 @@ def measure_quality(
         fidelity=fidelity(extract(extractor, images), references[:n]),
         floor=real_versus_real(references, n, seed=seed),
     )
-
-
-def quality_rows(measured: Sequence[tuple[str, Quality]]) -> list[tuple[str, ...]]:
-    """Table rows of several models: name, agreement per group, FID, KID, precision, recall; the floor comes last."""
-    rows = []
-    for name, quality in measured:
-        rates = [str(rate) for rate in quality.agreement.groups.values()]
-        rows.append((name, *rates, *_distances(quality.fidelity)))
-    if measured:
-        floor = measured[0][1].floor
-        rows.append(("real against real", *[""] * len(measured[0][1].agreement.groups), *_distances(floor)))
-    return rows
-
-
-def _distances(found: Fidelity) -> tuple[str, ...]:
-    return f"{found.fid:.3f}", f"{1000 * found.kid:.3f}", f"{found.precision:.3f}", f"{found.recall:.3f}"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from sublimate.evaluation.criteria import Criterion
-from sublimate.evaluation.intervals import Difference, Rate, Spread
+from sublimate.evaluation.intervals import Difference, Rate
 from sublimate.evaluation.report_plot import Axis, axis_strip, forest_strip, rate_strip
 from sublimate.evaluation.report_sections import Cell, Listing, Pictures, Section, Table, Verdict
 from sublimate.evaluation.report_style import STYLE
@@ -134,9 +134,6 @@ def _content(cell: Cell) -> str:
             sign = "+" if cell.value > 0 else ""
             limits = f"[{percent(cell.low)}, {percent(cell.high)}]"
             return _number(f"{sign}{percent(cell.value)} points", limits)
-        case Spread():
-            mean, _, rest = str(cell).partition(" ")
-            return _number(_signed(mean), escape(rest))
         case float():
             return _number(_signed(f"{cell:.4g}"))
         case int():

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from sublimate.evaluation.criteria import Criterion, verdict_sentence
-from sublimate.evaluation.intervals import Difference, Rate, Spread, plain
+from sublimate.evaluation.intervals import Difference, Rate, plain
 
-Cell = str | int | float | Rate | Difference | Spread | None
+Cell = str | int | float | Rate | Difference | None
 """What a table holds; None is a number that does not exist."""
 
 
@@ -130,12 +130,4 @@ def section_to_dict(section: Section) -> dict[str, Any]:
 
 
 def _cells(row: Sequence[Cell]) -> list[Any]:
-    found: list[Any] = []
-    for cell in row:
-        if isinstance(cell, Rate | Difference):
-            found.append(plain(cell))
-        elif isinstance(cell, Spread):
-            found.append({"values": list(cell.values), "mean": cell.mean, "deviation": cell.deviation})
-        else:
-            found.append(cell)
-    return found
+    return [plain(cell) if isinstance(cell, Rate | Difference) else cell for cell in row]

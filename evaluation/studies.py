@@ -30,7 +30,7 @@ class PromptSet:
 
 
 def read_prompt_set(path: Path) -> PromptSet:
-    """Prompts from JSON lines: `text`, and for each group that the prompt states, its label.
+    """Prompts from JSON lines: `text`, and for each group that the prompt states, its label; null is not stated.
 
     Raises:
         FileNotFoundError: when there is no such file.
@@ -47,7 +47,7 @@ def read_prompt_set(path: Path) -> PromptSet:
             texts.append(str(row.pop("text")))
         except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"line {number} of {path} must be a JSON object with a text ({error!r})") from error
-        expected.append({str(group): str(label) for group, label in row.items()})
+        expected.append({str(group): str(label) for group, label in row.items() if label is not None})
     if not texts:
         raise ValueError(f"{path} holds no prompts; give one JSON object per line")
     return PromptSet(tuple(texts), tuple(expected))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import ClassVar
 
-from pydantic import Field
+from pydantic import Field, FilePath
 
 from sublimate.evaluation.attack import Attack, Box, Case, Outcome
 from sublimate.pipelines.generate import generate
@@ -23,7 +22,7 @@ class AddedLoRAConfig(Config):
         guidance_scale: with it; the model's own unless given.
     """
 
-    lora: Path | None = None
+    lora: FilePath | None = None
     steps: int | None = Field(default=None, ge=1)
     guidance_scale: float | None = Field(default=None, ge=0)
 
@@ -44,11 +43,12 @@ class AddedLoRA(Attack):
 
     def run(self, model: Model, case: Case, *, seed: int, progress: bool = False) -> Outcome:
         c = self.config
-        if not c.lora.is_file():
-            raise ValueError(f"There is no LoRA {c.lora}: give a .safetensors file.")
         added = copy.copy(model)
         added.denoiser, added.pipeline = copy.deepcopy(model.denoiser), copy.copy(model.pipeline)
         setattr(added.pipeline, model.backbone.network_attribute, added.denoiser.network)
+        # Files may hold adapters of text encoders too.
+        for name in model.components().keys() & set(model.backbone.text_components):
+            setattr(added.pipeline, name, copy.deepcopy(model.component(name)))
         added.pipeline.load_lora_weights(str(c.lora.parent), weight_name=c.lora.name)
         images = generate(
             added, case.prompts, seed=seed, steps=c.steps, guidance_scale=c.guidance_scale, progress=progress

@@ -50,7 +50,9 @@ class AdversarialPrefix(SearchAttack):
     @property
     def budget(self) -> str:
         c = self.config
-        return f"{c.tokens} words, up to {c.pictures} pictures, {c.max_train_steps} updates of {c.train_batch_size}"
+        judged = f"each new prefix judged on {4 * c.train_batch_size} noises"
+        updates = f"{c.max_train_steps} updates of {c.train_batch_size}, {judged}"
+        return f"{c.tokens} words, up to {c.pictures} pictures, {updates}"
 
     def out_of_place(self, model: Model, case: Case) -> str:
         several = sum(name in model.components() for name in model.backbone.text_components) > 1

@@ -62,7 +62,7 @@ class LatentSearch(Attack):
                 adam.step()
                 with torch.no_grad():
                     z.copy_(_on_sphere(z, radius))
-            latents = generate_latents(model, part, z=z.detach(), seed=seed, progress=progress)
+            latents = generate_latents(model, part, z=z.detach(), seed=seed, first=start, progress=progress)
             with torch.no_grad():
                 images.append(model.render(latents))
         return Outcome.seen(case, case.prompts, torch.cat(images))

@@ -1,4 +1,4 @@
-"""Universal token: one learned word that, after any prompt, makes a detector see the concept (SAGE)."""
+"""Universal token: one learned word that, before any prompt, makes a detector see the concept (SAGE)."""
 
 from __future__ import annotations
 

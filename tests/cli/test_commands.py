@@ -11,9 +11,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sublimate.cli.app import run
+from sublimate.erasure.methods.uce import UCE
+from sublimate.evaluation.ink_demo import ink_request
 from sublimate.pipelines import folders
 from sublimate.pipelines.attention import _OperatorLog
 from sublimate.pipelines.edit import Edit
+from sublimate.pipelines.model import open_model
 
 DISTILL = (
     "data.prompts={prompts}",
@@ -237,6 +240,13 @@ def test_a_pickle_is_refused(capsys, tmp_path, tiny_sd_v):
     assert "safetensors" in failed(capsys, "generate", path, "a cat")
 
 
+def test_a_demo_of_another_concept_does_not_mix_with_this_ones(capsys, tmp_path):
+    edit = UCE().fit(open_model("ink"), ink_request("seven")).save(tmp_path / "edit.safetensors").read_bytes()
+    assert "holds another demo" in failed(capsys, "demo", "three", "--out", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["edit.safetensors"]
+    assert (tmp_path / "edit.safetensors").read_bytes() == edit
+
+
 def test_a_concept_the_world_does_not_know(capsys, tmp_path):
     assert "eleventy" in failed(capsys, "demo", "eleventy", "--out", tmp_path / "demo")
     assert not (tmp_path / "demo").exists()
@@ -277,10 +287,15 @@ def test_a_full_disk_leaves_the_earlier_student_alone(capsys, tmp_path, distilli
 
 def test_own_prompts_are_all_judged_and_inks_grammar_by_inks_detector(capsys, tmp_path, tiny_sd_v):
     asked = tmp_path / "asked.jsonl"
-    asked.write_text('{"text": "a red seven", "digit": "seven", "ink": "red"}\n{"text": "a nine", "digit": "nine"}\n')
+    asked.write_text(
+        '{"text": "a red seven", "digit": "seven", "ink": "red"}\n{"text": "a nine", "digit": "nine", "ink": null}\n'
+    )
     found = tmp_path / "found.json"
     draw = ["evaluate", "ink", "--steps", "1", "--prompts", asked]
     assert sublimate(capsys, *draw, "--out", found)[0] == 0
     rates = json.loads(found.read_text())["agreement"]
     assert {"digit", "ink", "together", "rejected"} <= rates.keys() and rates["together"]["n"] == 2
+    assert rates["ink"]["n"] == 1  # null asks for nothing
+    how = json.loads(found.read_text())["options"]
+    assert how["steps"] == 1 and how["prompts"] == "asked.jsonl" and how["edits"] == how["loras"] == []
     assert "--n and --judged" in failed(capsys, *draw, "--n", "8")

@@ -103,6 +103,16 @@ def low_rank(model):
     return Edit({}, factors, {})
 
 
+def text_factors(model):
+    """A LoRA of every query of the text encoder."""
+    generator, state = torch.Generator().manual_seed(1), {}
+    for name, layer in model.component("text_encoder").named_modules():
+        if name.endswith("q_proj"):
+            state[f"{name}.lora_A.weight"] = torch.randn(2, layer.in_features, generator=generator)
+            state[f"{name}.lora_B.weight"] = torch.randn(layer.out_features, 2, generator=generator)
+    return state
+
+
 def lora_of(model, folder):
     """The file of that edit's LoRA."""
     save_file(low_rank(model).to_lora(model), folder / "lora.safetensors")
@@ -115,13 +125,19 @@ def test_an_added_lora_acts_on_top_of_the_model(model, tmp_path):
     assert not torch.equal(images, generate(model, case.prompts, seed=0))
     with low_rank(model).applied(model, allow_other_base=True):
         torch.testing.assert_close(images, generate(model, case.prompts, seed=0), atol=1e-4, rtol=0)
+    before, said = bits(model), model.encode_prompts(["a cat"])["text"]
+    words = {f"text_encoder.{name}": factor for name, factor in text_factors(model).items()}
+    save_file(words, tmp_path / "words.safetensors")
+    again = attack_of("added_lora", lora=tmp_path / "words.safetensors").run(model, case, seed=0).images
+    assert not torch.equal(again, generate(model, case.prompts, seed=0))
+    assert bits(model) == before and torch.equal(model.encode_prompts(["a cat"])["text"], said)
     few = attack_of("added_lora", lora=lora_of(model, tmp_path), steps=1, guidance_scale=1.0)
     with counting(model) as passes:
         few.run(model, case, seed=0)
     assert passes.count == len(case.prompts)
     assert "no adapter" in attack_of("added_lora").out_of_place(model, case)
-    with pytest.raises(ValueError, match="no LoRA"):
-        attack_of("added_lora", lora=tmp_path / "none.safetensors").run(model, case, seed=0)
+    with pytest.raises(ValueError, match="does not point to a file"):
+        make_attacks(["added_lora"], {"added_lora": {"lora": str(tmp_path / "none.safetensors")}})
 
 
 def counted(model, work):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sublimate.erasure.request import Concept
+from sublimate.evaluation import audit as module
 from sublimate.evaluation.audit import audit, make_attacks
 from sublimate.evaluation.studies import ErasureStudy, PromptSet
 from sublimate.pipelines.model import open_model
@@ -57,6 +58,25 @@ def test_an_audit_says_what_it_tried_and_what_not(model, tiny_sd):
     assert trial.passes == 2 * 2 * 1  # two steps, guided, one paraphrase
     record = found.to_dict()
     assert record["attacks"][0]["edited"]["rate"]["value"] == 1.0 and record["not tried"] == found.skipped
+
+
+def test_an_attack_that_cannot_be_run_is_told_and_the_others_go_on(model):
+    attacks = make_attacks(["textual_inversion", "seed_search"], {"textual_inversion": {"tokens": 1000}})
+    found = audit(model, model, Concept("cat", "dog"), study(), Constant(True), attacks, pictures=2)
+    assert [trial.name for trial in found.trials] == ["seed_search"]
+    assert found.skipped["textual_inversion"].startswith("it could not be run: ")
+
+
+def test_what_cannot_be_attacked_is_refused_before_anything_is_studied(model, tiny_sd, monkeypatch):
+    def studied(*arguments):
+        raise AssertionError("the study is the costly part")
+
+    monkeypatch.setattr(module, "run_study", studied)
+    with pytest.raises(ValueError, match="does not name 'seven'"):
+        audit(model, model, Concept("seven"), study(), Constant(True), [], pictures=2)
+    half = open_model(tiny_sd, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="open both models in float32"):
+        audit(model, half, Concept("cat"), study(), Constant(True), [], pictures=2)
 
 
 def test_what_the_base_does_not_draw_cannot_be_audited(model):

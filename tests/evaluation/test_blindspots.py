@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sublimate.evaluation.agreement import Readings
-from sublimate.evaluation.blindspots import blindspots
+from sublimate.evaluation.blindspots import _name, blindspots
 from sublimate.training.sparse_autoencoder import SparseAutoencoderConfig
 
 GROUP_LABELS = ("digit two", "ink red", "ink blue", "ink green")
@@ -28,7 +28,7 @@ def features(digits, inks, seed):
 @pytest.fixture(scope="module")
 def atoms():
     """Sevens became ones; nothing else changed."""
-    digits, inks = [i % 3 for i in range(300)], [i // 3 % 3 for i in range(300)]
+    digits, inks = [i % 3 for i in range(900)], [i // 3 % 3 for i in range(900)]
     after = [0 if digit == 2 else digit for digit in digits]
     before_features, after_features = features(digits, inks, 1), features(after, inks, 1)
     readings = seen((digits, inks)), seen((after, inks))
@@ -57,9 +57,27 @@ def test_what_stayed_moved_far_less(atoms):
 
 @pytest.mark.slow
 def test_the_farthest_come_first_and_intervals_hold_their_ratio(atoms):
-    apart = [abs(atom.ratio - 0.5) for atom in atoms]
+    apart = [max(atom.low - 0.5, 0.5 - atom.high) for atom in atoms]
     assert apart == sorted(apart, reverse=True)
     assert all(atom.low <= atom.ratio <= atom.high for atom in atoms)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_other_images_of_the_same_kind_have_moved_nowhere(seed):
+    """Of many directions some lie beyond intervals of their own by chance; all at once, hardly ever."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [[torch.randint(3, (200,), generator=generator).tolist() for _ in range(2)] for _ in range(2)]
+    before, after = (features(*labels, seed=10 * seed + i) for i, labels in enumerate(drawn))
+    found = blindspots(before, after, *map(seen, drawn), config=CONFIG, steps=200, seed=seed)
+    assert len(found) > 5 and not any(atom.moved for atom in found)
+
+
+def test_an_atom_is_named_by_the_images_that_have_it():
+    code = torch.zeros(100)
+    code[[3, 7]] = 1.0
+    labels = [["digit seven" if i in (3, 7) else "digit one"] for i in range(100)]
+    assert _name(code, labels) == ("digit seven", 1.0)
 
 
 def test_the_same_images_have_moved_nowhere():

@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from sublimate.evaluation.intervals import Difference, Rate, Spread, paired_difference, wilson
+from sublimate.evaluation.intervals import Difference, Rate, paired_difference, wilson
 
 
 # Newcombe 1998, Statistics in Medicine 17, 857-872, table I, method 3 (Wilson without continuity correction).
@@ -84,19 +84,6 @@ def test_runs_that_cannot_be_paired_are_refused():
         paired_difference([True] * 3, [True] * 2)
     with pytest.raises(ValueError, match="counts no pairs"):
         paired_difference([], [])
-
-
-def test_spread_over_seeds():
-    spread = Spread((1.0, 2.0, 3.0))
-    assert (spread.mean, spread.deviation) == (2.0, 1.0)
-    assert str(spread) == "2.0 ± 1.0 (3 seeds)"
-    assert str(Spread((4.1, 4.4, 4.05))) == "4.18 ± 0.19 (3 seeds)"
-    assert str(Spread((3100.0, 3500.0))) == "3300 ± 283 (2 seeds)"
-    assert str(Spread((0.5, 0.5))) == "0.5000 ± 0.0000 (2 seeds)"
-    assert str(Spread((4.0,))) == "4 (1 seed)"
-    assert Spread((4.0,)).deviation is None
-    with pytest.raises(ValueError, match="nan"):
-        Spread((1.0, math.nan))
 
 
 def test_the_ends_are_exact():

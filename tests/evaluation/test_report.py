@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from sublimate.evaluation.criteria import Criterion
-from sublimate.evaluation.intervals import Difference, Rate, Spread
+from sublimate.evaluation.intervals import Difference, Rate
 from sublimate.evaluation.report import Report
 from sublimate.evaluation.report_plot import Axis, axis_strip, forest_strip, rate_strip
 from sublimate.evaluation.report_sections import Listing, PictureRow, Pictures, Table, Verdict
@@ -48,10 +48,10 @@ def sample(**changes) -> Report:
             ),
             Table(
                 f"Rates {NASTY}",
-                ("what", f"rate {NASTY}", "difference", "spread", "other"),
+                ("what", f"rate {NASTY}", "difference", "number", "other"),
                 (
-                    (NASTY, Rate(1942, 2000), Difference(470, 10, 2, 20), Spread((1.0, 2.0, 3.0)), -0.25),
-                    ("b", Rate(0, 10), Difference(1, 0, 3, 0), Spread((4.0,)), 12345),
+                    (NASTY, Rate(1942, 2000), Difference(470, 10, 2, 20), 2.0, -0.25),
+                    ("b", Rate(0, 10), Difference(1, 0, 3, 0), 4.0, 12345),
                     ("c", None, None, None, NASTY),
                 ),
                 note="A note.",
@@ -131,7 +131,7 @@ def test_numbers_are_printed_with_their_limits():
     text = Page(sample().to_html()).text
     assert "97.1\u202f%[96.3, 97.7] n=2000" in text
     assert "\N{MINUS SIGN}1.6 points[" in text and "+75.0 points[" in text
-    assert "2.0± 1.0 (3 seeds)" in text and "4(1 seed)" in text and "\N{MINUS SIGN}0.25" in text and "12,345" in text
+    assert "\N{MINUS SIGN}0.25" in text and "12,345" in text
     assert "Misses 1 of 3 bars: loss." in text
     assert "bar: at most 2.0\u202fpoints" in text and "bar: at least 50.0\u202f%" in text
     assert text.count("✓ met") == 2 and text.count("✗ missed") == 1
@@ -173,7 +173,7 @@ def test_json_holds_the_same_numbers(tmp_path):
     assert verdict["criteria"][0]["certain"] is True and verdict["criteria"][1]["unit"] == "points"
     assert pictures["captions"] == [f"“{NASTY}”", "large"] and pictures["columns"][0] == "base"
     assert table["rows"][0][1]["hits"] == 1942 and table["rows"][0][1]["high"] == Rate(1942, 2000).high
-    assert table["rows"][1][2]["only_second"] == 3 and table["rows"][0][3]["deviation"] == 1.0
+    assert table["rows"][1][2]["only_second"] == 3 and table["rows"][0][3] == 2.0
     assert table["rows"][2][1:4] == [None, None, None] and listing["items"] == [NASTY, "b"]
     assert read["tried"] == [f"tried {NASTY}"] and read["provenance"][f"base {NASTY}"] == NASTY and read["format"] == 1
 
