@@ -72,6 +72,7 @@ def command(
     else:
         options = load_config(kind.Config, config, changes, kind="erase")
     eraser = kind(options)
+    eraser.check(request)
     if anchor and not eraser.uses_anchor:
         raise ValueError(f"{method} leads away from a concept, not to another: leave out --anchor.")
     if pictures and not eraser.uses_images:
@@ -85,9 +86,9 @@ def command(
     if dry_run:
         _plan(eraser, model, request, revision)
         return
+    out.mkdir(parents=True, exist_ok=True)  # refused now rather than after the fit
     opened = open_model(model, loras=fuse_lora or (), revision=revision, variant=variant, device=device)
     edit = eraser.fit(opened, request, seed=seed, progress=True)
-    out.mkdir(parents=True, exist_ok=True)
     typer.echo(f"Wrote {edit.save(out / 'edit.safetensors')}")
     if fold:
         folder = edit.fold(opened, out / "model")

@@ -82,8 +82,7 @@ class Eraser(Method):
         Raises:
             ValueError: when the method cannot do what is asked, or the model's family does not fit it.
         """
-        if request.within is not None and not self.handles_within:
-            raise ValueError(f"{self.name()} cannot erase within {request.within.name!r} only: use another method.")
+        self.check(request)
         if detector is not None and not self.uses_detector:
             raise ValueError(f"{self.name()} does not consult a detector: leave it out.")
         provenance = {
@@ -104,6 +103,15 @@ class Eraser(Method):
         if changes.outcome:
             provenance["outcome"] = dict(changes.outcome)
         return Edit(changes.values, changes.low_rank, provenance, changes.attachment)
+
+    def check(self, request: Request) -> None:
+        """Refuses a request that asks for what the method has no way to do.
+
+        Raises:
+            ValueError: for `within`, unless the method handles it.
+        """
+        if request.within is not None and not self.handles_within:
+            raise ValueError(f"{self.name()} cannot erase within {request.within.name!r} only: use another method.")
 
     def plan(self, model: Model, request: Request) -> Costs:
         """What `fit` will need, without fitting.

@@ -43,6 +43,7 @@ class RunConfig(Config):
         gradient_accumulation_steps: micro-batches per step.
         output_dir: where the log and checkpoints go, which makes the run resumable; None keeps neither.
         checkpointing_steps: steps between checkpoints; None saves only when stopped early.
+        max_grad_norm: gradients of a larger norm are shortened to it.
     """
 
     max_train_steps: int = Field(default=1000, ge=1)
@@ -50,6 +51,7 @@ class RunConfig(Config):
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     output_dir: Path | None = None
     checkpointing_steps: int | None = Field(default=None, ge=1)
+    max_grad_norm: float = Field(default=10.0, gt=0)
 
 
 class StudentConfig(RunConfig, ObjectiveConfig, ABC):
@@ -94,7 +96,9 @@ class FineTuningConfig(StudentConfig, ABC):
 class StudentObjective(SoloObjective):
     """What fine-tuning erasers train: a student that starts as the model, beside the model itself, which stays frozen.
 
-    `reads_null` says whether the method compares with what the model predicts without text.
+    `reads_null` says whether the method compares with what the model predicts without text, `every_level` that it
+    trains at every noise level, as students of few steps know them not, `reads_pictures` that it shows the model
+    pictures, and `always_retains` that something is retained where a request preserves nothing.
 
     Args:
         model: where training starts; stays as it is.
@@ -103,16 +107,23 @@ class StudentObjective(SoloObjective):
         seed: of what is drawn before training.
 
     Raises:
-        ValueError: when the model knows no prompts, or has no null condition where one is read; when it is not in
-            float32, or has no such weights.
+        ValueError: when the model knows no prompts, or has no null condition where one is read; when it is a student
+            of one or few steps, draws by pictures alone, is not in float32, or has no such weights.
     """
 
     reads_null: ClassVar[bool] = True
+    every_level: ClassVar[bool] = True
+    reads_pictures: ClassVar[bool] = False
+    always_retains: ClassVar[bool] = False
 
     def __init__(self, model: Model, config: StudentConfig, request: Request, *, seed: int = 0) -> None:
         self.null, self.seed = model.null_condition(), seed
         if not model.any_condition().text_keys:
             raise ValueError(f"{model.source} knows no prompts, so there is nothing to erase by name.")
+        if self.every_level:
+            refuse_student(model)
+        if not model.backbone.draws_from_text and not self.reads_pictures:
+            raise ValueError(f"{model.source} draws nothing from text alone: use image_to_image, or uce.")
         if self.reads_null and not self.null:
             raise ValueError(f"{model.source} has no null condition, which this method reads: use concept_ablation.")
         guided = [name for name, value in config if name.endswith("_guidance") and value != 1]
@@ -232,7 +243,8 @@ class FineTuningEraser(Eraser):
         What is drawn or searched for in many like steps is counted from one: the most that is alive does not depend on
         their number. Before training, operations are those of one step of each sampling.
         """
-        config = self.config if request.preserve else self.config.model_copy(update={"retain": 0.0})
+        keeps = request.preserve or self.objective.always_retains
+        config = self.config if keeps else self.config.model_copy(update={"retain": 0.0})
         brief = config.brief()
         full = config.told() if model.denoiser.reads_guidance else config
 
@@ -244,6 +256,18 @@ class FineTuningEraser(Eraser):
 
         with attention_chosen(model, config.attention if config.attention in WRITTEN_OUT else None):
             return plan(made, model.parameters().values(), loop)
+
+
+def refuse_student(model: Model) -> None:
+    """For methods that sample the model in many steps, or train it at all noise levels.
+
+    Raises:
+        ValueError: for a student of one or few steps, which draws nothing of use that way.
+    """
+    if model.is_student:
+        raise ValueError(
+            f"{model.source} is a student of one or few steps, which knows few noise levels: use one_step, or uce."
+        )
 
 
 def trained_values(model: Model, student: Player) -> dict[str, Tensor]:

@@ -103,6 +103,17 @@ def as_rows(model: Model, condition: Condition) -> Condition:
     return rows.replace(**{key: one_hot(numbers, widths[key]).double() for key, numbers in classes.items()})
 
 
+def read_rows(model: Model, condition: Condition) -> dict[str, Tensor]:
+    """The rows of prompts that text layers read, (rows, width) float64 on the CPU, by the condition's key.
+
+    Padding that the network masks is none of them.
+    """
+    rows = as_rows(model, condition)
+    keys = {point.key for point in model.text_entry_points()} & set(rows.text_keys)
+    masks = {key: rows.get(f"{key}.mask") for key in keys}
+    return {key: rows[key].flatten(0, -2) if mask is None else rows[key][mask.bool()] for key, mask in masks.items()}
+
+
 def request_rows(
     model: Model, request: Request, templates: Sequence[str], tokens: Tokens
 ) -> dict[str, tuple[Rows, Tensor]]:
@@ -137,7 +148,12 @@ def aligned(concept: TokenSpan, anchor: TokenSpan, tokens: Tokens, first: int = 
 
 
 def _anchor_spans(model: Model, prompt: str, anchor: str, concept_spans: Sequence[TokenSpan]) -> tuple[TokenSpan, ...]:
-    if anchor.strip():
-        return model.find_concept(prompt, anchor)
-    # The words before the concept are the same in both prompts, so nothing stands where the concept starts.
-    return tuple(TokenSpan(s.key, s.start, s.start, s.start, s.last) for s in concept_spans)
+    # The words before the concept are the same in both prompts, so the anchor, or nothing, starts where it does.
+    if not anchor.strip():
+        return tuple(TokenSpan(s.key, s.start, s.start, s.start, s.last) for s in concept_spans)
+    found = model.find_concept(prompt, anchor)
+    # An earlier mention is a template's own word.
+    return tuple(
+        a if a.start >= s.start else TokenSpan(a.key, s.start, s.start + a.stop - a.start, a.end, a.last)
+        for a, s in zip(found, concept_spans, strict=True)
+    )

@@ -60,7 +60,7 @@ class FewShotConfig(TextStudentConfig):
 
     def passes(self, step: int = 0) -> float:
         """Of the denoiser, without pictures; for a request with preserved concepts, if `retain` is set."""
-        measuring = 2 * self.held_out / (self.train_batch_size * self.gradient_accumulation_steps)
+        measuring = 3 * self.held_out / (self.train_batch_size * self.gradient_accumulation_steps)
         return 2 + 3 * (self.retain > 0) + measuring
 
 

@@ -63,6 +63,8 @@ class ImageToImageObjective(StudentObjective):
     Config = ImageToImageConfig
     paper: ClassVar[str] = "2402.00351"
     config: ImageToImageConfig
+    reads_pictures = True
+    always_retains = True
 
     def __init__(self, model: Model, config: ImageToImageConfig, request: Request, *, seed: int = 0) -> None:
         if not model.backbone.shown:

@@ -15,7 +15,7 @@ from sublimate.erasure.closed_form_eraser import ClosedFormEraser
 from sublimate.erasure.eraser import Changes
 from sublimate.erasure.request import Request, Templates
 from sublimate.erasure.text_layers import text_layers
-from sublimate.erasure.token_rows import Rows, Tokens, as_rows, concept_rows
+from sublimate.erasure.token_rows import Rows, Tokens, concept_rows, read_rows
 from sublimate.pipelines.detector import Detector
 from sublimate.pipelines.model import Model
 from sublimate.training.config import Config
@@ -137,5 +137,4 @@ def _held_rows(model: Model, request: Request, config: MACEFusionConfig) -> Iter
     prompts = [] if config.prior is None else read_prompts(config.prior)
     for start in range(0, len(prompts), _BATCH):
         with torch.no_grad():
-            encoded = as_rows(model, model.encode_prompts(prompts[start : start + _BATCH]))
-        yield from ((key, encoded[key].reshape(-1, encoded[key].shape[-1])) for key in encoded.text_keys)
+            yield from read_rows(model, model.encode_prompts(prompts[start : start + _BATCH])).items()

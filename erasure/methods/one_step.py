@@ -57,6 +57,7 @@ class OneStepObjective(StudentObjective):
     paper: ClassVar[str] = "2507.13386"
     config: OneStepConfig
     reads_null = False
+    every_level = False
 
     def __init__(self, model: Model, config: OneStepConfig, request: Request, *, seed: int = 0) -> None:
         super().__init__(model, config, request, seed=seed)
@@ -114,7 +115,7 @@ def _calls(model: Model, config: OneStepConfig) -> tuple[tuple[float, ...], floa
     """
     few = model.defaults.get("few_steps")
     if few is not None and FewSteps.from_dict(few).sampler == "trajectory":
-        raise ValueError(f"{model.source} is told where its jumps end, which one_step does not train: use esd or uce.")
+        raise ValueError(f"{model.source} is told where its jumps end, which one_step does not train: use uce.")
     recorded = float(model.defaults.get("guidance_scale", 1.0))
     scale = recorded if config.guidance_scale is None else config.guidance_scale
     if config.times is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from sublimate.erasure.concept_pairs import ConceptPairs, forget_loss, retain_loss
 from sublimate.erasure.contrastive import CLIPPair, Pair, trained_pair
 from sublimate.erasure.eraser import Changes, Eraser
+from sublimate.erasure.fine_tuning import refuse_student
 from sublimate.erasure.latent_bank import LatentBank, drawn_bank
 from sublimate.erasure.layer_choice import pareto_front, scored_layers
 from sublimate.erasure.probes import DetectorJudge, PairJudge, Prober
@@ -87,6 +88,7 @@ class SLUG(Eraser):
         self, model: Model, request: Request, *, seed: int, detector: Detector | None, progress: bool
     ) -> Changes:
         config: SLUGConfig = self.config
+        refuse_student(model)
         kept = _kept(request)
         concepts, some = [*request.erase, *kept], len(request.erase)
         # A concept without a label ends the run before anything is drawn.

@@ -14,7 +14,7 @@ from sublimate.erasure.closed_form_eraser import ClosedFormEraser
 from sublimate.erasure.eraser import Changes
 from sublimate.erasure.request import Request, Templates
 from sublimate.erasure.text_layers import TextLayer, text_layers
-from sublimate.erasure.token_rows import Rows, Tokens, as_rows, request_rows
+from sublimate.erasure.token_rows import Rows, Tokens, read_rows, request_rows
 from sublimate.pipelines.detector import Detector
 from sublimate.pipelines.model import Model
 from sublimate.training.config import Config
@@ -76,10 +76,10 @@ class SPEED(ClosedFormEraser):
                 )
             layers = [layer for layer in layers if not layer.key.endswith(".to_k.weight")]
         by_key = request_rows(model, request, config.templates, config.tokens)
-        null = as_rows(model, model.null_condition())
+        null = read_rows(model, model.null_condition())
         if not null:
             raise ValueError(f"{model.source} has no null condition, which speed holds: use uce.")
-        fixed = {name: _fixed_rows(null[name][0]) for name in {layer.reads for layer in layers}}
+        fixed = {name: _fixed_rows(null[name]) for name in {layer.reads for layer in layers}}
         changes = {}
         for layer in layers:
             rows, kept = by_key[layer.reads]
@@ -117,9 +117,7 @@ class SPEED(ClosedFormEraser):
 
 
 def _fixed_rows(null: Tensor) -> Tensor:
-    """The rows of the empty prompt that must not move: (tokens, d_in) or (d_in,) -> (up to 4, d_in)."""
-    if null.ndim == 1:
-        return null[None]
+    """The rows of the empty prompt that must not move: (tokens, d_in) -> (up to 4, d_in)."""
     first, others = null[:1], null[1:].unique(dim=0)
     if len(others) <= 3:
         return torch.cat([first, others])

@@ -111,6 +111,11 @@ REASONS = (
     "is shown no pictures",
     "has no null condition",
     "text belongs to one concept",
+    "knows no prompts",
+    "No text enters",
+    "sees pictures beside the text",
+    "draws nothing from text alone",
+    "is a student of one or few steps",
 )
 
 # What is tested to be refused even where not all families are.
@@ -118,6 +123,8 @@ REFUSED = (
     ("interpret_then_deactivate", "tiny_sd3"),
     ("receler", "tiny_sd3"),
     ("prune_then_erase-attached", "tiny_sd3"),
+    ("esd", "tiny_upscaling"),
+    *((case, "tiny_sd_turbo") for case in ("esd", "concept_ablation", "few_shot", "slug")),
 )
 
 # What training runs beside the denoiser.

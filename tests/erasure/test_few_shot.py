@@ -187,6 +187,17 @@ def test_all_phrases_of_a_concept_share_its_few_latents(tiny_sd, tmp_path):
     assert 0 <= everything.min() < 0.1 and 0.9 < everything.max() < 1
 
 
+def test_passes_are_those_of_training_and_measuring(tiny_sd):
+    options = {"images": 2, "sampling_steps": 1, "held_out": 6, "train_batch_size": 3, "retain": 0.0}
+    config = FewShotConfig(**options)
+    objective = FewShotObjective(open_model(tiny_sd), config, Request(Concept("cat", "dog")))
+    counted = []
+    for denoiser in {id(d): d for d in (objective.student, objective.frozen)}.values():
+        denoiser.register_forward_pre_hook(lambda _, given: counted.append(len(given[0])))
+    objective.measure()
+    assert sum(counted) / config.train_batch_size == config.passes() - 2
+
+
 def test_the_defaults_are_the_papers():
     config = FewShotConfig()
     assert len(set(config.templates)) == 27

@@ -142,6 +142,16 @@ def test_held_rows_are_summed_in_parts_and_stay(sd, tmp_path):
     assert moved[0.0] > 2 * moved[1.0] > 20 * moved[1e4] > 0
 
 
+def test_padding_that_is_masked_is_not_held(tiny_pixart, tmp_path):
+    model, request = open_model(tiny_pixart), Request(Concept("cat", "dog"))
+    (tmp_path / "prior.txt").write_text("a painting of the red\nthe dog")
+    moments = held_moments(model, request, MACEFusionConfig(prior=tmp_path / "prior.txt"))
+    told = model.encode_prompts(["a painting of the red", "the dog"])
+    own = told["text"][told["text.mask"].bool()].double()
+    assert moments.keys() == {"text"} and 0 < len(own) < told["text"].shape[:2].numel()
+    torch.testing.assert_close(moments["text"], own.T @ own)
+
+
 def test_what_cannot_be_done_is_refused(sd, tmp_path, tiny_unconditional):
     with pytest.raises(ValueError, match="not unique"):
         MACEFusion(lam=0, tokens="last").fit(sd, SEVERAL)

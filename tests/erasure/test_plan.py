@@ -79,6 +79,16 @@ def test_what_is_drawn_before_training_is_counted_before_it(tiny_sd_v):
     assert any(line.startswith("before training: ") for line in found.lines())
 
 
+@pytest.mark.slow
+def test_what_a_request_preserves_nothing_of_is_counted_where_something_is_retained_all_the_same(tiny_inpainting):
+    method = eraser("image_to_image", images=2, sampling_steps=1, train_batch_size=2)
+    request = Request("cat")
+    _, trainer = real_trainer(tiny_inpainting, method, request)
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        take(trainer)
+    assert method.plan(open_shapes(tiny_inpainting), request).flops == pytest.approx(counter.get_total_flops())
+
+
 @pytest.mark.parametrize("method", ["uce", "rece", "speed", "mace_fusion"])
 def test_a_closed_form_counts_what_it_reads_and_solves(tiny_sd_v, method):
     concept = Concept("cat", anchor="dog", synonyms=("seven",))

@@ -122,4 +122,4 @@ def test_fixed_rows_are_the_first_and_three_centres():
     assert found.shape == (4, 2) and found[0].tolist() == [9.0, 9.0]
     expected = others.view(3, 4, 2).mean(1)
     assert all(float((found[1:] - centre).norm(dim=1).min()) < 1e-6 for centre in expected)
-    assert _fixed_rows(torch.ones(5).double()).shape == (1, 5)
+    assert _fixed_rows(torch.ones(1, 5).double()).shape == (1, 5)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from sublimate.diffusion.conditions import Condition
 from sublimate.erasure.methods.uce import UCE
 from sublimate.erasure.request import Concept, Request
-from sublimate.erasure.token_rows import aligned, concept_rows
+from sublimate.erasure.token_rows import aligned, concept_rows, read_rows
 from sublimate.pipelines.model import open_model
 from sublimate.pipelines.tokens import TokenSpan
 
@@ -106,6 +106,29 @@ def test_rows_are_those_of_the_words(sd, sd3):
     assert rows["text"].own.shape == ((15 + 256) + (12 + 253), 32)
     assert torch.equal(rows["text"].own, rows["text"].anchors)
     assert rows["text.pooled"].own.shape == (2, 32)
+
+
+def test_an_anchor_that_its_template_has_too_is_the_one_in_the_concepts_place(sd, sd3):
+    concept = Concept("seven", "red")
+    found = concept_rows(sd, [concept], ["a red {}"], "tail", anchored=True)["text"]
+    own, anchors = sd.encode_prompts(["a red seven", "a red red"])["text"].double()
+    torch.testing.assert_close(found.own, own[3:], rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(found.anchors, anchors[3:], rtol=1e-5, atol=2e-6)
+    found = concept_rows(sd3, [concept], ["a red {}"], "last", anchored=True)["text"]
+    anchors = sd3.encode_prompts(["a red red"])["text"][0].double()
+    torch.testing.assert_close(found.anchors, anchors[[3, 16 + 2]], rtol=1e-5, atol=2e-6)
+
+
+def test_rows_that_are_read_are_those_of_the_prompts_own_tokens(sd, tiny_pixart):
+    told = sd.encode_prompts(["red", "a cat"])
+    assert torch.equal(read_rows(sd, told)["text"], told["text"].flatten(0, 1).double())
+    model = open_model(tiny_pixart)
+    told = model.encode_prompts(["red", "a cat"])
+    tokens = told["text.mask"].sum(1).long().tolist()
+    found = read_rows(model, told)
+    assert found.keys() == {"text"} and tokens[0] < tokens[1] < told["text"].shape[1]
+    expected = torch.cat([rows[:count] for rows, count in zip(told["text"], tokens, strict=True)])
+    assert torch.equal(found["text"], expected.double())
 
 
 def test_rows_of_masked_text_end_with_the_prompt(tiny_pixart, tiny_sana):
