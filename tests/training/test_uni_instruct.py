@@ -157,6 +157,18 @@ def test_reverse_kl_is_twice_sid_at_one_half():
         torch.testing.assert_close(of_uni, 2 * of_sid)
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "jensen_shannon", "pearson"])
+def test_beyond_its_bounds_the_ratio_is_constant_and_so_is_the_weight(divergence):
+    bounded = exact(divergence, gan_weight=0.0, ratio_bounds=(0.1, 20.0))
+    plain, generator = exact("reverse_kl"), torch.Generator().manual_seed(0)
+    x0, x_t = (torch.randn(2, 1, generator=generator).double() for _ in range(2))
+    t = torch.tensor([0.5, 1.0], dtype=torch.float64)
+    p, q = bounded.teacher(x_t, t), bounded.critic(x_t, t)
+    ratio = torch.tensor([0.1, 20.0], dtype=torch.float64)
+    h = f_weight_terms(divergence, ratio)[0]
+    torch.testing.assert_close(bounded.integrand(x0, x_t, p, q, ratio), h * plain.integrand(x0, x_t, p, q, ratio))
+
+
 def test_the_adversarial_term_is_normalised_with_the_rest():
     objective = on_networks(UniInstruct, gan_weight=0.5)
     batch = real_batch(objective)

@@ -30,7 +30,7 @@ class UniInstructConfig(AdversarialConfig):
     Attributes:
         divergence: which D_f(teacher || student) to minimise; reverse KL without the adversarial term is data-free.
         gan_weight: weight of the adversarial term; 0.01 beside 100 for the divergence is published, 0 leaves it out.
-        ratio_bounds: clamp of the density ratio r; None leaves it free.
+        ratio_bounds: clamp of the density ratio r, beyond which h is constant; None leaves it free.
         exact_weighting: draw times uniformly in log-SNR, between a table's too, and weight them so that the loss is
             the divergence per element; off, times are drawn as the schedule trains and every sample's loss is divided
             by mean|x0 - mu_p|, adversarial term included, as in SiD.
@@ -137,6 +137,10 @@ class UniInstruct(Matching):
         """The braces of theorem 3.2 times sigma^4/alpha^2, per sample as a mean over elements; (batch,)."""
         c = p.coefficients
         h, rh1, r2h2 = f_weight_terms(self.config.divergence, ratio)
+        if self.config.ratio_bounds is not None:
+            low, high = self.config.ratio_bounds
+            free = (low < ratio) & (ratio < high)
+            rh1, r2h2 = rh1 * free, r2h2 * free
         cross, squared = identity_terms(x0, p, q)
         # d^T m = d^T (mu_p - x0) - |d|^2 in units of mu.
         loss = 2 * h * cross + (h - rh1 - 2 * h) * squared
