@@ -90,6 +90,16 @@ def test_pure_noise_and_levels_beyond_those_it_knows_are_not_corrected(noisiest,
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_samples_at_levels_of_their_own_are_corrected_by_themselves():
+    schedule, x = RectifiedFlow(), noise(3)
+    guided, t = guidance(schedule), torch.tensor([1.0, 0.5, 0.9], dtype=torch.float64)
+    prediction = guided.denoiser(x, t)
+    found = guided.corrected(prediction, t, NOTHING, 1.0)[0].x0
+    expected = MixtureDenoiser(DATA, schedule)(x, t).x0
+    assert torch.equal(found[0], prediction.x0[0])
+    torch.testing.assert_close(found[1:], expected[1:])
+
+
 def test_a_discriminator_that_knows_nothing_changes_nothing():
     schedule = EDM(0.02, 20.0)
     guided = guidance(schedule, factor=0.0)
