@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sublimate.pipelines.checkpoints import refuse_pickle
 from sublimate.pipelines.edit_attachment import EditAttachment
-from sublimate.pipelines.edit_stack import EditStack, close_stack, merged, open_stack, parameter_of, stack_of
+from sublimate.pipelines.edit_stack import EditStack, close_stack, merged, open_stack, own_key, parameter_of, stack_of
 from sublimate.pipelines.export import save_model
 from sublimate.pipelines.folders import file_written_aside
 from sublimate.pipelines.model import Model
@@ -225,10 +225,10 @@ class Edit:
                 f"This edit carries the attachment {self.attachment.kind}, which no LoRA holds: apply it."
             )
         for key, shape in self.shapes().items():
-            component, _, name = key.partition("/")
             if key in self.values:
                 raise ValueError(f"The change of {key} is not low-rank, so no LoRA equals this edit: fold it instead.")
             parameter_of(model, key, shape)
+            component, _, name = own_key(model, key).partition("/")
             layer = model.component(component).get_submodule(name.rpartition(".")[0])
             if component not in _LORA_COMPONENTS or not isinstance(layer, nn.Linear):
                 raise ValueError(
@@ -241,7 +241,7 @@ class Edit:
             )
         state: dict[str, Tensor] = {}
         for key, (b, a) in self.low_rank.items():
-            layer_name = key.removesuffix(".weight").replace("/", ".", 1)
+            layer_name = own_key(model, key).removesuffix(".weight").replace("/", ".", 1)
             state |= {f"{layer_name}.lora_A.weight": a, f"{layer_name}.lora_B.weight": b}
         return state
 

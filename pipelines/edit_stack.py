@@ -43,6 +43,7 @@ class EditStack:
             raise ValueError("This edit is already applied to this model: remove it before applying it again.")
         parameters = {key: parameter_of(model, key, shape) for key, shape in edit.shapes().items()}
         check_unquantised(parameters, "The edit")
+        self._check_spelling(model, parameters)
         originals = {k: p.detach().to("cpu", copy=True) for k, p in parameters.items() if k not in self.pristine}
         if edit.attachment is not None:
             self.installed[edit] = edit.attachment.install(model)
@@ -63,6 +64,16 @@ class EditStack:
         self._rebuild(parameters, [other for other in self.edits if other is not edit])
         still = {key for other in self.edits for key in other.shapes()}
         self.pristine = {key: tensor for key, tensor in self.pristine.items() if key in still}
+
+    def _check_spelling(self, model: Model, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Edits add up by key, so one parameter has to have one."""
+        taken = {id(parameter_of(model, key, tensor.shape)): key for key, tensor in self.pristine.items()}
+        for key, parameter in parameters.items():
+            if (other := taken.setdefault(id(parameter), key)) != key:
+                raise ValueError(
+                    f"{key} and {other} are one parameter, in edits made with different releases of transformers: "
+                    "apply one of them, or make it again."
+                )
 
     def _rebuild(self, parameters: Mapping[str, nn.Parameter], edits: list[Edit]) -> None:
         """Writes what `edits` make of the parameters; everything is computed before anything is touched."""
@@ -94,19 +105,30 @@ def parameter_of(model: Model, key: str, shape: torch.Size) -> nn.Parameter:
     Raises:
         ValueError: when the model has no such component or parameter, or its shape is another.
     """
-    component, _, name = key.partition("/")
-    try:
-        parameter = model.component(component).get_parameter(name)
-    except (AttributeError, ValueError):
-        raise ValueError(
-            f"The model {model.source} has no parameter {key}: the edit belongs to another architecture."
-        ) from None
+    component, _, name = own_key(model, key).partition("/")
+    parameter = model.component(component).get_parameter(name)
     if parameter.shape != shape:
         raise ValueError(
             f"{key} has shape {tuple(parameter.shape)} in the model {model.source} and {tuple(shape)} in the edit: "
             "the edit belongs to another architecture."
         )
     return parameter
+
+
+def own_key(model: Model, key: str) -> str:
+    """A parameter's key as this model spells it: some releases of transformers put a wrapper around text models.
+
+    Raises:
+        ValueError: when the model has no such component or parameter.
+    """
+    component, _, name = key.partition("/")
+    for spelling in (name, name.removeprefix("text_model."), f"text_model.{name}"):
+        try:
+            model.component(component).get_parameter(spelling)
+        except (AttributeError, ValueError):
+            continue
+        return f"{component}/{spelling}"
+    raise ValueError(f"The model {model.source} has no parameter {key}: the edit belongs to another architecture.")
 
 
 _STACKS: WeakKeyDictionary[Model, EditStack] = WeakKeyDictionary()

@@ -119,6 +119,27 @@ def test_training_between_edits_is_the_new_pristine_state(model):
         assert bits(model) == before
 
 
+def test_text_models_with_and_without_a_wrapper_are_the_same(tiny_sd):
+    """Some releases of transformers call every parameter of a text model text_model.<name>."""
+    model, plain = open_model(tiny_sd), "text_encoder/encoder.layers.0.self_attn.q_proj.weight"
+    wrapped = plain.replace("/", "/text_model.", 1)
+    assert plain in model.parameters()
+    before, ours = bits(model), made_for(model, low_rank=[plain])
+    theirs = Edit({}, {wrapped: ours.low_rank[plain]}, ours.provenance)
+    with ours.applied(model):
+        expected = bits(model)
+    assert expected != before
+    with theirs.applied(model):
+        assert bits(model) == expected
+        with pytest.raises(ValueError, match="are one parameter, in edits made with different releases"):
+            ours.apply(model)
+        assert bits(model) == expected
+    assert bits(model) == before
+    with pytest.raises(ValueError, match="are one parameter"):
+        Edit.compose([ours, theirs]).apply(model)
+    assert theirs.to_lora(model).keys() == ours.to_lora(model).keys()
+
+
 def test_applying_twice_and_removing_nothing_are_refused(model):
     edit, other = made_for(model, [CONV]), made_for(model, [CONV])
     with pytest.raises(ValueError, match="nothing to remove"):
