@@ -86,8 +86,8 @@ def command(
     if dry_run:
         _plan(eraser, model, request, revision)
         return
-    out.mkdir(parents=True, exist_ok=True)  # refused now rather than after the fit
     opened = open_model(model, loras=fuse_lora or (), revision=revision, variant=variant, device=device)
+    out.mkdir(parents=True, exist_ok=True)  # refused now rather than after the fit
     edit = eraser.fit(opened, request, seed=seed, progress=True)
     typer.echo(f"Wrote {edit.save(out / 'edit.safetensors')}")
     if fold:
