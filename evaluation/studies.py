@@ -39,7 +39,8 @@ def read_prompt_set(path: Path) -> PromptSet:
     if not path.is_file():
         raise FileNotFoundError(f"there is no prompt file {path}; give JSON lines with text and labels")
     texts, expected = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Lines end as files have them: what else Unicode takes for an end may stand in a prompt.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:

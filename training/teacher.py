@@ -89,6 +89,21 @@ class Scales(NamedTuple):
         return self.low if self.low == self.high else batch["scale"]
 
 
+def check_one_guidance(scales: tuple[float, float] | None, scale: float, usual: float) -> None:
+    """Refuses a scale beside a range that scales are drawn from.
+
+    Args:
+        scales: the range, if there is one.
+        scale: the option `guidance_scale`.
+        usual: its default, which says nothing.
+
+    Raises:
+        ValueError: when both are given.
+    """
+    if scales is not None and scale != usual:
+        raise ValueError("guidance_scale is not used where guidance_range is given: set that to null, or leave it.")
+
+
 def check_guidance(null: Condition, *scales: float, option: str = "guidance_scale") -> None:
     """Refuses guidance where there is no text to guide by.
 

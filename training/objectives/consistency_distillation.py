@@ -18,7 +18,7 @@ from sublimate.training.ema import Average
 from sublimate.training.losses import pseudo_huber_loss, squared_loss
 from sublimate.training.objective import Artefact, Batch, Loss, ObjectiveConfig, SoloObjective, Turn
 from sublimate.training.players import PlayerConfig, make_player
-from sublimate.training.teacher import Scales, Teacher, check_guidance, images_and, scales_from
+from sublimate.training.teacher import Scales, Teacher, check_guidance, check_one_guidance, images_and, scales_from
 
 
 class ConsistencyDistillationConfig(ObjectiveConfig):
@@ -59,10 +59,8 @@ class ConsistencyDistillationConfig(ObjectiveConfig):
                 f"guidance_scale is {self.guidance_scale}, which the student would be sampled with and is never told: "
                 f"choose one of guidance_range, {low} to {high}."
             )
-        if not self.guidance_input and self.guidance_range is not None and self.guidance_scale != usual:
-            raise ValueError(
-                "guidance_scale is not used where guidance_range is given: set that to null, or leave it."
-            )
+        if not self.guidance_input:
+            check_one_guidance(self.guidance_range, self.guidance_scale, usual)
         return self
 
     @property

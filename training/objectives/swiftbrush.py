@@ -22,7 +22,7 @@ from sublimate.training.losses import pseudo_target_loss, score_difference
 from sublimate.training.matching import Matching, MatchingConfig
 from sublimate.training.objective import Batch, Loss, Turn
 from sublimate.training.players import PlayerConfig
-from sublimate.training.teacher import Scales, Teacher, check_guidance
+from sublimate.training.teacher import Scales, Teacher, check_guidance, check_one_guidance
 
 
 class SwiftBrushConfig(MatchingConfig):
@@ -47,8 +47,7 @@ class SwiftBrushConfig(MatchingConfig):
     @model_validator(mode="after")
     def _one_guidance(self) -> Self:
         usual = type(self).model_fields["guidance_scale"].default
-        if self.guidance_range is not None and self.guidance_scale != usual:
-            raise ValueError("guidance_scale is not used where guidance_range is given: set one of them to null.")
+        check_one_guidance(self.guidance_range, self.guidance_scale, usual)
         low, high = self.scales
         if not 0 <= low <= high < float("inf"):
             raise ValueError(f"guidance_range is (low, high) with 0 <= low <= high, not ({low}, {high}).")
