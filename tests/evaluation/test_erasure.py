@@ -11,7 +11,7 @@ import torch
 from sublimate.evaluation.criteria import Criterion, verdict_sentence
 from sublimate.evaluation.erasure import measure_erasure, run
 from sublimate.evaluation.intervals import Difference, Rate
-from sublimate.evaluation.studies import Bars, ErasureStudy, PromptSet
+from sublimate.evaluation.studies import Bars, ErasureStudy, PromptSet, read_prompt_set
 
 
 def prompts(*contents: str) -> PromptSet:
@@ -261,3 +261,9 @@ def test_the_verdict_is_one_sentence():
     assert verdict_sentence([sure, unsure, missed]) == expected
     with pytest.raises(ValueError, match="at least one criterion"):
         verdict_sentence([])
+
+
+def test_prompts_may_hold_what_unicode_takes_for_the_end_of_a_line(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"text": "a\u2028cat", "animal": "cat", "ink": null}\n\n{"text": "b"}\n')
+    found = read_prompt_set(tmp_path / "p.jsonl")
+    assert found.texts == ("a\u2028cat", "b") and found.expected == ({"animal": "cat"}, {})
