@@ -193,6 +193,7 @@ class RectifiedFlow(Schedule):
         shift: > 0; moves the grid and the times of training towards noise (Esser et al. 2024, arXiv 2403.03206,
             eq. 23), not alpha and sigma.
         time_factor: the network is told time_factor * t; also the number of times it was trained at.
+        dynamic: the shift depends on the resolution, which is known only when a grid is made.
 
     Raises:
         ValueError: for a shift that is not positive.
@@ -201,10 +202,10 @@ class RectifiedFlow(Schedule):
     t_max, t_clean = 1.0, 0.0
     spacings = ("trailing", "linspace")
 
-    def __init__(self, shift: float = 1.0, time_factor: float = 1000.0) -> None:
+    def __init__(self, shift: float = 1.0, time_factor: float = 1000.0, *, dynamic: bool = False) -> None:
         if shift <= 0:
             raise ValueError(f"The shift of a rectified flow must be positive, but is {shift}.")
-        self.shift, self.time_factor = float(shift), float(time_factor)
+        self.shift, self.time_factor, self.dynamic = float(shift), float(time_factor), dynamic
         self.t_min = float(self._warp(torch.tensor(1 / self.time_factor, dtype=torch.float64)))
 
     def _warp(self, t: Tensor) -> Tensor:
@@ -228,8 +229,9 @@ class RectifiedFlow(Schedule):
 
     def _grid(self, steps: int, spacing: str) -> Tensor:
         # "trailing" is what FLUX's pipeline asks for; "linspace" is FlowMatchEulerDiscreteScheduler's own default,
-        # whose last time has been shifted once before all are.
-        last = 1 / steps if spacing == "trailing" else self.t_min
+        # whose last time has been shifted once before all are, if the shift was known by then.
+        cleanest = 1 / self.time_factor if self.dynamic else self.t_min
+        last = 1 / steps if spacing == "trailing" else cleanest
         return self._warp(torch.linspace(1, last, steps, dtype=torch.float64))
 
 
@@ -287,7 +289,8 @@ def from_scheduler(scheduler: Any, latent_shape: tuple[int, int, int] | None = N
         # Consistency models are told 1000 times c_noise.
         return EDM(config["sigma_min"], config["sigma_max"], config["rho"], time_factor=250.0)
     if name in ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"):
-        return RectifiedFlow(_flow_shift(config, latent_shape), config.get("num_train_timesteps", 1000))
+        shift, dynamic = _flow_shift(config, latent_shape), bool(config.get("use_dynamic_shifting"))
+        return RectifiedFlow(shift, config.get("num_train_timesteps", 1000), dynamic=dynamic)
     if name not in _DISCRETE_SCHEDULERS:
         raise ValueError(f"There is no schedule for {name}; convert the pipeline to DDIM, flow match or EDM Euler.")
     if config.get("timestep_type", "discrete") != "discrete":

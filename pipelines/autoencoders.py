@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -45,13 +46,21 @@ def encode_media(vae: Any, media: Tensor) -> Tensor:
     """
     encoded = vae.encode(media.to(vae.dtype))
     mode = encoded.latent_dist.mode() if "latent_dist" in encoded else encoded.latent
-    return (mode - _shift(vae)) * vae.config.scaling_factor
+    shift, factor = _affine(vae)
+    return (mode - shift) * factor
 
 
 def decode_media(vae: Any, latents: Tensor) -> Tensor:
     """Media, in the autoencoder's own units, of latents as the denoiser sees them; differentiable in the latents."""
-    return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor + _shift(vae)).sample
+    shift, factor = _affine(vae)
+    return vae.decode(latents.to(vae.dtype) / factor + shift).sample
 
 
-def _shift(vae: Any) -> float:
-    return vae.config.get("shift_factor") or 0.0
+def _affine(vae: Any) -> tuple[Tensor | float, Tensor | float]:
+    """(shift, factor): the denoiser's latents are (the autoencoder's - shift) * factor, by channel if it says so."""
+    config = vae.config
+    mean, std = (config.get(name) for name in ("latents_mean", "latents_std"))
+    if mean is None or std is None:
+        return config.get("shift_factor") or 0.0, config.scaling_factor
+    shift, deviation = (torch.tensor(v, device=vae.device, dtype=vae.dtype).view(1, -1, 1, 1) for v in (mean, std))
+    return shift, config.scaling_factor / deviation

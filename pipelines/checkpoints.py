@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 from safetensors import SafetensorError, safe_open
@@ -46,6 +47,19 @@ def refuse_pickle(path: Path) -> None:
             f"{path} is a pickle, which can run code when opened: convert it with torch.load(path, weights_only=True) "
             "and safetensors.torch.save_file, and open the .safetensors file."
         )
+
+
+def read_scheduler(folder: Path) -> Any:
+    """The stock scheduler in the `scheduler` folder of an export.
+
+    Raises:
+        ValueError: when there is none that diffusers knows.
+    """
+    file = folder / "scheduler" / "scheduler_config.json"
+    kind = getattr(diffusers, str(read_json(file).get("_class_name")), None)
+    if kind is None:
+        raise ValueError(f"{file} names no scheduler of diffusers {diffusers.__version__}: export the student again.")
+    return kind.from_pretrained(file.parent)
 
 
 def read_json(path: Path) -> dict[str, Any]:

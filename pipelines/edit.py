@@ -23,7 +23,6 @@ from sublimate.pipelines.model import Model
 
 FORMAT = "sublimate.edit"
 _ATTACHED = "attachment/"
-_LORA_COMPONENTS = frozenset({"unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,21 +217,24 @@ class Edit:
 
         Raises:
             ValueError: when a change is not low-rank, is of another layer than a linear one, sits in a component that
-                LoRA files do not cover, or needs a rank above `max_rank`, or the edit carries an attachment.
+                the stock pipeline loads no LoRA into, or needs a rank above `max_rank`, or the edit carries an
+                attachment.
         """
         if self.attachment is not None:
             raise ValueError(
                 f"This edit carries the attachment {self.attachment.kind}, which no LoRA holds: apply it."
             )
+        covered = getattr(model.pipeline, "_lora_loadable_modules", ())
         for key, shape in self.shapes().items():
             if key in self.values:
                 raise ValueError(f"The change of {key} is not low-rank, so no LoRA equals this edit: fold it instead.")
             parameter_of(model, key, shape)
             component, _, name = own_key(model, key).partition("/")
             layer = model.component(component).get_submodule(name.rpartition(".")[0])
-            if component not in _LORA_COMPONENTS or not isinstance(layer, nn.Linear):
+            if component not in covered or not isinstance(layer, nn.Linear):
                 raise ValueError(
-                    f"{key} is not the weight of a linear layer that LoRA files cover: fold the edit instead."
+                    f"{key} is not the weight of a linear layer that a {type(model.pipeline).__name__} loads from a "
+                    "LoRA: fold the edit instead."
                 )
         rank = max(len(a) for _, a in self.low_rank.values())
         if max_rank is not None and rank > max_rank:

@@ -29,9 +29,10 @@ from sublimate.pipelines.lora_files import LORA_FILE, lora_state, save_lora
 from sublimate.pipelines.model import DEFAULTS_FILE, Model
 from sublimate.pipelines.progress import without_bars
 from sublimate.pipelines.quantised import check_unquantised
+from sublimate.pipelines.speedupnet import attached_speedupnet
 from sublimate.pipelines.versions import versions
 
-_AS_BASE = ("steps", "guidance_scale", "few_steps", "sampler", "noise_scale")
+_AS_BASE = ("steps", "guidance_scale", "start", "few_steps", "sampler", "noise_scale")
 """How a base is sampled, and what was tuned from it."""
 
 
@@ -174,9 +175,11 @@ def save_model(
         The folder.
 
     Raises:
-        ValueError: when the folder holds something else, or an edit's attachment is on the model.
+        ValueError: when the folder holds something else, or an edit's attachment or a SpeedUpNet is on the model.
     """
     refuse_attached(model)
+    if attached_speedupnet(model.denoiser.network) is not None:
+        raise ValueError(f"{model.source} carries a SpeedUpNet, which stock diffusers cannot hold: detach it first.")
     base = {"base": {"source": public_name(model.source)}}
     record = {
         **model.defaults,

@@ -31,6 +31,11 @@ def written_aside(folder: Path, marker: str) -> Iterator[Path]:
         raise ValueError(f"{folder} exists and holds something else: choose another folder, or move it away.")
     aside = folder.parent / f".{folder.name}.{os.getpid()}.partial"
     earlier = folder.parent / f".{folder.name}.{os.getpid()}.earlier"
+    # Left by a process of the same number that was killed.
+    shutil.rmtree(aside, ignore_errors=True)
+    if earlier.exists() and not folder.exists():
+        earlier.rename(folder)
+    shutil.rmtree(earlier, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
         yield aside

@@ -86,19 +86,20 @@ def save_lora(state: Mapping[str, Tensor], folder: Path) -> None:
         save_file(kohya_state(contiguous), folder / KOHYA_FILE, {"format": "pt"})
 
 
-def fuse_lora(pipeline: Any, source: str | Path) -> None:
+def fuse_lora(pipeline: Any, source: str | Path, *, token: str | bool | None = None) -> None:
     """Adds a LoRA to the weights of a stock pipeline, in place: as if it had been saved after `fuse_lora`.
 
     Args:
         pipeline: a diffusers pipeline, in the precision in which the sum is to be rounded.
         source: a `.safetensors` file, a folder with `LORA_FILE`, or a hub id; any layout that diffusers reads.
+        token: for gated or private repositories of the hub.
 
     Raises:
         ValueError: when it is a pickle, missing or damaged, when nothing of it fits the pipeline, or when the pipeline
             takes no LoRAs or is quantised.
     """
-    kind = type(pipeline).__name__
-    refuse_pickle(Path(source))
+    kind, path = type(pipeline).__name__, Path(source).expanduser()
+    refuse_pickle(path)
     if not hasattr(pipeline, "load_lora_weights"):
         raise ValueError(f"A {kind} takes no LoRAs: leave out {source}.")
     networks = {n: m for n, m in pipeline.components.items() if isinstance(m, nn.Module)}
@@ -106,7 +107,8 @@ def fuse_lora(pipeline: Any, source: str | Path) -> None:
         raise ValueError(f"{source} cannot be added to a {quantised[0]} that is quantised: open one that is not.")
     try:
         with without_bars():
-            pipeline.load_lora_weights(str(source), adapter_name="fused", use_safetensors=True)
+            found = path if path.exists() else source
+            pipeline.load_lora_weights(str(found), adapter_name="fused", use_safetensors=True, token=token)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{source} cannot be opened as a LoRA of a {kind} ({first_line(error)})") from error
     carrying = [name for name, adapters in pipeline.get_list_adapters().items() if "fused" in adapters]

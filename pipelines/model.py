@@ -21,6 +21,7 @@ from sublimate.pipelines.checkpoints import (
     check_folder,
     keep_options,
     read_json,
+    read_scheduler,
     refuse_pickle,
     single_file_family,
 )
@@ -139,11 +140,12 @@ class Model:
         return components[name]
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Every parameter by its full key, "unet/down_blocks.0.….weight"."""
+        """Every parameter by its full key, "unet/down_blocks.0.….weight"; without what is attached to a network."""
         return {
             f"{component}/{name}": parameter
             for component, module in self.components().items()
             for name, parameter in module.named_parameters()
+            if ".processor." not in name
         }
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
@@ -305,14 +307,15 @@ def open_model(
         folder = checkpoint_folder(name, revision=revision, variant=variant, token=token)
         pipeline, unread = _open_folder(folder, variant, dtype)
         file = folder / DEFAULTS_FILE if (folder / DEFAULTS_FILE).is_file() else None
+    defaults = {} if file is None else read_json(file)
     for lora in loras:
-        fuse_lora(pipeline, lora)
-    backbone = backbone_for(type(pipeline).__name__)
-    # A LoRA that is a student is sampled as it was made to be.
-    students = [found for lora in loras if (found := Path(lora).expanduser() / DEFAULTS_FILE).is_file()]
-    records = [record for record in map(read_json, students) if "start" in record]
-    defaults = backbone.published_defaults(pipeline) if file is None else read_json(file)
-    defaults = records[-1] if records else defaults
+        fuse_lora(pipeline, lora, token=token)
+        record = Path(lora).expanduser() / DEFAULTS_FILE
+        if record.is_file() and "start" in (found := read_json(record)):
+            # It is a student, and sampled as it was made to be.
+            file, defaults, pipeline.scheduler = record, found, read_scheduler(record.parent)
+    if file is None:
+        defaults = backbone_for(type(pipeline).__name__).published_defaults(pipeline)
     # transformers keeps the precision of a text encoder's file; a mixed pipeline would fail at its first step.
     model = Model(pipeline, name, defaults, unread).to(device, dtype)
     model.loras = tuple(map(str, loras))

@@ -18,7 +18,16 @@ _NOISE_OPTIONS = (
 
 
 def noise_options(scheduler: Any) -> dict[str, Any]:
-    """What a scheduler over discrete betas says of its noise levels."""
+    """What a scheduler over discrete betas says of its noise levels.
+
+    Raises:
+        ValueError: for another scheduler.
+    """
+    if "trained_betas" not in scheduler.config:
+        raise ValueError(
+            f"{type(scheduler).__name__} has no table of betas, which the stock schedulers of students are made from: "
+            "such a model can be drawn and edited, but not distilled."
+        )
     return {name: scheduler.config[name] for name in _NOISE_OPTIONS if name in scheduler.config}
 
 
@@ -67,7 +76,8 @@ def flow_options(scheduler: Any) -> dict[str, Any]:
     config = scheduler.config
     if config.get("use_flow_sigmas"):
         return {"num_train_timesteps": config["num_train_timesteps"], "shift": config["flow_shift"]}
-    return dict(config)
+    # These would move the times that a student is told to be called at.
+    return {**config, **{f"use_{name}_sigmas": False for name in ("karras", "exponential", "beta")}}
 
 
 def flow_at(scheduler: Any, t: float | None = None) -> tuple[FlowMatchEulerDiscreteScheduler, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from sublimate.diffusion.schedules import Schedule
@@ -40,6 +41,9 @@ def published_defaults(scheduler: Any, schedule: Schedule, *, told_guidance: boo
             "consistency", LCM_STEPS, grid_steps=config.original_inference_steps, guidance_scale=scale
         ).to_dict()
         return _sampled(LCM_STEPS, scale, few_steps=few)
+    if kind in ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"):
+        # No student, but stock puts in noise of the deviation sqrt(sigma_max^2 + 1).
+        return {"noise_scale": math.sqrt(1 + config.sigma_max**-2)}
     karras = any(config.get(f"use_{name}_sigmas") for name in ("karras", "exponential", "beta"))
     trailing = config.get("timestep_spacing") == "trailing" and not karras and not config.get("rescale_betas_zero_snr")
     if kind in _TURBO_SAMPLERS and trailing and config.get("prediction_type", "epsilon") == "epsilon":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -10,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+
+from sublimate.pipelines.names import naming
 
 Tokenizer = Any
 """A Hugging Face tokenizer."""
@@ -160,7 +161,7 @@ def concept_span(
     span = prompt_span(tokenizer, prompt, length, offset=offset, key=key, masked=masked)
     content = tokenizer(prompt, add_special_tokens=False).input_ids
     # T5 tells upper from lower case: the prompt's own spelling counts.
-    spelled = re.search(re.escape(concept), prompt, re.IGNORECASE)
+    spelled = naming([concept]).search(prompt)
     name = (spelled.group() if spelled else concept).strip()
     if not name:
         raise ValueError(f"The concept {concept!r} has no tokens: name it in words.")

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, Protocol
 from torch import Tensor, nn
 
 from sublimate.diffusion.conditions import Condition
-from sublimate.diffusion.predictions import KINDS, Parametrization
+from sublimate.diffusion.predictions import KINDS, Kind, Parametrization
 from sublimate.diffusion.schedules import Schedule, from_scheduler
 from sublimate.pipelines import backbones
 from sublimate.pipelines.autoencoders import decode_latents, encode_images
@@ -22,6 +22,9 @@ from sublimate.pipelines.tokens import TokenSpan
 
 Pipeline = Any
 """An open `diffusers.DiffusionPipeline` of one of the backbone's classes."""
+
+_PRECONDITIONED: dict[str, Kind] = {"epsilon": "edm", "v_prediction": "trigflow"}
+"""What the prediction types of EDM's schedulers mean: F of Karras et al. 2022, eq. 7, and minus it."""
 
 Network = Any
 """The family's diffusers network, or a player made from it."""
@@ -128,7 +131,10 @@ class Backbone(ABC):
         Raises:
             ValueError: for a prediction type that is not known.
         """
-        kind = pipe.scheduler.config.get("prediction_type", "epsilon")
+        kind, sigma_data = (pipe.scheduler.config.get(name) for name in ("prediction_type", "sigma_data"))
+        if sigma_data is not None and kind in _PRECONDITIONED:
+            return Parametrization(_PRECONDITIONED[kind], sigma_data)
+        kind = kind or "epsilon"
         if kind not in KINDS:
             raise ValueError(f"The scheduler's prediction_type {kind!r} is not one of {', '.join(KINDS)}.")
         return Parametrization(kind)

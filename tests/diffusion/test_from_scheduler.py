@@ -67,6 +67,8 @@ def test_flow_match_whose_shift_depends_on_the_resolution(kind):
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 5, 5), mu=calculate_shift(64 * 48))
     schedule = from_scheduler(scheduler, (16, 128, 96))
     torch.testing.assert_close(schedule.grid(5).float(), scheduler.sigmas)
+    scheduler.set_timesteps(5, mu=calculate_shift(64 * 48))
+    torch.testing.assert_close(schedule.grid(5, "linspace").float(), scheduler.sigmas)
     with pytest.raises(ValueError, match="latent_shape"):
         from_scheduler(scheduler)
 

@@ -327,6 +327,10 @@ def test_a_word_that_goes_on_is_another_word_for_t5_too(models):
     with pytest.raises(ValueError, match="does not mention 'cat'"):
         concept_span(tokenizer, "a catx", "cat", 256)
     assert concept_span(tokenizer, "a catx, a cat", "cat", 256).rows == slice(5, 6)
+    # The first letters alike, in another case and inside another word, are no mention.
+    prompt = "a CATx, a cat"
+    (found,) = tokenizer(prompt).input_ids[concept_span(tokenizer, prompt, "cat", 256).rows]
+    assert tokenizer.decode(found) == "cat"
 
 
 def test_prompt_rows_leave_out_start_and_end(models):

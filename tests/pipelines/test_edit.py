@@ -9,6 +9,8 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from sublimate.erasure.methods.uce import UCE
+from sublimate.erasure.request import Concept, Request
 from sublimate.pipelines.edit import Edit
 from sublimate.pipelines.edit_stack import stack_of
 from sublimate.pipelines.model import open_model
@@ -307,6 +309,13 @@ def test_only_exact_loras_are_made(model):
     embedding = embedding if embedding in model.parameters() else embedding.replace("/", "/text_model.")
     with pytest.raises(ValueError, match="not the weight of a linear layer"):
         made_for(model, [], [embedding]).to_lora(model)
+
+
+def test_no_lora_is_made_where_the_stock_pipeline_loads_none(tiny_pixart):
+    model = open_model(tiny_pixart)
+    edit = UCE().fit(model, Request(erase=(Concept("cat", anchor="dog"),)))
+    with pytest.raises(ValueError, match="a PixArtAlphaPipeline loads from a LoRA: fold"):
+        edit.to_lora(model)
 
 
 def test_the_files_keys_are_the_parameters_names(model, tmp_path):

@@ -90,6 +90,14 @@ def test_what_is_no_student_is_sampled_as_its_base(tiny_sd, tmp_path):
     torch.testing.assert_close(drawn, generate(model, PROMPTS, steps=3, guidance_scale=2.0), atol=2e-5, rtol=0)
 
 
+@pytest.mark.slow
+def test_what_is_tuned_from_a_student_starts_where_it_does(tiny_sd3, tmp_path):
+    model = open_model(tiny_sd3)
+    student = open_model(export_student(model, student_of(model), tmp_path / "student", t=0.7))
+    tuned = open_model(export_student(student, student.denoiser, tmp_path / "tuned", as_base=True))
+    assert torch.equal(generate(tuned, PROMPTS), generate(student, PROMPTS))
+
+
 def test_the_base_keeps_its_weights_scheduler_and_config(tiny_sd, tmp_path):
     model = open_model(tiny_sd)
     before, scheduler = model.content_hash(), dict(model.pipeline.scheduler.config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,22 @@ def test_an_earlier_export_comes_back_when_the_new_one_cannot_take_its_name(tmp_
     with pytest.raises(OSError, match="no permission"), written_aside(folder, "marker") as aside:
         (aside / "marker").write_text("second")
     assert (folder / "marker").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+def test_leftovers_of_a_killed_process_of_the_same_number_do_not_matter(tmp_path):
+    folder = tmp_path / "student"
+    partial, earlier = (tmp_path / f".student.{os.getpid()}.{end}" for end in ("partial", "earlier"))
+    for leftover in (partial, earlier):
+        leftover.mkdir()
+        (leftover / "marker").write_text("old")
+    with pytest.raises(OSError, match="disk"), written_aside(folder, "marker"):
+        raise OSError("the disk is full")
+    assert (folder / "marker").read_text() == "old"
+    earlier.mkdir()
+    with written_aside(folder, "marker") as aside:
+        (aside / "marker").write_text("new")
+    assert (folder / "marker").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 

@@ -211,8 +211,10 @@ def test_what_no_stock_scheduler_does_is_refused(request, name, few, message):
         model.backbone.few_steps(model.pipeline, few)
 
 
-def test_a_shifted_flow_keeps_its_shift(tiny_sd3):
+@pytest.mark.parametrize("spaced", [{}, {"use_karras_sigmas": True}, {"use_exponential_sigmas": True}])
+def test_a_shifted_flow_keeps_its_shift_and_its_times(tiny_sd3, spaced):
     model = open_model(tiny_sd3)
+    model.pipeline.scheduler.register_to_config(**spaced)
     few = FewSteps("target_driven")
     scheduler, call = flow_sampling(model.pipeline.scheduler, model.schedule, few)
     scheduler.set_timesteps(sigmas=call["sigmas"])

@@ -8,10 +8,12 @@ from students import with_lora
 
 from sublimate.erasure.methods.uce import UCE
 from sublimate.erasure.request import Concept, Request
-from sublimate.pipelines.export import export_lora, export_student
+from sublimate.pipelines.export import export_lora, export_student, save_model
+from sublimate.pipelines.few_steps import FewSteps
 from sublimate.pipelines.generate import generate
 from sublimate.pipelines.lora_files import LORA_FILE
 from sublimate.pipelines.model import open_model
+from sublimate.pipelines.sampling import image_generator
 from sublimate.training.players import PlayerConfig, make_player
 
 
@@ -67,6 +69,21 @@ def test_a_students_lora_is_sampled_as_the_student(tiny_sd_v, tmp_path):
     assert opened.is_student and opened.loras == (str(folder),)
     torch.testing.assert_close(generate(opened, ["a cat"]), generate(whole, ["a cat"]), rtol=1e-4, atol=1e-5)
     assert not open_model(tiny_sd_v, loras=[folder / LORA_FILE]).is_student
+
+
+@pytest.mark.parametrize("few", [None, FewSteps("consistency", steps=2, grid_steps=50)])
+def test_a_base_with_a_students_lora_is_saved_as_the_student(tiny_sd_v, tmp_path, few):
+    model = open_model(tiny_sd_v)
+    start = {"t": 600} if few is None else {"few_steps": few}
+    opened = open_model(tiny_sd_v, loras=[export_lora(model, with_lora(model, {}), tmp_path / "lora", **start)])
+    folder = save_model(opened, tmp_path / "saved")
+    again, pipeline = open_model(folder), stock(folder)
+    assert again.defaults["start"] == opened.defaults["start"]
+    drawn = generate(opened, ["a cat"], seed=3)
+    assert torch.equal(generate(again, ["a cat"], seed=3), drawn)
+    pipeline.set_progress_bar_config(disable=True)
+    call = again.defaults["call"] | {"generator": image_generator(3, 0), "output_type": "pt"}
+    torch.testing.assert_close(pipeline("a cat", **call).images, drawn, atol=2e-5, rtol=0)
 
 
 def test_it_trains_and_is_edited_as_any_other(tiny_sd_v, lora, tmp_path):

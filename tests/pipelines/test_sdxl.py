@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, EDMEulerScheduler
 from students import with_lora
 
 from sublimate.diffusion.conditions import Condition
@@ -13,7 +13,7 @@ from sublimate.erasure.request import Concept, Request
 from sublimate.pipelines import controls
 from sublimate.pipelines.backbones.sdxl import POOLED, TIME_IDS
 from sublimate.pipelines.ditto import ditto
-from sublimate.pipelines.export import export_lora
+from sublimate.pipelines.export import export_lora, export_student
 from sublimate.pipelines.generate import generate
 from sublimate.pipelines.model import Model, open_model
 from sublimate.pipelines.sampling import image_generator
@@ -78,6 +78,37 @@ def test_an_autoencoder_that_overflows_runs_in_float32(tiny_sdxl):
     torch.testing.assert_close(ours, exact.half(), atol=0, rtol=0)
     expected = vae.encode(2 * image.float() - 1).latent_dist.mode() * scale
     torch.testing.assert_close(latents, expected.half(), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("predicted", ["epsilon", "v_prediction"])
+def test_edms_schedulers_precondition_the_network(model, tiny_sdxl, tmp_path, predicted):
+    model.pipeline.scheduler = EDMEulerScheduler(sigma_max=20.0, prediction_type=predicted)
+    model.pipeline.save_pretrained(tmp_path / "edm")
+    edm = open_model(tmp_path / "edm")
+    assert edm.denoiser.parametrization.kind == {"epsilon": "edm", "v_prediction": "trigflow"}[predicted]
+    ours = generate(edm, PROMPTS, steps=4, guidance_scale=2.0)
+    pipeline, generators = edm.pipeline, [image_generator(0, i) for i in range(len(PROMPTS))]
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = pipeline(PROMPTS, num_inference_steps=4, guidance_scale=2.0, generator=generators, output_type="pt").images
+    torch.testing.assert_close(ours, drawn, atol=5e-5, rtol=0)
+    assert not torch.allclose(ours, generate(open_model(tiny_sdxl), PROMPTS, steps=4, guidance_scale=2.0), atol=1e-2)
+    with pytest.raises(ValueError, match="EDMEulerScheduler has no table of betas"):
+        export_student(edm, edm.denoiser, tmp_path / "student")
+
+
+@torch.no_grad()
+def test_an_autoencoder_may_normalise_its_latents_by_channel(model):
+    plain = generate(model, PROMPTS, steps=2)
+    mean, deviation = [0.5, -1.0, 0.2, 0.0], [0.7, 1.3, 2.0, 0.4]
+    model.pipeline.vae.register_to_config(latents_mean=mean, latents_std=deviation)
+    ours = generate(model, PROMPTS, steps=2)
+    torch.testing.assert_close(ours, stock(model), atol=2e-5, rtol=0)
+    assert not torch.allclose(ours, plain, atol=1e-2)
+    image = torch.rand(1, 3, 16, 16)
+    mode = model.pipeline.vae.encode(2 * image - 1).latent_dist.mode()
+    m, d = (torch.tensor(values).view(1, 4, 1, 1) for values in (mean, deviation))
+    expected = (mode - m) / d * model.pipeline.vae.config.scaling_factor
+    torch.testing.assert_close(model.encode(image), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["uce", "rece", "mace_fusion", "speed"])

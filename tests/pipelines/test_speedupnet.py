@@ -10,6 +10,7 @@ from peft import LoraConfig, inject_adapter_in_model
 
 from sublimate.pipelines.attachments import export_attachment
 from sublimate.pipelines.attention import set_attention
+from sublimate.pipelines.export import save_model
 from sublimate.pipelines.generate import generate
 from sublimate.pipelines.model import Model, open_model
 from sublimate.pipelines.negative_attention import attention_layers, install_negative_attention
@@ -146,6 +147,7 @@ def test_it_attaches_draws_and_comes_off_bit_for_bit(tiny_sd_v, exported):
     unguided = {"steps": 2, "guidance_scale": 1.0}
     before, plain, original = model.content_hash(), generate(model, ["a dog"], **unguided), processors(model)
     attach_speedupnet(model, exported)
+    assert model.content_hash() == before  # its edits still apply
     one, other, none = (generate(model, ["a dog"], negative_prompt=p) for p in ("gogh", "red cat", None))
     assert not torch.equal(one, other) and not torch.equal(one, plain) and not torch.equal(none, plain)
     assert torch.equal(generate(model, ["a dog"], negative_prompt="gogh", **unguided), plain)
@@ -236,7 +238,7 @@ def test_masked_text_is_refused(tiny_pixart, exported):
         attach_speedupnet(open_model(tiny_pixart), exported)
 
 
-def test_misuse_is_named(tiny_sd, tiny_sd3, tiny_unconditional, exported):
+def test_misuse_is_named(tiny_sd, tiny_sd3, tiny_unconditional, exported, tmp_path):
     for folder in (tiny_sd3, tiny_unconditional):
         with pytest.raises(ValueError, match="has no cross-attention"):
             attach_speedupnet(open_model(folder), exported)
@@ -252,6 +254,8 @@ def test_misuse_is_named(tiny_sd, tiny_sd3, tiny_unconditional, exported):
         generate(model, ["a dog"], guidance_scale=1.0, negative_prompt="gogh", negative_strength=0.3)
     with pytest.raises(ValueError, match=r"1, which is none, or more, not 0\.5"):
         generate(model, ["a dog"], guidance_scale=0.5)
+    with pytest.raises(ValueError, match="carries a SpeedUpNet, which stock diffusers cannot hold: detach it"):
+        save_model(model, tmp_path / "saved")
     with pytest.raises(ValueError, match="Choose the attention kernel before"):
         set_attention(model, "math")
     detach_speedupnet(model)
