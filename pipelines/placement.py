@@ -6,8 +6,14 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 M = TypeVar("M", bound=nn.Module)
+
+
+def without_storage(module: nn.Module) -> bool:
+    """Whether a network has shapes alone (`sublimate.pipelines.shapes`)."""
+    return any(isinstance(parameter, FakeTensor) for parameter in module.parameters())
 
 
 def placed(module: M, device: torch.device, dtype: torch.dtype | None = None) -> M:

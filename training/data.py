@@ -30,6 +30,14 @@ class Source(Protocol):
         ...
 
 
+class Named(Source, Protocol):
+    """A source that a configuration describes: a resumed run must have the same texts."""
+
+    def identity(self) -> list[Any]:
+        """The texts that it asks for, as JSON."""
+        ...
+
+
 @runtime_checkable
 class Placed(Source, Protocol):
     """A source whose batches depend on how much was read before: its place belongs to a checkpoint."""
@@ -101,6 +109,10 @@ class ModelSource:
     def provides(self) -> frozenset[str]:
         given = {"prompts": bool(self.prompts), "negatives": bool(self.negatives), self.shown: bool(self.shown)}
         return frozenset(self.tensors) | {name for name, present in given.items() if present}
+
+    def identity(self) -> list[Any]:
+        """Prompts and negative prompts."""
+        return [self.prompts, self.negatives]
 
     def batch(self, random: SampleRandom) -> Batch:
         count = len(self.prompts) or min((len(x) for x in self.tensors.values()), default=1)

@@ -24,7 +24,8 @@ class DataConfig(Config):
         images: the real class and the data of objectives that read images: "teacher" for the (edited) teacher's own
             guided samples, "ink" for renderings; None for captioned pictures, or for none.
         negatives: negative prompts for objectives that need them: "ink" for Ink's own concepts, or a text file.
-        count: captions and images to draw when they come from "ink" or "teacher".
+        count: captions and images to draw when they come from "ink" or "teacher"; of a file with more prompts, as many
+            are picked at random for the teacher to draw.
         teacher_steps: sampling steps of the teacher's own samples.
         seed: seed of those draws, of a stream's order, and of where pictures are cropped.
         train_data_dir: a folder of pictures with `metadata.jsonl`, of parquet files or of webdataset tar shards. All
@@ -38,7 +39,8 @@ class DataConfig(Config):
         truncate_prompts: cut captions and prompts that are longer than a text encoder reads, as diffusers' training
             scripts do, and log how many those are; otherwise the first of them ends the run.
         resolution: pixels of the pictures' sides; None is the model's own size.
-        center_crop: crop the middle of a picture; otherwise a place that is drawn once for each.
+        center_crop: crop the middle of a picture; otherwise a place that is drawn once for each, or in each pass of a
+            stream. Needed for models that are told where a picture was cropped (Stable Diffusion XL).
         random_flip: draw half of the pictures mirrored.
         cache_dir: where what the text encoders and the autoencoder make of the data is stored, so that they leave the
             memory during training; None stores nothing. It changes no result.
@@ -72,8 +74,10 @@ class DataConfig(Config):
 
     def lasting(self) -> dict[str, Any]:
         """The options that results depend on, as JSON."""
-        # What `truncate_prompts` changes would have ended the run, which may then be resumed with it.
-        return self.model_dump(mode="json", exclude={"cache_dir", "cache_shard_bytes", "truncate_prompts"})
+        # What `truncate_prompts` changes would have ended the run, which may then be resumed with it. Of prompts what
+        # they say counts, and not where (`Source.identity`).
+        left_out = {"cache_dir", "cache_shard_bytes", "truncate_prompts", "prompts", "negatives"}
+        return self.model_dump(mode="json", exclude=left_out)
 
     @model_validator(mode="before")
     @classmethod

@@ -166,6 +166,7 @@ def _run(
         with detached(model):  # refused now rather than after training
             stock_sampling(model, kind, artefact.start_time, artefact.few_steps, as_base=artefact.as_base)
     accelerator = Accelerator()
+    config.trainer.output_dir.mkdir(parents=True, exist_ok=True)  # refused now rather than after the samples
     source = make_source(
         model,
         config.data,
@@ -180,7 +181,11 @@ def _run(
         validate = _validator(model, objective, config, source)
     concepts = [one.model_dump(mode="json") for one in config.forget]
     identity = fingerprint(
-        model.content_hash(), lasting(options.model_dump(mode="json")), config.data.lasting(), *concepts
+        model.content_hash(),
+        lasting(options.model_dump(mode="json")),
+        config.data.lasting(),
+        source.identity(),
+        *concepts,
     )
     if config.data.cache_dir is not None:
         unread = unread_networks(model, config.data)

@@ -112,6 +112,8 @@ class Prompts:
             prompts=digest(different),
             encoders=encoders_hash(model),
             precision=str(model.dtype),
+            # What was cut is refused where nothing may be.
+            **({"truncate": True} if truncate else {}),
         )
 
     def __call__(self, prompts: Sequence[str]) -> Condition:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +50,19 @@ def load(data: DataConfig) -> Any:
         reason = " ".join(str(error).split())
         raise ValueError(f"{name} cannot be read: {reason.removesuffix('.')}.") from error
     columns = found.column_names
-    if columns is not None:
-        _check_columns(columns, data, name)
-        wanted = [column for column in (data.image_column, data.caption_column) if column is not None]
-        return found.select_columns(wanted).cast_column(data.image_column, datasets.Image(decode=False))
-    return found
+    if columns is None:
+        return found
+    options_of = {"image_column": data.image_column, "caption_column": data.caption_column}
+    if data.images == "teacher":  # it draws its own
+        del options_of["image_column"]
+    wanted = {option: column for option, column in options_of.items() if column is not None}
+    for option, column in wanted.items():
+        if column not in columns:
+            raise ValueError(f"{name} has no column {column!r}, only {', '.join(columns)}: set data.{option}.")
+    found = found.select_columns(list(wanted.values()))
+    if "image_column" not in wanted:
+        return found
+    return found.cast_column(data.image_column, datasets.Image(decode=False))
 
 
 class DatasetRows:
@@ -131,21 +139,26 @@ class Part:
 
     def __init__(self, dataset: Any) -> None:
         self._dataset = dataset
+        # Until it is read on, `datasets` says of a data set that its place is the start.
+        self._sought: dict[str, Any] | None = None
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         try:
-            yield from self._dataset
+            for row in self._dataset:
+                self._sought = None
+                yield row
         except ValueError as error:
             if _NO_ROWS not in str(error):
                 raise
 
     def place(self) -> dict[str, Any]:
         """Where the next row is, as JSON; nothing before the first."""
-        return dict(self._dataset.state_dict() or {})
+        return dict(self._dataset.state_dict() or {}) if self._sought is None else dict(self._sought)
 
     def seek(self, place: Mapping[str, Any]) -> None:
         """The next iteration begins at a place."""
         if place:
+            self._sought = dict(place)
             self._dataset.load_state_dict(dict(place))
 
 
@@ -161,13 +174,6 @@ def _files(folder: Path) -> tuple[str, list[str]]:
     raise ValueError(
         f"{folder} holds no captioned pictures: give a folder with metadata.jsonl, parquet files or webdataset shards."
     )
-
-
-def _check_columns(columns: Iterable[str], data: DataConfig, name: str) -> None:
-    for option in ("image_column", "caption_column"):
-        column = getattr(data, option)
-        if column is not None and column not in columns:
-            raise ValueError(f"{name} has no column {column!r}, only {', '.join(columns)}: set data.{option}.")
 
 
 def _picture(row: Mapping[str, Any], column: str, where: str) -> Image.Image:

@@ -195,7 +195,7 @@ def plan_distillation(config: DistillConfig, model: Model | None = None) -> Plan
         ValueError: when the teacher's shapes cannot be known, or the method does not fit it.
     """
     method = registry.load(OBJECTIVES, config.method, Objective)
-    model = open_shapes(config.model) if model is None else model
+    model = open_shapes(config.model, revision=config.revision) if model is None else model
     kernel = config.attention if config.attention in WRITTEN_OUT else None
     with attention_chosen(model, kernel):
         options = validate_section(method.Config, config.objective)

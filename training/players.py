@@ -72,6 +72,12 @@ class Player:
             raise ValueError(f"{type(self.module).__name__} has no parameters named {sorted(missing)[:5]}.")
         if not self.names:
             raise ValueError(f"No parameter of {type(self.module).__name__} is selected for training.")
+        for name, parameter in self.trainable().items():
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                raise ValueError(
+                    f"{name} would train in {parameter.dtype}, which rounds small steps away: open the model in "
+                    "float32 (mixed_precision=bf16 saves memory), or train a LoRA."
+                )
         self.set_trainable(False)
 
     def trainable(self) -> dict[str, nn.Parameter]:

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from sublimate.pipelines.generate import generate_latents
 from sublimate.pipelines.model import Model
 from sublimate.pipelines.tokens import cut_to_fit
 from sublimate.training.captioned import Captioned, Framing, ImageFolder, Images
-from sublimate.training.data import Encode, ModelSource, Source, Table, read_prompts
+from sublimate.training.data import Encode, ModelSource, Named, Table, read_prompts
 from sublimate.training.data_config import DataConfig
 from sublimate.training.encoding import Cache, Latents, Prompts, UnattachedPrompts, encode_images, encoder_names
 from sublimate.training.forgetting import Forget, anchored, anchoring
@@ -35,7 +36,7 @@ def make_source(
     unattached: bool = False,
     global_batch: int = 1,
     progress: bool = True,
-) -> Source:
+) -> Named:
     """The source that `data` describes. With `data.cache_dir`, what the encoders make of it is stored first.
 
     Args:
@@ -76,6 +77,8 @@ def make_source(
         )
     cache = None if data.cache_dir is None else Cache(data.cache_dir, data.cache_shard_bytes, progress)
     prompts, images = _prompts_and_images(model, data)
+    if images is None and ("samples" in needs or (reads_images and data.images == "teacher")):
+        prompts = _picked(prompts, data.count, data.seed)
     asked = [anchored(prompt, forget) for prompt in prompts] if forget else prompts
     if forget and asked == list(prompts):
         names = " or ".join(repr(one.concept) for one in forget)
@@ -140,7 +143,26 @@ def framing_of(model: Model, data: DataConfig) -> Framing:
     return Framing(*size, center_crop=data.center_crop, seed=data.seed)
 
 
+def _picked(prompts: Sequence[str], count: int, seed: int) -> Sequence[str]:
+    """So many prompts at random, in their order; all of them where there are no more."""
+    if len(prompts) <= count:
+        return prompts
+    places = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))[:count]
+    return [prompts[place] for place in sorted(places.tolist())]
+
+
 def _check(model: Model, data: DataConfig, needs: frozenset[str]) -> None:
+    given = {
+        "prompts": data.prompts is not None or (data.captioned and data.caption_column is not None),
+        "images": data.images is not None or data.captioned,
+        "negatives": data.negatives is not None,
+    }
+    if missing := [name for name, present in given.items() if name in needs and not present]:
+        raise ValueError(f"The objective needs {missing[0]}, and the data have none: set data.{missing[0]}.")
+    if data.captioned and data.images != "teacher" and not data.center_crop and model.backbone.told_crops:
+        raise ValueError(
+            f"{model.source} is told that its pictures are not cropped at the side: set data.center_crop to true."
+        )
     if model.backbone.shown and "samples" in needs:
         raise ValueError(
             f"This objective compares images with the teacher's own samples, which {model.source} draws of pictures "

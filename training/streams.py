@@ -161,6 +161,10 @@ class StreamSource:
         }
         return frozenset(name for name, present in given.items() if present)
 
+    def identity(self) -> list[Any]:
+        """Negative prompts; captions are the stream's."""
+        return [self.negatives]
+
     def batch(self, random: SampleRandom) -> Batch:
         """The next rows; their order is the stream's, what else is drawn is `random`'s."""
         numbers, rows = zip(*self._rows(random.indices), strict=True)

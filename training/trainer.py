@@ -11,14 +11,15 @@ from typing import Any, Literal, Self
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object
 from diffusers.optimization import get_scheduler
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from sublimate.pipelines.gradient_checkpointing import enable_gradient_checkpointing
-from sublimate.pipelines.placement import placed
+from sublimate.pipelines.placement import placed, without_storage
 from sublimate.training import checkpoints
 from sublimate.training.config import Config
 from sublimate.training.data import Placed, Source
@@ -28,7 +29,7 @@ from sublimate.training.gradients import average_gradients, clip_gradients
 from sublimate.training.interrupts import stop_requests
 from sublimate.training.log import Log
 from sublimate.training.objective import Batch, Objective, Turn
-from sublimate.training.precision import warn_of_slow_bf16
+from sublimate.training.precision import warn_of_launchers_precision, warn_of_slow_bf16
 from sublimate.training.randomness import SampleRandom, key
 from sublimate.training.whole import gathered
 
@@ -72,6 +73,17 @@ class TrainerConfig(Config):
     report_to: str | None = None
     logging_steps: int = Field(default=10, ge=1)
     validation_steps: int | None = Field(default=None, ge=1)
+
+    @field_validator("report_to")
+    @classmethod
+    def _tracks(cls, name: str | None) -> str | None:
+        known = sorted(map(str, get_available_trackers()))
+        if name not in (None, *known):
+            raise ValueError(
+                f"{name!r} is none of the trackers that are installed ({', '.join(known) or 'none'}): install its "
+                "package, or leave it out."
+            )
+        return name
 
     @model_validator(mode="after")
     def _warms_up(self) -> Self:
@@ -133,12 +145,16 @@ class Trainer:
         # Autocast is torch's own: accelerate's belongs to the whole Python process, which may hold several runs.
         self.accelerator = Accelerator(log_with=config.report_to, project_dir=config.output_dir)
         objective.mean_over_processes = lambda tensor: self.accelerator.reduce(tensor, "mean")
+        warn_of_launchers_precision(self.accelerator.mixed_precision, config.mixed_precision)
         self.players = objective.players()
+        trees = [player.module for player in self.players.values()]
+        # What has no storage cannot be moved: it is only counted, where it is.
+        self.device = torch.device("cpu") if any(map(without_storage, trees)) else self.accelerator.device
         for player in self.players.values():
-            placed(player.module, self.accelerator.device)
+            placed(player.module, self.device)
             if config.gradient_checkpointing:
                 enable_gradient_checkpointing(player.module)
-        self.sharded = shard_players(objective, self.accelerator.device) if sharding_asked() else []
+        self.sharded = shard_players(objective, self.device) if sharding_asked() else []
         self.optimizers = {name: player.optimizer() for name, player in self.players.items()}
         self.multipliers = {name: self._multiplier(optimizer) for name, optimizer in self.optimizers.items()}
         self.averages = {
@@ -159,7 +175,7 @@ class Trainer:
         """
         config = self.config
         if config.mixed_precision == "bf16":
-            warn_of_slow_bf16(self.accelerator.device)
+            warn_of_slow_bf16(self.device)
         if found := checkpoints.find_checkpoint(config.output_dir, config.resume_from_checkpoint):
             self.load(found)
         checkpoints.refuse_later(config.output_dir, self.step)
@@ -211,8 +227,10 @@ class Trainer:
             player.set_trainable(name in turn.trains)
             player.module.train(name in turn.trains)
         torch.manual_seed(key(self.config.seed, self.step, turn.name, "preparing", self._first_index))
-        with torch.no_grad(), self._autocast():
-            batch = self.objective.prepare(turn, self._batch(turn), self.step)
+        with torch.no_grad():
+            drawn = self._batch(turn)  # frozen encoders make it, in their own precision
+            with self._autocast():
+                batch = self.objective.prepare(turn, drawn, self.step)
 
         size = self.config.train_batch_size
         logs: dict[str, Tensor] = {}
@@ -252,7 +270,7 @@ class Trainer:
 
     def _autocast(self) -> torch.autocast:
         enabled = self.config.mixed_precision == "bf16"
-        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=enabled)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     @property
     def _first_index(self) -> int:
@@ -262,14 +280,14 @@ class Trainer:
         indices = range(self._first_index, self._first_index + self.config.local_batch)
         random = SampleRandom(self.config.seed, self.step, turn.name, indices)
         batch = self.source.batch(random)
-        device = self.accelerator.device
-        return Batch(batch.condition.to(device), random, {k: v.to(device) for k, v in batch.tensors.items()})
+        tensors = {name: value.to(self.device) for name, value in batch.tensors.items()}
+        return Batch(batch.condition.to(self.device), random, tensors)
 
     def _anywhere(self, asked: bool) -> bool:
         """Whether it is so in any process: they must all stop after the same step."""
         if self.accelerator.num_processes == 1:
             return asked
-        votes = torch.tensor(float(asked), device=self.accelerator.device)
+        votes = torch.tensor(float(asked), device=self.device)
         return bool(self.accelerator.reduce(votes, "sum"))
 
     def _multiplier(self, optimizer: torch.optim.Optimizer) -> Callable[[int], float]:

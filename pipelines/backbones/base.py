@@ -99,6 +99,7 @@ class Backbone(ABC):
         media_range: the lowest and highest value of media, to which they are clamped; None where they have no bounds.
         shown: what the network sees besides text, "masks" or "low_res"; "" for nothing. `show` makes it a condition.
         shown_arguments: the stock call's arguments for that, as its model card writes them.
+        told_crops: whether the network is told where a picture was cropped; `encode_prompts` says nowhere.
         draws_from_text: whether prompts alone are enough to draw by.
     """
 
@@ -113,6 +114,7 @@ class Backbone(ABC):
     media_range: ClassVar[tuple[float, float] | None] = (0.0, 1.0)
     shown: ClassVar[Literal["", "masks", "low_res"]] = ""
     shown_arguments: ClassVar[tuple[str, ...]] = ()
+    told_crops: ClassVar[bool] = False
     draws_from_text: ClassVar[bool] = True
 
     def components(self, pipe: Pipeline) -> dict[str, nn.Module]:
@@ -131,10 +133,10 @@ class Backbone(ABC):
         Raises:
             ValueError: for a prediction type that is not known.
         """
-        kind, sigma_data = (pipe.scheduler.config.get(name) for name in ("prediction_type", "sigma_data"))
-        if sigma_data is not None and kind in _PRECONDITIONED:
-            return Parametrization(_PRECONDITIONED[kind], sigma_data)
-        kind = kind or "epsilon"
+        config = pipe.scheduler.config
+        kind = config.get("prediction_type", "epsilon")
+        if kind in _PRECONDITIONED and config.get("sigma_data") is not None:
+            return Parametrization(_PRECONDITIONED[kind], config["sigma_data"])
         if kind not in KINDS:
             raise ValueError(f"The scheduler's prediction_type {kind!r} is not one of {', '.join(KINDS)}.")
         return Parametrization(kind)

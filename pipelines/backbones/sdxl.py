@@ -29,6 +29,7 @@ class StableDiffusionXL(StableDiffusion):
     pipeline_classes = ("StableDiffusionXLPipeline",)
     text_components = ("text_encoder", "text_encoder_2")
     guidance_scale = 5.0
+    told_crops = True
 
     @staticmethod
     def call(

@@ -176,6 +176,9 @@ def test_another_run_does_not_resume_from_this_ones_checkpoints(capsys, tmp_path
     for change in ("objective.divergence=pearson", "data.seed=1"):
         assert "another model, data or options" in failed(capsys, *distilling, change, "trainer.max_train_steps=3")
     assert "at step 2, beyond max_train_steps = 1" in failed(capsys, *distilling, "trainer.max_train_steps=1")
+    (tmp_path / "others.txt").write_text("a cat\n")
+    others = f"data.prompts={tmp_path / 'others.txt'}"
+    assert "another model, data or options" in failed(capsys, *distilling, others, "trainer.max_train_steps=3")
     assert (tmp_path / "run" / "student" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == student
     longer = ["trainer.max_train_steps=3", "objective.student.learning_rate=1.0e-6"]
     assert sublimate(capsys, *distilling, *longer)[0] == 0

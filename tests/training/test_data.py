@@ -60,6 +60,33 @@ def test_the_teachers_own_samples_are_the_real_class(tiny_sd, tmp_path):
     assert make_source(model, data, 2.0, needs=frozenset({"prompts"}), progress=False).provides == {"prompts"}
 
 
+def test_a_teacher_draws_no_more_than_it_is_asked_to(tiny_sd, tmp_path):
+    prompts = [f"a {'red ' * i}cat" for i in range(9)]
+    (tmp_path / "p.txt").write_text("\n".join(prompts))
+    model = open_model(tiny_sd)
+    data = DataConfig(prompts=str(tmp_path / "p.txt"), teacher_steps=1, count=3)
+    source = make_source(model, data, 1.0, progress=False)
+    assert len(source.prompts) == len(source.tensors["images"]) == 3
+    assert source.prompts == [prompt for prompt in prompts if prompt in source.prompts] != prompts[:3]
+    samples = make_source(model, data, 1.0, needs=frozenset({"prompts", "samples"}), progress=False)
+    assert samples.prompts == source.prompts and len(samples.tensors["samples"]) == 3
+    assert make_source(model, data, 1.0, needs=frozenset({"prompts"})).prompts == prompts
+
+
+@pytest.mark.parametrize("need", ["prompts", "negatives"])
+def test_what_the_data_lack_is_said_before_the_teacher_draws(tiny_sd, need):
+    data = DataConfig(prompts=None, images="teacher", teacher_steps=1, count=10**9)
+    with pytest.raises(ValueError, match=f"needs {need}, and the data have none: set data.{need}"):
+        make_source(open_model(tiny_sd), data, 1.0, needs=frozenset({"images", need}), progress=False)
+
+
+def test_a_model_that_is_told_of_crops_is_shown_none(tiny_sdxl, tmp_path):
+    model, folder = open_model(tiny_sdxl), image_folder(tmp_path, 2)
+    with pytest.raises(ValueError, match=r"not cropped at the side: set data\.center_crop to true"):
+        make_source(model, DataConfig(train_data_dir=folder), 1.0)
+    assert make_source(model, DataConfig(train_data_dir=folder, center_crop=True), 1.0).provides >= {"images"}
+
+
 def test_captioned_pictures_come_without_prompts_and_images():
     data = DataConfig(train_data_dir="pictures")
     assert (data.prompts, data.images) == (None, None) and data.captioned

@@ -160,6 +160,8 @@ def test_long_prompts_are_refused_or_cut_and_counted(model, cache, caplog):
         assert said[0].endswith("was longer than the text encoder reads and cut to fit.")
     with pytest.raises(ValueError, match="23 tokens"):
         model.encode_prompts(LONG[1:2])
+    with pytest.raises(ValueError, match="23 tokens"):
+        Prompts(model, LONG, cache)
 
 
 def test_encoders_that_leave_float16_are_one_sentence(model, tmp_path):

@@ -63,6 +63,26 @@ def test_a_part_goes_on_anywhere(streamed):
         assert [streamed.caption(row) for row in resumed] == whole[read:]
 
 
+def test_a_lane_goes_on_where_it_did_after_stops_within_one_window(streamed):
+    def lane(place=None):
+        return Lane(streamed, 1, 2, window=4, seed=0, place=place)
+
+    def captions(lane, count):
+        return [streamed.caption(next(lane)[1]) for _ in range(count)]
+
+    straight, stopped = captions(lane(), 24), lane()
+    read = captions(stopped, 6)
+    for count in (0, 1, 0, 17):  # the last passes the data's end
+        stopped = lane(json.loads(json.dumps(stopped.place())))
+        read += captions(stopped, count)
+    assert read == straight
+
+
+def test_captions_for_a_teacher_that_draws_need_no_pictures(data):
+    rows = DatasetRows(DataConfig(**{**data, "image_column": "image"}, images="teacher"))
+    assert list(rows.captions) == [caption(i) for i in range(20)]
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_columns_that_are_not_there_are_named(data, streaming):
     options = {**data, "cache_dir": None} if streaming else data

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
 from memory import kept_bytes, most_allocated
 
 from sublimate.diffusion.conditions import Condition
@@ -141,6 +142,14 @@ def test_the_peak_is_what_torchs_allocator_reports_of_a_real_step(tiny_sd_v, tmp
     for turn in trainer.objective.turns(1):
         peak = before + most_allocated(lambda turn=turn: (trainer.accumulate(turn), trainer.update(turn)))
         assert found.turns[turn.name].peak == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.slow
+def test_a_machine_with_an_accelerator_counts_too(tiny_sd_v, tmp_path, monkeypatch):
+    config = configured(tiny_sd_v, tmp_path)
+    here = plan_distillation(config)
+    monkeypatch.setattr(Accelerator, "device", property(lambda _: torch.device("cuda")))
+    assert plan_distillation(config) == here
 
 
 @pytest.mark.slow

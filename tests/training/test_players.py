@@ -111,6 +111,15 @@ def test_a_partial_player_shares_what_it_does_not_train(unet):
         assert (own is not base) == (name in names)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_train_in_float32_or_not_at_all(unet, dtype):
+    half = copy.deepcopy(unet).to(dtype)
+    with pytest.raises(ValueError, match="rounds small steps away: open the model in float32"):
+        make_player(half, PlayerConfig())
+    lora = make_player(half, PlayerConfig(kind="lora", rank=2))
+    assert {p.dtype for p in lora.trainable().values()} == {torch.float32}
+
+
 def test_bad_selections_are_refused(unet):
     with pytest.raises(ValueError, match="no parameters named"):
         make_player(unet, PlayerConfig(), names={"nowhere.weight"})

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import signal
+import threading
 
 import pytest
 import torch
@@ -234,6 +235,72 @@ def test_only_the_turns_players_move(tmp_path):
         for n, p in objective.players().items()
     }
     assert same == {"student": True, "critic": False}
+
+
+def test_what_frozen_encoders_make_of_data_is_not_autocast(tmp_path):
+    seen = []
+
+    class Watching(Noise):
+        def batch(self, random):
+            seen.append(("batch", torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()))
+            return super().batch(random)
+
+    class Watched(Duel):
+        def prepare(self, turn, batch, step):
+            seen.append(("prepare", torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()))
+            return super().prepare(turn, batch, step)
+
+    config = TrainerConfig(output_dir=tmp_path, mixed_precision="bf16")
+    trainer = Trainer(Watched(), Watching(), config, progress=False)
+    trainer.accumulate(trainer.objective.turns(0)[0])
+    assert seen == [("batch", False, False), ("prepare", True, False)]
+
+
+def test_learning_rates_follow_their_schedule(tmp_path):
+    rates = []
+
+    def note(_step):
+        rates.append([optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers.values()])
+
+    options = {"max_train_steps": 6, "train_batch_size": 4, "lr_scheduler": "cosine", "lr_warmup_steps": 2}
+    trainer = Trainer(Duel(note), Noise(), TrainerConfig(output_dir=tmp_path, **options), progress=False)
+    trainer.run()
+    expected = [0.0, 0.5, *(0.5 * (1 + math.cos(math.pi * i / 4)) for i in range(4))]
+    torch.testing.assert_close(torch.tensor(rates), 0.01 * torch.tensor(expected)[:, None].expand(6, 2))
+
+
+@pytest.mark.parametrize("most", [1e-3, 1e3])
+def test_gradients_are_clipped_by_their_norm_over_all_weights(tmp_path, most):
+    trainer = Trainer(Duel(), Noise(), TrainerConfig(output_dir=tmp_path, max_grad_norm=most), progress=False)
+    turn = trainer.objective.turns(0)[0]
+    trainer.accumulate(turn)
+    weights = trainer.players["critic"].trainable().values()
+    whole = torch.cat([p.grad.flatten() for p in weights])
+    trainer._clip(turn)
+    clipped = torch.cat([p.grad.flatten() for p in weights])
+    torch.testing.assert_close(clipped, whole * min(1.0, most / float(whole.norm())), rtol=1e-4, atol=0)
+
+
+def test_a_run_in_another_thread_takes_no_signals(tmp_path):
+    handler, failed = signal.getsignal(signal.SIGTERM), []
+
+    def work():
+        try:
+            train(tmp_path / "thread")
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not failed and signal.getsignal(signal.SIGTERM) is handler
+    train(tmp_path / "main")
+    assert (tmp_path / "thread" / "log.jsonl").read_text() == (tmp_path / "main" / "log.jsonl").read_text()
+
+
+def test_a_tracker_that_is_not_installed_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="'no-such-tracker' is none of the trackers that are installed"):
+        TrainerConfig(output_dir=tmp_path, report_to="no-such-tracker")
 
 
 def test_the_log_is_json_lines(tmp_path):

@@ -95,7 +95,7 @@ def _train_autoencoder(config: InkConfig, progress: bool) -> AutoencoderKL:
     torch.manual_seed(config.seed)
     objective = Autoencoding(make_autoencoder(), config.autoencoder.objective)
     _run(objective, Pictures(), config, "autoencoder", progress)
-    return objective.autoencoder.eval()
+    return objective.autoencoder.to("cpu").eval()  # where the pictures are made
 
 
 def _train_detector(config: InkConfig, autoencoder: AutoencoderKL, progress: bool) -> None:
