@@ -79,8 +79,15 @@ def read_outcomes(report: Path, family: str) -> dict[str, dict[str, str]]:
             continue
         row = re.sub(named, "", matched["ids"])
         skipped = case.find("skipped")
-        found.setdefault(row, {})[matched["test"]] = "" if skipped is None else skipped.get("message", "")
+        found.setdefault(row, {})[matched["test"]] = "" if skipped is None else sentence(skipped.get("message", ""))
     return found
+
+
+def sentence(refusal: str) -> str:
+    """A refusal without what names one checkpoint: its folder, its network's class, its components."""
+    refusal = re.sub(r"; \S*tiny_\w+ has [^:]+:", ":", refusal)
+    refusal = re.sub(r"\S*/tiny_\w+", "This model", refusal)
+    return re.sub(r"\bAn? \w*(?:UNet|Transformer)\w*", "This network", refusal)
 
 
 def judged(rows: Outcomes, method: str) -> str:
