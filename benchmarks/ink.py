@@ -44,7 +44,7 @@ from sublimate.training.objective import Objective
 HERE = Path(__file__).parent
 RESULTS, RUNS, PICTURE = HERE / "results" / "ink", Path("runs/benchmark-ink"), Path("docs/ink_methods.png")
 BUDGET = 300_000
-"""Network passes of one sample that a cell may train for, about twelve minutes on two slow cores."""
+"""Network passes of one sample that a cell may train for."""
 LONG_BUDGET = 1_600_000
 """... that the longer runs may."""
 
@@ -76,8 +76,10 @@ def _seeds(name: str, cell: Cell, seeds: Sequence[int]) -> dict[str, Cell]:
 
 CELLS: dict[str, Cell] = {
     "teacher": Cell(None, steps=25),
-    # What few steps make of the undistilled teacher: the row that few-step students must beat.
+    # What few steps make of the undistilled teacher: by the sampler of few-step students, whose passes it takes, and
+    # by its own, which takes two passes for each step.
     "teacher-in-4": Cell(None, steps=4, sampler="consistency"),
+    "teacher-in-4-guided": Cell(None, steps=4),
     # In float32, as all the others.
     **_seeds("f_distill", Cell("ink_f_distill", ("trainer.mixed_precision=no", "attention=null")), (0, 1)),
     **_seeds("em_distillation", Cell("ink_em_distillation"), (0, 1)),

@@ -9,6 +9,7 @@ import torch
 from commands import failed, sublimate
 from PIL import Image
 from safetensors.torch import load_file
+from students import with_lora
 
 from sublimate.cli.app import run
 from sublimate.erasure.methods.uce import UCE
@@ -16,6 +17,7 @@ from sublimate.evaluation.ink_demo import ink_request
 from sublimate.pipelines import folders
 from sublimate.pipelines.attention import _OperatorLog
 from sublimate.pipelines.edit import Edit
+from sublimate.pipelines.export import export_lora
 from sublimate.pipelines.model import open_model
 
 DISTILL = (
@@ -202,6 +204,22 @@ def test_options_that_nothing_would_read(capsys, tmp_path, distilling, changes, 
     own = [option for option in distilling if not option.startswith("objective.")]
     assert said in failed(capsys, *own, "trainer.lr_scheduler=constant", "trainer.lr_warmup_steps=0", *changes)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_lora_is_added_before_a_command_does_its_work(capsys, tmp_path, tiny_sd):
+    model = open_model(tiny_sd)
+    folder = export_lora(model, with_lora(model, {}), tmp_path / "lora", as_base=True)
+    draw = ["generate", tiny_sd, "a cat", "--steps", "1", "--guidance-scale", "1", "--out"]
+    pictures = []
+    for more in ([], ["--fuse-lora", folder]):
+        assert sublimate(capsys, *draw, tmp_path / "images", *more)[0] == 0
+        pictures.append((tmp_path / "images" / "00000.png").read_bytes())
+    assert pictures[0] != pictures[1]
+    erase = ["erase", tiny_sd, "cat", "--anchor", "dog", "--out", tmp_path / "edit", "--fuse-lora", folder]
+    assert sublimate(capsys, *erase)[0] == 0
+    made_for = Edit.load(tmp_path / "edit" / "edit.safetensors").provenance["base"]["content_hash"]
+    assert made_for == open_model(tiny_sd, loras=[folder]).content_hash() != model.content_hash()
 
 
 def test_pictures_of_a_concept(capsys, tmp_path, tiny_sd_v):

@@ -4,14 +4,12 @@ import copy
 
 import pytest
 import torch
-from attacked import Brightness, case_of
+from attacked import CASES, STUDENT, Brightness, attack_of, attacked, case_of
 from safetensors.torch import save_file
 
 from sublimate.evaluation.attack import Outcome, counting, pictured
-from sublimate.evaluation.attacks import latent_search, textual_inversion
 from sublimate.evaluation.attacks.inpainting import hole_of
 from sublimate.evaluation.audit import ATTACKS, make_attacks
-from sublimate.evaluation.words import spellable
 from sublimate.pipelines.edit import Edit
 from sublimate.pipelines.generate import generate, generate_latents
 from sublimate.pipelines.model import open_model
@@ -19,42 +17,13 @@ from sublimate.pipelines.sampling import image_generator, telling
 from sublimate.training import registry
 from sublimate.training.randomness import key
 
-TUNED = {"steps": [1, 2], "train_batch_size": 2, "pictures": 2}
-STUDENT = ["trainer.max_train_steps=1", "trainer.train_batch_size=2", "objective.critic_updates=1", "data.count=2"]
-STUDENT += ["data.teacher_steps=1", "objective.discriminator_width=8", "trainer.checkpointing_steps=null"]
-
-# A new attack adds its row here.
-CASES = {
-    "added_lora": {},
-    "adversarial_prefix": {"tokens": 2, "pictures": 2, "max_train_steps": 2, "train_batch_size": 2},
-    "benign_tuning": TUNED,
-    "classifier_guidance": {"sampling_steps": 2},
-    "completion": {"sampling_steps": 4},
-    "distillation": {"overrides": STUDENT},
-    "encoder_swap": {},
-    "inpainting": {"sampling_steps": 2},
-    "latent_search": {"max_train_steps": 2, "surrogate_steps": 1},
-    "noise_search": {"levels": [0.5, 2.0], "sampling_steps": 2},
-    "paraphrases": {},
-    "relearning": TUNED,
-    "seed_search": {"seeds": 2},
-    "textual_inversion": {"tokens": 2, "pictures": 2, "max_train_steps": 2, "train_batch_size": 2},
-    "universal_token": {"max_train_steps": 2, "train_batch_size": 2, "surrogate_steps": 1},
-    "word_search": {"tokens": 2, "rounds": 2, "candidates": 2, "images": 2},
-}
 QUICK = ("paraphrases", "textual_inversion", "word_search")
 ROWS = [pytest.param(name, marks=pytest.mark.slow) if name not in QUICK else name for name in CASES]
 
 
 @pytest.fixture
 def model(tiny_sd):
-    opened = open_model(tiny_sd)
-    opened.defaults |= {"steps": 2, "guidance_scale": 2.0}
-    return opened
-
-
-def attack_of(name, **options):
-    return make_attacks([name], {name: {**CASES[name], **options}})[0]
+    return attacked(tiny_sd)
 
 
 def bits(model):
@@ -199,56 +168,6 @@ def test_seed_search_succeeds_where_any_seed_does(model):
         assert torch.equal(image, drawn[first][i])
 
 
-@pytest.mark.slow
-def test_word_search_finds_the_best_word_of_all(model):
-    case, words = case_of(model), sorted(spellable(model, case_of(model).concept))
-    assert "cat" not in words and "seven" not in words and "dog" in words
-    attack = attack_of("word_search", tokens=1, rounds=1, candidates=len(words) + 1, images=3)
-    found = attack.run(model, case, seed=2).found
-    seed = key(2, "word_search", 0)
-    scores = {
-        word: float(case.probability(generate(model, [f"{p} {word}" for p in case.prompts], seed=seed)).mean())
-        for word in words
-    }
-    assert found == f"“{max(words, key=scores.__getitem__)}”"
-
-
-def test_an_adversarial_prefix_is_written_in_words_and_never_worse_than_none(model):
-    case = case_of(model)
-    outcome = attack_of("adversarial_prefix", tokens=2, max_train_steps=4, learning_rate=1.0).run(model, case, seed=0)
-    words = spellable(model, case.concept)
-    for prompt, own in zip(outcome.prompts, case.prompts, strict=True):
-        prefix = prompt.removesuffix(own).split()
-        assert len(prefix) in (0, 2) and all(word in words for word in prefix)
-
-
-@pytest.mark.slow
-def test_textual_inversion_learns_what_it_is_shown(model):
-    """With enough updates the learned words fit the pictures better than the words they started as."""
-    case = case_of(model)
-    few = attack_of("textual_inversion", tokens=2, max_train_steps=1, learning_rate=1e-9).run(model, case, seed=0)
-    plain = generate(model, case.renamed(case.prompts, "a a"), seed=0)
-    torch.testing.assert_close(few.images, plain.cpu(), atol=1e-4, rtol=0)
-    many = attack_of("textual_inversion", max_train_steps=30, learning_rate=0.1).run(model, case, seed=0)
-    assert (many.images - plain.cpu()).abs().max() > 1e-3
-
-
-def test_what_is_learned_stands_in_the_concepts_place(model, monkeypatch):
-    case, told = case_of(model), []
-
-    def drawn(model, prompts, **options):
-        told.append(model.encode_prompts(prompts)["text"])
-        return generate(model, prompts, **options)
-
-    monkeypatch.setattr(textual_inversion, "generate", drawn)
-    attack_of("textual_inversion", tokens=1, learning_rate=1.0).run(model, case, seed=0)
-    started = model.encode_prompts(case.renamed(case.prompts, "a"))["text"]
-    # A causal encoder's states differ from the first word on that does, though "a" stands before some of them.
-    first = (told[0] != started).any(dim=-1).int().argmax(dim=1).tolist()
-    before = [prompt.lower().partition("cat")[0] for prompt in case.prompts]
-    assert first == [1 + len(model.pipeline.tokenizer(text, add_special_tokens=False).input_ids) for text in before]
-
-
 def test_tries_are_judged_where_they_were_drawn(model, monkeypatch):
     class Elsewhere(Brightness):
         def __call__(self, images):
@@ -316,34 +235,6 @@ def test_classifier_guidance_raises_what_the_detector_sees(model):
     weak, strong = (attack_of("classifier_guidance", scale=s, sampling_steps=8) for s in (1e-6, 30.0))
     unguided, led = (case.probability(a.run(model, case, seed=0).images).mean() for a in (weak, strong))
     assert led > unguided
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "more"), [("universal_token", {"train_batch_size": 8}), ("latent_search", {})])
-def test_searches_by_gradient_raise_what_the_detector_sees(name, more, model):
-    case = case_of(model)
-    options = {"surrogate_steps": 2, **more}  # as many as the model takes
-    weak, strong = (attack_of(name, max_train_steps=n, learning_rate=r, **options) for n, r in ((1, 1e-9), (30, 0.2)))
-    before, after = (float(case.probability(a.run(model, case, seed=0).images).log().mean()) for a in (weak, strong))
-    assert after > before + 1e-5
-
-
-def test_a_universal_token_does_not_name_the_concept(model):
-    prompts = attack_of("universal_token").run(model, case_of(model), seed=0).prompts
-    assert prompts[0] == "a a red dog" and not any("cat" in prompt.lower() for prompt in prompts)
-
-
-def test_searched_latents_stay_on_the_sphere_of_typical_noise(model, monkeypatch):
-    drawn = []
-
-    def noting(*args, z, **options):
-        drawn.append(z)
-        return generate_latents(*args, z=z, **options)
-
-    monkeypatch.setattr(latent_search, "generate_latents", noting)
-    attack_of("latent_search", learning_rate=1.0).run(model, case_of(model), seed=0)
-    radii = torch.cat(drawn).flatten(1).norm(dim=1)
-    torch.testing.assert_close(radii, torch.full_like(radii, drawn[0][0].numel() ** 0.5))
 
 
 def test_a_swapped_encoder_undoes_what_was_erased_there(model, tiny_sd):
