@@ -32,10 +32,19 @@ def launched(name, *command):
     return done.stdout
 
 
-def test_both_configurations_train_the_same_student(tiny_sd_v, tmp_path):
+TRAINED = """
+import sys
+from sublimate.training.config import load_config
+from sublimate.training.distill import DistillConfig, distill
+
+distill(load_config(DistillConfig, sys.argv[1]), progress=False)
+"""
+
+
+def test_sharded_processes_train_the_same_student(tiny_sd_v, tmp_path):
     (tmp_path / "prompts.txt").write_text("red cat\na dog\n")
     students = {}
-    for name in ("ddp", "fsdp2"):
+    for name in ("whole", "sharded"):
         config = {
             "model": str(tiny_sd_v),
             "objective": {"gan_weight": 0.0, "critic_updates": 1, "guidance_scale": 2.0},
@@ -51,15 +60,18 @@ def test_both_configurations_train_the_same_student(tiny_sd_v, tmp_path):
             "validation_prompts": ["red cat", "a dog"],
         }
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
-        launched(name, "distill", tmp_path / f"{name}.yaml")
+        if name == "sharded":
+            launched("fsdp2", "distill", tmp_path / f"{name}.yaml")
+        else:
+            launch(TRAINED, tmp_path / f"{name}.yaml", processes=2)
         assert (tmp_path / name / "samples" / "0000002.png").is_file()
         assert json.loads((tmp_path / name / "student" / "unet" / "config.json").read_text())["_class_name"] == (
             "UNet2DConditionModel"
         )
         students[name] = load_file(tmp_path / name / "student" / "unet" / "diffusion_pytorch_model.safetensors")
-    assert students["ddp"].keys() == students["fsdp2"].keys()
-    for key, value in students["ddp"].items():
-        torch.testing.assert_close(students["fsdp2"][key], value, rtol=1e-4, atol=1e-6, msg=key)
+    assert students["whole"].keys() == students["sharded"].keys()
+    for key, value in students["whole"].items():
+        torch.testing.assert_close(students["sharded"][key], value, rtol=1e-4, atol=1e-6, msg=key)
 
 
 def test_evaluation_is_shared_and_written_once(tmp_path):

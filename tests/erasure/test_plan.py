@@ -67,6 +67,8 @@ def test_operations_are_those_of_an_average_sampling(tiny_sd_v):
         with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
             take(trainer)
         counts.add(counter.get_total_flops())
+        if len(counts) == 3:
+            break
     # x_t of one sample is noise or has had one step, of the concept and of what is preserved alike.
     assert len(counts) == 3
     assert method.plan(open_shapes(tiny_sd_v), REQUEST).flops == pytest.approx((min(counts) + max(counts)) / 2)

@@ -149,7 +149,8 @@ def test_folders_without_data_are_named(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_data_set_that_is_not_there_is_named(tmp_path):
+def test_a_data_set_that_is_not_there_is_named(tmp_path, monkeypatch):
     pytest.importorskip("datasets")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # else it is asked for again and again
     with pytest.raises(ValueError, match="nobody/nothing-at-all cannot be read"):
         DatasetRows(DataConfig(dataset_name="nobody/nothing-at-all", cache_dir=tmp_path))
