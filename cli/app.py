@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
+import os
 import pkgutil
 import sys
 import textwrap
@@ -24,6 +25,8 @@ OPTIONS = {
     "--help": "show this help and exit; COMMAND --help shows the command's own",
 }
 USAGE_ERROR = 2
+SHARED = frozenset({"distill", "evaluate", "methods"})
+"""What several processes do together; any other command would do all of its work, and write, in each of them."""
 
 
 def subcommands() -> dict[str, str]:
@@ -59,6 +62,8 @@ def run(arguments: Sequence[str]) -> NoReturn:
             print(f"sublimate {metadata.version('sublimate')}")
         else:
             _check_name(name)
+            if name not in SHARED and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                raise ValueError(f"sublimate {name} works in one process: start it without a launcher, or with one.")
             _invoke(name, rest, debug)
     raise SystemExit(0)
 

@@ -167,6 +167,13 @@ def test_unknown_method(capsys, tiny_sd_v):
     assert "There is no method 'ucee'" in failed(capsys, "erase", tiny_sd_v, "cat", "--method", "ucee")
 
 
+def test_commands_for_one_process_say_so(capsys, monkeypatch, tmp_path, tiny_sd_v):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for command in (["erase", tiny_sd_v, "cat"], ["generate", tiny_sd_v, "cat", "--out", tmp_path / "images"]):
+        assert f"sublimate {command[0]} works in one process" in failed(capsys, *command)
+    assert not (tmp_path / "images").exists()
+
+
 def test_misspelled_key(capsys, distilling):
     assert "objective.divergence" in failed(capsys, *distilling, "objective.divergance=reverse_kl")
 
