@@ -68,7 +68,7 @@ def command(
     kind = registry.load("sublimate.erasure.methods", method, Eraser)
     changes = option or ()
     if config is None:
-        options = validate_section(kind.Config, parse_overrides(changes), "--set")
+        options = validate_section(kind.Config, parse_overrides(changes), method)
     else:
         options = load_config(kind.Config, config, changes, kind="erase")
     eraser = kind(options)

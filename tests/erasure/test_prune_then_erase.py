@@ -102,7 +102,7 @@ def test_it_answers_for_the_other_eraser(sd):
         ({"then": "uce", "options": {"template": ["{}"]}}, "did you mean 'options.templates'"),
         ({"then": "uce", "options": {"lam": -1}}, "options.lam"),
         ({"then": "prune_then_erase"}, "not by itself"),
-        ({}, "'--set.then' is missing"),
+        ({}, "'prune_then_erase.then' is missing"),
         ({"then": "uce", "sparsity": 1.0}, "sparsity"),
     ],
 )
