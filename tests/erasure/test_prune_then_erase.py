@@ -108,7 +108,7 @@ def test_it_answers_for_the_other_eraser(sd):
 )
 def test_options_that_do_not_fit_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
-        validate_section(PruneThenEraseConfig, options, "--set")
+        validate_section(PruneThenEraseConfig, options, "prune_then_erase")
 
 
 def test_weight_decay_would_move_masked_weights():
