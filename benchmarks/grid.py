@@ -86,6 +86,7 @@ def read_outcomes(report: Path, family: str) -> dict[str, dict[str, str]]:
 def sentence(refusal: str) -> str:
     """A refusal without what names one checkpoint: its folder, its network's class, its components."""
     refusal = re.sub(r"; \S*tiny_\w+ has [^:]+:", ":", refusal)
+    refusal = re.sub(r"(?<=\w )\S*/tiny_\w+", "this model", refusal)
     refusal = re.sub(r"\S*/tiny_\w+", "This model", refusal)
     return re.sub(r"\bAn? \w*(?:UNet|Transformer)\w*", "This network", refusal)
 

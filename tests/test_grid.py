@@ -50,6 +50,7 @@ def test_a_method_fits_where_all_of_its_rows_do(grid):
         ("An AnyTransformer2DModel reads two texts.", "This network reads two texts."),
         ("It works in one encoder; /x/tiny_dit0 has none: use another.", "It works in one encoder: use another."),
         ("/x/y/tiny_sd_v12 is shown no pictures.", "This model is shown no pictures."),
+        ("No text enters /x/y/tiny_edm0, so there is none.", "No text enters this model, so there is none."),
     ],
 )
 def test_sentences_name_no_checkpoint(grid, refusal, said):
