@@ -146,7 +146,7 @@ def test_the_peak_is_what_torchs_allocator_reports_of_a_real_step(tiny_sd_v, tmp
 
 @pytest.mark.slow
 def test_a_machine_with_an_accelerator_counts_too(tiny_sd_v, tmp_path, monkeypatch):
-    config = configured(tiny_sd_v, tmp_path)
+    config = configured(tiny_sd_v, tmp_path, "denoising", {})
     here = plan_distillation(config)
     monkeypatch.setattr(Accelerator, "device", property(lambda _: torch.device("cuda")))
     assert plan_distillation(config) == here
