@@ -75,7 +75,7 @@ class DataConfig(Config):
     def lasting(self) -> dict[str, Any]:
         """The options that results depend on, as JSON."""
         # What `truncate_prompts` changes would have ended the run, which may then be resumed with it. Of prompts what
-        # they say counts, and not where (`Source.identity`).
+        # they say counts, and not where (`Named.identity`).
         left_out = {"cache_dir", "cache_shard_bytes", "truncate_prompts", "prompts", "negatives"}
         return self.model_dump(mode="json", exclude=left_out)
 

@@ -159,7 +159,8 @@ def _check(model: Model, data: DataConfig, needs: frozenset[str]) -> None:
     }
     if missing := [name for name, present in given.items() if name in needs and not present]:
         raise ValueError(f"The objective needs {missing[0]}, and the data have none: set data.{missing[0]}.")
-    if data.captioned and data.images != "teacher" and not data.center_crop and model.backbone.told_crops:
+    cropped = data.captioned and data.images != "teacher" and not data.center_crop
+    if cropped and "images" in needs and model.backbone.told_crops:
         raise ValueError(
             f"{model.source} is told that its pictures are not cropped at the side: set data.center_crop to true."
         )

@@ -85,6 +85,7 @@ def test_a_model_that_is_told_of_crops_is_shown_none(tiny_sdxl, tmp_path):
     with pytest.raises(ValueError, match=r"not cropped at the side: set data\.center_crop to true"):
         make_source(model, DataConfig(train_data_dir=folder), 1.0)
     assert make_source(model, DataConfig(train_data_dir=folder, center_crop=True), 1.0).provides >= {"images"}
+    assert make_source(model, DataConfig(train_data_dir=folder), 1.0, needs=frozenset({"prompts"})).provides
 
 
 def test_captioned_pictures_come_without_prompts_and_images():
