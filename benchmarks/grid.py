@@ -28,8 +28,8 @@ MATRICES = {"objectives": "tests/training/test_objectives.py", "erasers": "tests
 METHODS = {"objectives": OBJECTIVES, "erasers": "sublimate.erasure.methods"}
 BEGIN, END = "<!-- grid: benchmarks/grid.py writes this -->", "<!-- end of grid -->"
 
-Outcomes = Mapping[str, Mapping[str, str]]
-"""By row of a matrix and test: "" where it passed, else why the method refuses the family."""
+Outcomes = Mapping[str, str]
+"""By row of a matrix: "" where all of its tests passed, else why the method refuses the family."""
 
 
 def families() -> list[str]:
@@ -40,7 +40,7 @@ def families() -> list[str]:
     return list(modules())
 
 
-def run_matrix(matrix: str, family: str) -> dict[str, dict[str, str]]:
+def run_matrix(matrix: str, family: str) -> dict[str, str]:
     """One matrix's outcomes on one family.
 
     Raises:
@@ -62,24 +62,25 @@ def run_matrix(matrix: str, family: str) -> dict[str, dict[str, str]]:
         return read_outcomes(report, family)
 
 
-def read_outcomes(report: Path, family: str) -> dict[str, dict[str, str]]:
-    """What pytest's XML report says of one family, by row and test.
+def read_outcomes(report: Path, family: str) -> dict[str, str]:
+    """What pytest's XML report says of one family, by row: of its tests' refusals the first.
 
     Raises:
         SystemExit: when a test failed.
     """
-    found: dict[str, dict[str, str]] = {}
+    found: dict[str, str] = {}
     for case in ElementTree.parse(report).getroot().iter("testcase"):
         name = case.get("name", "")
         if case.find("failure") is not None or case.find("error") is not None:
             raise SystemExit(f"{name} fails, so there is no grid of {family}: mend it, or have the method refuse.")
-        matched = re.fullmatch(r"(?P<test>\w+)\[(?P<ids>.+)\]", name)
+        matched = re.fullmatch(r"\w+\[(?P<ids>.+)\]", name)
         named = rf"(^|-){family}(-|$)"
         if matched is None or not re.search(named, matched["ids"]):
             continue
         row = re.sub(named, "", matched["ids"])
         skipped = case.find("skipped")
-        found.setdefault(row, {})[matched["test"]] = "" if skipped is None else sentence(skipped.get("message", ""))
+        refusal = "" if skipped is None else sentence(skipped.get("message", ""))
+        found[row] = found.get(row) or refusal
     return found
 
 
@@ -96,12 +97,11 @@ def judged(rows: Outcomes, method: str) -> str:
 
     A method's first row bears its name; further ones add to it with a hyphen.
     """
-    own = [tests for row, tests in rows.items() if row == method or row.startswith(f"{method}-")]
+    own = [refusal for row, refusal in rows.items() if row == method or row.startswith(f"{method}-")]
     if not own:
         return "not run: the method is for other models"
-    reasons = [next((reason for reason in tests.values() if reason), "") for tests in own]
-    refused = [reason for reason in reasons if reason]
-    if refused and len(refused) < len(reasons):
+    refused = [refusal for refusal in own if refusal]
+    if refused and len(refused) < len(own):
         return f"with some of its options; else: {refused[0]}"
     return refused[0] if refused else ""
 
