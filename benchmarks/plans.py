@@ -62,7 +62,7 @@ def table(found: Mapping[str, Any]) -> str:
     lines = ["| recipe | shared weights | players | peak | TFLOP per step |", "|---" * 5 + "|"]
     for name, cell in found.items():
         own = sum(sum(player.values()) for player in cell["players"].values())
-        flops = sum(turn["flops"] for turn in cell["turns"].values())
+        flops = sum(turn["times"] * turn["flops"] for turn in cell["turns"].values())
         peak = max(turn["peak"] for turn in cell["turns"].values())
         sizes = (f"{size / 2**30:.1f} GiB" for size in (cell["base"], own, peak))
         lines.append(f"| {name} | {' | '.join(sizes)} | {flops / 1e12:.0f} |")

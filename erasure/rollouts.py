@@ -84,7 +84,9 @@ class RolloutObjective(StudentObjective):
     def turns(self, step: int) -> tuple[Turn, ...]:
         if self.config.updates_per_rollout == 1:
             return super().turns(step)
-        return tuple(Turn(f"{self.name}{i}", (self.name,)) for i in range(self.config.updates_per_rollout))
+        # The first samples for all; after it they are alike.
+        names = [f"{self.name}{i}" for i in range(self.config.updates_per_rollout)]
+        return tuple(Turn(name, (self.name,), names[1] if i > 1 else None) for i, name in enumerate(names))
 
     def prepare(self, turn: Turn, batch: Batch, step: int) -> Batch:
         place = self.turns(step).index(turn)

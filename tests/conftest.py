@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         values = () if callspec is None else (v for v in callspec.params.values() if isinstance(v, str))
         if others & {*getattr(item, "fixturenames", ()), *(value.split("#")[0].split("@")[0] for value in values)}:
             item.add_marker("slow")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what imports made stays: collections need not look through it again and again
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

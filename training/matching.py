@@ -134,8 +134,8 @@ class Matching(Objective):
 
     def turns(self, step: int) -> tuple[Turn, ...]:
         trains = tuple(name for name in self._players if name != STUDENT)
-        critics = tuple(Turn(f"critic{i}", trains) for i in range(self.config.critic_updates))
-        return (*critics, Turn(STUDENT, (STUDENT,)))
+        more = (Turn(f"critic{i}", trains, like="critic0") for i in range(1, self.config.critic_updates))
+        return (Turn("critic0", trains), *more, Turn(STUDENT, (STUDENT,)))
 
     def prepare(self, turn: Turn, batch: Batch, step: int) -> Batch:
         batch = self.draw(batch)

@@ -60,10 +60,17 @@ class ObjectiveConfig(Config, ABC):
 
 @dataclass(frozen=True)
 class Turn:
-    """One optimiser step inside a training step: `name` keys its randomness, `trains` names the players that move."""
+    """One optimiser step inside a training step.
+
+    Attributes:
+        name: keys its randomness.
+        trains: the players that move.
+        like: the turn of the same step whose passes it takes again, with other draws: one of them tells both costs.
+    """
 
     name: str
     trains: tuple[str, ...]
+    like: str | None = None
 
 
 @dataclass(frozen=True)

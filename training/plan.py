@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -127,10 +128,17 @@ class PlayerCost:
 
 @dataclass(frozen=True)
 class TurnCost:
-    """One turn, or what comes before: floating-point operations, and the most bytes alive at any moment of it."""
+    """One turn, or what comes before.
+
+    Attributes:
+        flops: floating-point operations.
+        peak: the most bytes alive at any moment of it.
+        times: how many turns of a step are like it, itself included.
+    """
 
     flops: int
     peak: int
+    times: int = 1
 
 
 @dataclass(frozen=True)
@@ -154,7 +162,8 @@ class Plan:
     @property
     def flops(self) -> int:
         """Of one training step, in the phase where it takes most."""
-        return max(sum(turn.flops for turn in turns.values()) for turns in (self.turns, *self.later.values()))
+        steps = (self.turns, *self.later.values())
+        return max(sum(turn.times * turn.flops for turn in turns.values()) for turns in steps)
 
     @property
     def peak(self) -> int:
@@ -173,7 +182,11 @@ class Plan:
         named |= {f"turn {name}": turn for name, turn in self.turns.items()}
         for step, costs in self.later.items():
             named |= {f"from step {step:,}, turn {name}": turn for name, turn in costs.items()}
-        turns = [f"{name}: {cost.flops / 1e12:,.4g} TFLOP, peak {gib(cost.peak)}" for name, cost in named.items()]
+        turns = [
+            f"{name}: {f'{cost.times} times ' if cost.times > 1 else ''}{cost.flops / 1e12:,.4g} TFLOP, "
+            f"peak {gib(cost.peak)}"
+            for name, cost in named.items()
+        ]
         return [f"shared weights: {gib(self.base)}", *players, *turns]
 
 
@@ -256,7 +269,7 @@ def plan(
             _, once = counted(meter, repeated.run)
             first, cost = next(iter(turns.items()))
             flops = cost.flops + round(repeated.times * once.flops)
-            turns[first] = TurnCost(flops, max(cost.peak, once.peak))
+            turns[first] = replace(cost, flops=flops, peak=max(cost.peak, once.peak))
     players = {}
     for name, player in trainer.players.items():
         trains = player.trainable().values()
@@ -274,9 +287,11 @@ def _kind(trainer: Trainer, step: int) -> tuple[object, ...]:
 
 
 def _turns(meter: Meter, trainer: Trainer) -> dict[str, TurnCost]:
-    """The costs of the turns of the trainer's step."""
+    """The costs of the turns of the trainer's step, of those that are like others once."""
     turns = trainer.objective.turns(trainer.step)
-    return {turn.name: counted(meter, partial(_take, trainer, turn))[1] for turn in turns}
+    times = Counter(turn.like or turn.name for turn in turns)
+    costs = {t.name: counted(meter, partial(_take, trainer, t))[1] for t in turns if t.like is None}
+    return {name: replace(cost, times=times[name]) for name, cost in costs.items()}
 
 
 def _take(trainer: Trainer, turn: Turn) -> None:

@@ -14,7 +14,7 @@ from sublimate.training import registry
 from sublimate.training.plan import CPU_ATTENTION
 from sublimate.training.trainer import Trainer
 
-SEVERAL = {"sampling_steps": 4, "updates_per_rollout": 2}
+SEVERAL = {"sampling_steps": 6, "updates_per_rollout": 3}
 DRAWN = {"images": 3, "sampling_steps": 2}
 
 # name: (method, options).

@@ -298,6 +298,7 @@ class TestObjective:
                 torch.testing.assert_close(a, b, rtol=2e-3, atol=3e-3 * float(a.abs().max()) + floor)
 
     @pytest.mark.slow
+    @pytest.mark.first_family
     def test_gradient_checkpointing_changes_nothing(self, model, case, tmp_path):
         plain = make_trainer(model, case, tmp_path / "a")
         saving = make_trainer(model, case, tmp_path / "b", gradient_checkpointing=True)
@@ -338,6 +339,7 @@ class TestObjective:
         assert moved == (case not in TAUGHT_BY_DATA)
 
     @pytest.mark.slow
+    @pytest.mark.first_family
     def test_bf16_moves_the_same_players_the_same_way(self, model, case, tmp_path):
         wide = make_trainer(model, case, tmp_path / "a", train_batch_size=8)
         narrow = make_trainer(model, case, tmp_path / "b", train_batch_size=8, mixed_precision="bf16")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from memory import kept_bytes, most_allocated
+from torch.utils.flop_counter import FlopCounterMode
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.pipelines import locations
@@ -17,7 +18,7 @@ from sublimate.training.config import validate_section
 from sublimate.training.data import ModelSource
 from sublimate.training.distill import OBJECTIVES, DistillConfig
 from sublimate.training.objective import Objective
-from sublimate.training.plan import Meter, plan_distillation
+from sublimate.training.plan import CPU_ATTENTION, Meter, plan_distillation
 from sublimate.training.trainer import Trainer
 
 LORA = {"kind": "lora", "rank": 4}
@@ -142,6 +143,19 @@ def test_the_peak_is_what_torchs_allocator_reports_of_a_real_step(tiny_sd_v, tmp
     for turn in trainer.objective.turns(1):
         peak = before + most_allocated(lambda turn=turn: (trainer.accumulate(turn), trainer.update(turn)))
         assert found.turns[turn.name].peak == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.slow
+def test_turns_that_are_alike_are_counted_once_and_cost_what_all_of_them_take(tiny_sd_v, tmp_path):
+    config = configured(tiny_sd_v, tmp_path, objective={**SMALL, "critic_updates": 3})
+    found = plan_distillation(config)
+    assert {name: turn.times for name, turn in found.turns.items()} == {"critic0": 3, "student": 1}
+    assert any(line.startswith("turn critic0: 3 times ") for line in found.lines())
+    _, trainer = real_trainer(config)
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        for turn in trainer.objective.turns(0):
+            trainer.accumulate(turn)
+    assert found.flops == counter.get_total_flops()
 
 
 @pytest.mark.slow
