@@ -75,6 +75,21 @@ def test_operations_are_those_of_an_average_sampling(tiny_sd_v):
 
 
 @pytest.mark.slow
+def test_updates_that_share_a_sampling_are_counted_once(tiny_sd_v):
+    method, request = eraser("esd", **SEVERAL), Request("cat")
+    found = method.plan(open_shapes(tiny_sd_v), request)
+    _, trainer = real_trainer(tiny_sd_v, method, request)
+    counts = []
+    for turn in trainer.objective.turns(0):
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+            trainer.accumulate(turn)
+        counts.append(counter.get_total_flops())
+    sampled, shared = found.turns.values()
+    assert (sampled.times, shared.times) == (1, 2)
+    assert counts[1:] == [shared.flops] * 2 and sampled.flops > shared.flops
+
+
+@pytest.mark.slow
 def test_what_is_drawn_before_training_is_counted_before_it(tiny_sd_v):
     found = eraser("concept_ablation", images=2, train_batch_size=4).plan(open_shapes(tiny_sd_v), REQUEST)
     assert found.before.flops > 0 and found.peak >= found.before.peak

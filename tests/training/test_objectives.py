@@ -339,7 +339,6 @@ class TestObjective:
         assert moved == (case not in TAUGHT_BY_DATA)
 
     @pytest.mark.slow
-    @pytest.mark.first_family
     def test_bf16_moves_the_same_players_the_same_way(self, model, case, tmp_path):
         wide = make_trainer(model, case, tmp_path / "a", train_batch_size=8)
         narrow = make_trainer(model, case, tmp_path / "b", train_batch_size=8, mixed_precision="bf16")
