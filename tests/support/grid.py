@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -36,6 +37,16 @@ def rows(
             slow = [] if case == method and family == own[0] else [pytest.mark.slow]
             found.append(pytest.param(case, family, marks=slow, id=f"{case}-{family}"))
     return found
+
+
+def matrix(name: str) -> Any:
+    """A matrix's own module, "training/test_objectives", for what runs its rows elsewhere."""
+    path = Path(__file__).parents[1] / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @cache
