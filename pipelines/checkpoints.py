@@ -184,6 +184,8 @@ def _is_unet(name: str) -> bool:
 def _check_component(folder: Path, kind: str, variant: str | None) -> None:
     if not folder.is_dir():
         raise ValueError(f"{folder} is missing, so the checkpoint is only half written: get it again.")
+    if kind.endswith(("Tokenizer", "TokenizerFast")) and not _has_vocabulary(folder):
+        raise ValueError(f"{folder} has no words, so the checkpoint is only half written: get it again.")
     # Tokenizers, schedulers and image processors have no weights.
     if kind.endswith(("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "FeatureExtractor")):
         if not any(folder.glob("*.json")):
@@ -192,12 +194,25 @@ def _check_component(folder: Path, kind: str, variant: str | None) -> None:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder / 'config.json'} is missing, so the checkpoint is only half written: get it again.")
     read_json(folder / "config.json")
-    for path in weights_files(folder, variant):
-        if path.suffix != ".json" and any(".base_layer." in name for name in check_safetensors(path)):
+    files = weights_files(folder, variant)
+    found = {path: set(check_safetensors(path)) for path in files if path.suffix != ".json"}
+    if files[0].suffix == ".json":
+        for name, shard in read_json(files[0])["weight_map"].items():
+            if name not in found[folder / shard]:
+                raise ValueError(f"{folder / shard} lacks {name}, which its index says it has: get it again.")
+    for path, names in found.items():
+        if any(".base_layer." in name for name in names):
             raise ValueError(
                 f"{path} holds a LoRA beside its weights, which diffusers does not open: call "
                 "pipeline.unload_lora_weights() before save_pretrained, after fuse_lora() if the LoRA is to stay."
             )
+
+
+def _has_vocabulary(folder: Path) -> bool:
+    """Whether a tokenizer's folder has the words, not only how it is made: transformers then makes one of no words."""
+    if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")) or any(folder.glob("*.model")):
+        return True
+    return all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
 
 
 def weights_files(folder: Path, variant: str | None = None) -> list[Path]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from torch import Tensor, nn
 
 from sublimate.diffusion.conditions import Condition
@@ -30,6 +31,7 @@ from sublimate.pipelines.lora_files import fuse_lora
 from sublimate.pipelines.progress import without_bars
 from sublimate.pipelines.quantised import cast, is_quantised, plain_tensors
 from sublimate.pipelines.tokens import TokenSpan
+from sublimate.pipelines.wholeness import check_loaded
 
 if TYPE_CHECKING:
     from sublimate.pipelines.edit_attachment import InstalledAttachment
@@ -69,6 +71,7 @@ class Model:
         self.loras: tuple[str, ...] = ()
         self.attached: list[InstalledAttachment] = []
         self.carried = carried
+        self.backbone.check(pipeline)
         for module in self.components().values():
             module.requires_grad_(False).eval()
         self.schedule: Schedule = self.backbone.schedule(pipeline)
@@ -334,7 +337,7 @@ def weights_hash(tensors: Mapping[str, Tensor]) -> str:
 @without_bars()
 def _open_folder(folder: Path, variant: str | None, dtype: torch.dtype) -> tuple[Any, Carried | None]:
     kind = check_folder(folder, variant)
-    backbone_for(kind)
+    backbone = backbone_for(kind)
     cls, index = getattr(diffusers, kind), read_json(folder / INDEX)
     unread = carried(folder, index, cls, variant)
     options = {"dtype": dtype, "variant": variant, "use_safetensors": True, "local_files_only": True}
@@ -342,6 +345,7 @@ def _open_folder(folder: Path, variant: str | None, dtype: torch.dtype) -> tuple
         pipeline = cls.from_pretrained(folder, **options, **without(cls, unread))
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:  # no library to quantise
         raise ValueError(f"{folder} cannot be opened as a {kind} ({first_line(error)})") from error
+    check_loaded(pipeline, folder, variant, backbone.text_components)
     keep_options(pipeline, index)
     return pipeline, unread
 
@@ -355,12 +359,16 @@ def _open_file(path: Path, dtype: torch.dtype, token: str | bool | None, config:
     if config is not None and not (Path(config) / "model_index.json").is_file():
         raise ValueError(f"{config} is no diffusers folder: config has to be one, of the file's architecture.")
     try:
-        return getattr(diffusers, kind).from_single_file(
+        pipeline = getattr(diffusers, kind).from_single_file(
             path, dtype=dtype, token=token, config=None if config is None else str(config)
         )
+    except SingleFileComponentError as error:
+        raise ValueError(f"{path} is not the whole checkpoint ({first_line(error)})") from error
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         source = "which the hub gives, or a diffusers folder as config" if config is None else f"not that of {config}"
         raise ValueError(
             f"{path} cannot be opened as a {kind}: a single file needs its architecture's configuration, {source} "
             f"({first_line(error)})"
         ) from error
+    check_loaded(pipeline, path)
+    return pipeline

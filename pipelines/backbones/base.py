@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, get_type_hints
 
 from torch import Tensor, nn
 
@@ -101,6 +101,7 @@ class Backbone(ABC):
         shown_arguments: the stock call's arguments for that, as its model card writes them.
         told_crops: whether the network is told where a picture was cropped; `encode_prompts` says nowhere.
         draws_from_text: whether prompts alone are enough to draw by.
+        optional_components: text encoders that a checkpoint may be without.
     """
 
     pipeline_classes: ClassVar[tuple[str, ...]]
@@ -116,6 +117,27 @@ class Backbone(ABC):
     shown_arguments: ClassVar[tuple[str, ...]] = ()
     told_crops: ClassVar[bool] = False
     draws_from_text: ClassVar[bool] = True
+    optional_components: ClassVar[tuple[str, ...]] = ()
+
+    def check(self, pipe: Pipeline) -> None:
+        """Makes sure that a pipeline has the family's own parts; families add what tells them from their relatives.
+
+        Raises:
+            ValueError: when one is missing, or of another family, naming it.
+        """
+        kind, network = type(pipe), getattr(pipe, self.network_attribute, None)
+        own = get_type_hints(kind.__init__)[self.network_attribute]
+        if not isinstance(network, own):
+            raise ValueError(
+                f"The {self.network_attribute} of this {kind.__name__} is of class {type(network).__name__}: the "
+                "checkpoint is of another family than its model_index.json says."
+            )
+        for name in self.text_components:
+            if name not in self.optional_components and not isinstance(getattr(pipe, name, None), nn.Module):
+                raise ValueError(
+                    f"This {kind.__name__} has no {name}: the checkpoint is not whole, or of another family than its "
+                    "model_index.json says."
+                )
 
     def components(self, pipe: Pipeline) -> dict[str, nn.Module]:
         """The networks a checkpoint consists of, by name: denoiser, text encoders, autoencoder, vocoder."""

@@ -43,6 +43,7 @@ class StableDiffusion3(Backbone):
     pipeline_classes = ("StableDiffusion3Pipeline",)
     network_attribute = "transformer"
     text_components = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    optional_components = ("text_encoder_3",)
     guidance_scale = 7.0
     sampler = "euler"
     grid_spacing = "linspace"

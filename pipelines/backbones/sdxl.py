@@ -30,6 +30,7 @@ class StableDiffusionXL(StableDiffusion):
     text_components = ("text_encoder", "text_encoder_2")
     guidance_scale = 5.0
     told_crops = True
+    told_besides = "text_time"
 
     @staticmethod
     def call(

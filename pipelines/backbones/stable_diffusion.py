@@ -34,10 +34,24 @@ class StableDiffusion(Backbone):
     network_attribute = "unet"
     text_components: ClassVar[tuple[str, ...]] = ("text_encoder",)
     guidance_scale = 7.5
+    told_besides: ClassVar[str | None] = None
+    """What its UNet is told beside time and text, as diffusers calls it."""
     no_guidance: ClassVar[Mapping[str, Any]] = {"guidance_scale": 1.0}
 
     def published_defaults(self, pipe: Pipeline) -> dict[str, Any]:
         return published_defaults(pipe.scheduler, self.schedule(pipe), told_guidance=self.reads_guidance(pipe.unet))
+
+    def check(self, pipe: Pipeline) -> None:
+        super().check(pipe)
+        config = pipe.unet.config
+        widths = [getattr(pipe, name).config.hidden_size for name in self.text_components]
+        read = config.encoder_hid_dim or config.cross_attention_dim
+        if config.addition_embed_type != self.told_besides or (isinstance(read, int) and read != sum(widths)):
+            raise ValueError(
+                f"The UNet of this {type(pipe).__name__} reads text of width {read} and is told "
+                f"{config.addition_embed_type or 'nothing'} besides, for {sum(widths)} and "
+                f"{self.told_besides or 'nothing'}: parts of different families are in one checkpoint."
+            )
 
     @staticmethod
     def call(

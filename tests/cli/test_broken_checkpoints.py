@@ -17,21 +17,55 @@ from safetensors.torch import load_file, save_file
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def cut_short(folder: Path) -> None:
-    """The second shard of the UNet."""
+def a_shard(folder: Path) -> Path:
+    """The second one of the UNet, which now has several."""
     DiffusionPipeline.from_pretrained(folder).unet.save_pretrained(folder / "unet", max_shard_size="40KB")
     (folder / "unet" / WEIGHTS).unlink(missing_ok=True)
-    shard = sorted((folder / "unet").glob("*-of-*.safetensors"))[1]
+    return sorted((folder / "unet").glob("*-of-*.safetensors"))[1]
+
+
+def cut_short(folder: Path) -> None:
+    shard = a_shard(folder)
     shard.write_bytes(shard.read_bytes()[:-100])
 
 
 def without_a_shard(folder: Path) -> None:
-    cut_short(folder)
-    sorted((folder / "unet").glob("*-of-*.safetensors"))[1].unlink()
+    a_shard(folder).unlink()
 
 
 def only_a_variant(folder: Path) -> None:
     (folder / "unet" / WEIGHTS).rename(folder / "unet" / WEIGHTS.replace(".safetensors", ".fp16.safetensors"))
+
+
+def losing(name: str, file: Path) -> None:
+    """A file without one of its weights."""
+    save_file({key: value for key, value in load_file(file).items() if key != name}, file, {"format": "pt"})
+
+
+def a_shard_losing_a_weight(folder: Path) -> None:
+    shard = a_shard(folder)
+    losing(next(iter(load_file(shard))), shard)
+
+
+def a_text_encoder_losing_a_weight(folder: Path) -> None:
+    file = folder / "text_encoder" / "model.safetensors"
+    losing(next(key for key in load_file(file) if key.endswith("layers.1.mlp.fc1.weight")), file)
+
+
+def without_words(folder: Path) -> None:
+    for name in ("tokenizer.json", "vocab.json"):
+        (folder / "tokenizer" / name).unlink(missing_ok=True)
+    assert (folder / "tokenizer" / "tokenizer_config.json").is_file()
+
+
+def called_xl(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionXLPipeline"}))
+
+
+def told_of_a_transformer(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
 
 
 def of_another_class(folder: Path) -> None:
@@ -58,6 +92,15 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing shard": (without_a_shard, "is missing, so the checkpoint is only half written"),
     "missing component": (lambda folder: shutil.rmtree(folder / "vae"), "vae is missing"),
     "other variant": (only_a_variant, "pass their variant"),
+    "shard losing a weight": (a_shard_losing_a_weight, r"lacks .*, which its index says it has"),
+    "UNet losing a weight": (
+        lambda folder: losing("mid_block.resnets.0.conv1.weight", folder / "unet" / WEIGHTS),
+        r"The unet of .* lacks mid_block\.resnets\.0\.conv1\.weight: get the checkpoint again",
+    ),
+    "text encoder losing a weight": (a_text_encoder_losing_a_weight, r"The text_encoder of .* lacks .*fc1\.weight"),
+    "tokenizer without words": (without_words, "tokenizer has no words"),
+    "of a larger family by name": (called_xl, "This StableDiffusionXLPipeline has no text_encoder_2"),
+    "of an unlike family by name": (told_of_a_transformer, "cannot be opened as a FluxPipeline|is of class"),
     "unknown family": (of_another_class, "KandinskyPipeline is not supported; the known pipelines are"),
 }
 
