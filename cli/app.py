@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
+import logging
 import os
 import pkgutil
 import sys
@@ -94,6 +95,10 @@ def _check_name(name: str) -> None:
 def _invoke(name: str, arguments: list[str], debug: bool) -> None:
     import typer
 
+    # What the library notes on its way reaches the terminal, as its warnings do.
+    logging.getLogger("sublimate").setLevel(logging.INFO)
+    if logging.lastResort is not None:
+        logging.lastResort.setLevel(logging.INFO)
     module = importlib.import_module(f"{PACKAGE}.{name}")
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command()(_guarded(module.command, debug, (typer.Exit, typer.Abort, typer.BadParameter)))

@@ -52,7 +52,7 @@ def command(
 
     opened = open_edited(model, edit, dtype, loras=fuse_lora, revision=revision, variant=variant, device=device)
     if attention is not None:
-        set_attention(opened, attention)
+        typer.echo(set_attention(opened, attention))
     texts = [prompt for prompt in prompts or () for _ in range(count)]
     media = generate(
         opened,

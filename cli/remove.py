@@ -43,7 +43,7 @@ def command(
     pictures, masks = read_image(image)[None], read_image(mask).mean(0, keepdim=True)[None]
     opened = open_model(model, revision=revision, variant=variant, device=device)
     if attention is not None:
-        set_attention(opened, attention)
+        typer.echo(set_attention(opened, attention))
     (erased,) = erase_object(
         opened,
         pictures,

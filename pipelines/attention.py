@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sublimate.pipelines.model import Model
 from sublimate.pipelines.negative_attention import attention_layers, reads_negatives
+
+log = logging.getLogger(__name__)
 
 _SDPA_KERNELS = {
     "math": SDPBackend.MATH,
@@ -72,6 +75,9 @@ class AttentionReport:
     def kernel(self) -> str:
         """The kernels of all processors, "none" for a network without attention."""
         return "+".join(sorted({kernel for found in self.kernels.values() for kernel in found})) or "none"
+
+    def __str__(self) -> str:
+        return f"attention: {self.kernel} ran, {self.requested} was asked for"
 
 
 class ChosenProcessor:
@@ -171,8 +177,12 @@ def set_attention(model: Model, kernel: str = "auto") -> AttentionReport:
 
 
 @contextmanager
-def attention_chosen(model: Model, kernel: Kernel | None, *, autocast: bool = False) -> Iterator[None]:
+def attention_chosen(
+    model: Model, kernel: Kernel | None, *, autocast: bool = False
+) -> Iterator[AttentionReport | None]:
     """`set_attention` for a while: afterwards every layer has the processor that it had.
+
+    What ran is yielded, and logged at level INFO.
 
     Args:
         model: where it will run: kernels are proven on its device.
@@ -183,14 +193,15 @@ def attention_chosen(model: Model, kernel: Kernel | None, *, autocast: bool = Fa
         ValueError: as `set_attention`.
     """
     if kernel is None:
-        yield
+        yield None
         return
     layers = attention_layers(model.denoiser.network)
     before = [layer.processor for layer in layers.values()]
     with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
-        set_attention(model, kernel)
+        report = set_attention(model, kernel)
+    log.info("%s", report)
     try:
-        yield
+        yield report
     finally:
         _install(layers, before)
 

@@ -367,7 +367,7 @@ def _open_file(path: Path, dtype: torch.dtype, token: str | bool | None, config:
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         source = "which the hub gives, or a diffusers folder as config" if config is None else f"not that of {config}"
         raise ValueError(
-            f"{path} cannot be opened as a {kind}: a single file needs its architecture's configuration, {source} "
+            f"{path} cannot be opened as a {kind}: it needs all weights and its architecture's configuration, {source} "
             f"({first_line(error)})"
         ) from error
     check_loaded(pipeline, path)

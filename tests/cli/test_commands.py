@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shutil
 
 import pytest
@@ -148,10 +149,17 @@ def trains_with(distilling, *options):
 
 
 @pytest.mark.slow
-def test_players_are_trained_with_the_attention_that_was_asked_for(distilling, tmp_path):
+def test_players_are_trained_with_the_attention_that_was_asked_for(distilling, tmp_path, caplog):
     flash = "aten._scaled_dot_product_flash_attention_for_cpu_backward.default"
     assert flash in trains_with(distilling)
     assert flash not in trains_with(distilling, "attention=math", f"trainer.output_dir={tmp_path / 'math'}")
+    assert "attention: math ran, math was asked for" in caplog.messages
+
+
+def test_it_says_which_attention_drew(capsys, tiny_sd_v, tmp_path):
+    draw = ["generate", tiny_sd_v, "cat", "--steps", 1, "--out", tmp_path, "--attention"]
+    assert "attention: math ran, math was asked for\n" in sublimate(capsys, *draw, "math")[1]
+    assert re.search(r"attention: (flash|math) ran, auto was asked for\n", sublimate(capsys, *draw, "auto")[1])
 
 
 def test_attention_that_does_not_run_here(capsys, tiny_sd_v, distilling):

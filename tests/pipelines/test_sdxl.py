@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, EDMEulerScheduler
@@ -17,6 +19,7 @@ from sublimate.pipelines.export import export_lora, export_student
 from sublimate.pipelines.generate import generate
 from sublimate.pipelines.model import Model, open_model
 from sublimate.pipelines.sampling import image_generator
+from sublimate.pipelines.shapes import open_shapes
 from sublimate.training import registry
 
 PROMPTS = ["a red cat", "a painting of van gogh"]
@@ -135,6 +138,18 @@ def test_a_lora_loads_into_the_stock_pipeline(model, tiny_sdxl, tmp_path):
     model.denoiser = student
     drawn = stock(plain, guidance_scale=2.0)
     torch.testing.assert_close(drawn, generate(model, PROMPTS, steps=2, guidance_scale=2.0), atol=2e-5, rtol=0)
+
+
+def test_parts_of_another_family_are_refused(tiny_sd, tiny_sdxl, tmp_path):
+    mixed = shutil.copytree(tiny_sdxl, tmp_path / "mixed")
+    shutil.rmtree(mixed / "unet")
+    shutil.copytree(tiny_sd / "unet", mixed / "unet")
+    with pytest.raises(
+        ValueError, match=r"UNet of this StableDiffusionXLPipeline reads text of width .* for .*text_time"
+    ):
+        open_model(mixed)
+    with pytest.raises(ValueError, match="parts of different families are in one checkpoint"):
+        open_shapes(mixed)
 
 
 def test_a_condition_without_sizes_is_refused(model):

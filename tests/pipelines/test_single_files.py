@@ -6,7 +6,7 @@ import diffusers
 import pytest
 import torch
 from checkpoints.sdxl import sdxl
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from single_files import save_single_file
 
 from sublimate.pipelines.checkpoints import single_file_family
@@ -72,6 +72,22 @@ def test_a_single_file_opens_without_the_hub(request, tmp_path, name):
         open_model(file, config=tmp_path / "nowhere")
     with pytest.raises(ValueError, match="leave out config"):
         open_model(folder, config=folder)
+
+
+LOST = {
+    "model.diffusion_model.middle_block.0.in_layers.2.weight": "it needs all weights",
+    "cond_stage_model.": "is not the whole checkpoint",
+    "first_stage_model.": "is not the whole checkpoint",
+}
+
+
+@pytest.mark.parametrize("lost", LOST)
+def test_a_single_file_that_lacks_weights_is_one_sentence(tiny_sd, tmp_path, lost):
+    file = save_single_file(open_model(tiny_sd).pipeline, tmp_path / "model.safetensors")
+    save_file({name: tensor for name, tensor in load_file(file).items() if not name.startswith(lost)}, file)
+    with pytest.raises(ValueError, match=LOST[lost]) as caught:
+        open_model(file, config=tiny_sd)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_single_file_of_another_architecture_is_one_sentence(tiny_sd, tiny_sd3, tmp_path):
