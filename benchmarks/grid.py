@@ -4,6 +4,7 @@ Every family is one resumable cell: its outcomes are written to `results/grid.js
 
     python benchmarks/grid.py                             # the families that are missing
     python benchmarks/grid.py --families tiny_sd,tiny_sd3  # these, again
+    python benchmarks/grid.py --families tiny_sd --file tests/training/test_exports.py  # what one file's tests add
     python benchmarks/grid.py --table                     # write the README's grid from what is there
 """
 
@@ -15,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -24,7 +25,10 @@ from sublimate.training.distill import OBJECTIVES
 
 ROOT = Path(__file__).parent.parent
 RESULTS, README = ROOT / "benchmarks" / "results" / "grid.json", ROOT / "README.md"
-MATRICES = {"objectives": "tests/training/test_objectives.py", "erasers": "tests/erasure/test_erasers.py"}
+MATRICES = {
+    "objectives": ("tests/training/test_objectives.py", "tests/training/test_exports.py"),
+    "erasers": ("tests/erasure/test_erasers.py",),
+}
 METHODS = {"objectives": OBJECTIVES, "erasers": "sublimate.erasure.methods"}
 BEGIN, END = "<!-- grid: benchmarks/grid.py writes this -->", "<!-- end of grid -->"
 
@@ -40,8 +44,8 @@ def families() -> list[str]:
     return list(modules())
 
 
-def run_matrix(matrix: str, family: str) -> dict[str, str]:
-    """One matrix's outcomes on one family.
+def run_matrix(files: Sequence[str], family: str) -> dict[str, str]:
+    """The outcomes on one family of the tests of a matrix.
 
     Raises:
         SystemExit: when a test fails: a grid of what does not work is not written.
@@ -53,7 +57,7 @@ def run_matrix(matrix: str, family: str) -> dict[str, str]:
             "-m",
             "pytest",
             "-q",
-            MATRICES[matrix],
+            *files,
             "--families",
             family,
             f"--junitxml={report}",
@@ -85,10 +89,12 @@ def read_outcomes(report: Path, family: str) -> dict[str, str]:
 
 
 def sentence(refusal: str) -> str:
-    """A refusal without what names one checkpoint: its folder, its network's class, its components."""
+    """A refusal without what names one checkpoint: its folder, its classes, its components."""
     refusal = re.sub(r"; \S*tiny_\w+ has [^:]+:", ":", refusal)
     refusal = re.sub(r"(?<=\w )\S*/tiny_\w+", "this model", refusal)
     refusal = re.sub(r"\S*/tiny_\w+", "This model", refusal)
+    refusal = re.sub(r"\b\w+Pipeline\b", "the stock pipeline", refusal)
+    refusal = refusal[:1].upper() + refusal[1:]
     return re.sub(r"\bAn? \w*(?:UNet|Transformer)\w*", "This network", refusal)
 
 
@@ -126,13 +132,20 @@ def main() -> None:
     """Runs the families that are missing, one after the other, and writes the grid."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", default="", help="run these, with commas, whether or not they are there")
+    parser.add_argument("--file", help="run only this file's tests, and add what they refuse to what is there")
     parser.add_argument("--table", action="store_true", help="write the grid and stop")
     options = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     asked = [name for name in options.families.split(",") if name]
     for family in [] if options.table else asked or [name for name in families() if name not in results]:
         print(f"{family} ...", flush=True)
-        results[family] = {matrix: run_matrix(matrix, family) for matrix in MATRICES}
+        if options.file:
+            found = run_matrix([options.file], family)
+            matrix = next(name for name, files in MATRICES.items() if options.file in files)
+            there = results[family][matrix]
+            results[family][matrix] = {row: there.get(row) or refusal for row, refusal in (there | found).items()}
+        else:
+            results[family] = {matrix: run_matrix(files, family) for matrix, files in MATRICES.items()}
         RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     before, rest = README.read_text().split(BEGIN)
     README.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{rest.split(END)[1]}")

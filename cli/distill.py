@@ -26,6 +26,7 @@ def command(
     asked = load_config(DistillConfig, config, overrides or (), kind="distill")
     passes = asked.passes()
     if dry_run:
+        from sublimate.pipelines.edit import Edit
         from sublimate.pipelines.shapes import NoShapes, open_shapes
         from sublimate.training.plan import plan_distillation
 
@@ -39,6 +40,8 @@ def command(
         except NoShapes as unknown:
             typer.echo(f"# operations and memory are not counted: {unknown}")
             return
+        for path in asked.edits:
+            Edit.load(path)  # weights of the same shapes
         for line in plan_distillation(asked, shapes).lines():
             typer.echo(f"# {line}")
         return

@@ -367,8 +367,8 @@ def _open_file(path: Path, dtype: torch.dtype, token: str | bool | None, config:
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         source = "which the hub gives, or a diffusers folder as config" if config is None else f"not that of {config}"
         raise ValueError(
-            f"{path} cannot be opened as a {kind}: it needs all weights and its architecture's configuration, {source} "
-            f"({first_line(error)})"
+            f"{path} cannot be opened as a {kind}: it needs all weights and its architecture's configuration, "
+            f"{source} ({first_line(error)})"
         ) from error
     check_loaded(pipeline, path)
     return pipeline

@@ -49,6 +49,8 @@ def test_a_method_fits_where_all_of_its_rows_do(grid):
     [
         ("A UNet2DConditionModel cannot be told a time.", "This network cannot be told a time."),
         ("An AnyTransformer2DModel reads two texts.", "This network reads two texts."),
+        ("AnyPipeline loads no LoRA.", "The stock pipeline loads no LoRA."),
+        ("No call of AnyPipeline guides it.", "No call of the stock pipeline guides it."),
         ("It works in one encoder; /x/tiny_dit0 has none: use another.", "It works in one encoder: use another."),
         ("/x/y/tiny_sd_v12 is shown no pictures.", "This model is shown no pictures."),
         ("No text enters /x/y/tiny_edm0, so there is none.", "No text enters this model, so there is none."),

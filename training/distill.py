@@ -162,9 +162,8 @@ def _run(
         # A stock student cannot carry what edits attached to its teacher: it learns what that does.
         for player in objective.players().values():
             strip(player.module)
-        kind = _format(model, artefact)
         with detached(model):  # refused now rather than after training
-            stock_sampling(model, kind, artefact.start_time, artefact.few_steps, as_base=artefact.as_base)
+            check_export(model, artefact)
     accelerator = Accelerator()
     config.trainer.output_dir.mkdir(parents=True, exist_ok=True)  # refused now rather than after the samples
     source = make_source(
@@ -264,6 +263,17 @@ def _drawn(model: Model, artefact: Artefact, condition: Condition, null: Conditi
 def _format(model: Model, artefact: Artefact) -> Literal["weights", "lora"]:
     """What a student is exported as: a LoRA only where it fits the checkpoint that its teacher was opened from."""
     return "lora" if artefact.kind == "lora" and not differs_from_disk(model) else "weights"
+
+
+def check_export(model: Model, artefact: Artefact) -> None:
+    """Makes sure that stock diffusers runs what an objective trains.
+
+    Raises:
+        ValueError: when it does not, saying why.
+    """
+    if artefact.kind != "attachment":
+        kind = _format(model, artefact)
+        stock_sampling(model, kind, artefact.start_time, artefact.few_steps, as_base=artefact.as_base)
 
 
 def _export(model: Model, objective: Objective, config: DistillConfig, folder: Path) -> None:

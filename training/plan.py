@@ -24,6 +24,7 @@ from sublimate.training.config import validate_section
 from sublimate.training.data import ModelSource
 from sublimate.training.distill import OBJECTIVES, DistillConfig
 from sublimate.training.objective import Objective, Turn
+from sublimate.training.sources import unread_networks
 from sublimate.training.trainer import Trainer
 
 T = TypeVar("T")
@@ -85,6 +86,10 @@ class Meter(TorchDispatchMode):
             self.now += size
             self.peak = max(self.peak, self.now)
             weakref.finalize(storage, self._forget, name, size)
+
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
+        """Leaves out storages that are elsewhere, whatever reads them."""
+        self._known.update(tensor.untyped_storage()._cdata for tensor in tensors)
 
     def reset_peak(self) -> None:
         """Starts the peak anew from what is alive."""
@@ -198,7 +203,9 @@ def counted(meter: Meter, work: Callable[[], T]) -> tuple[T, TurnCost]:
 
 
 def plan_distillation(config: DistillConfig, model: Model | None = None) -> Plan:
-    """What a distillation will need, from the shapes of its teacher alone.
+    """What a distillation will need while it trains, from the shapes of its teacher alone.
+
+    Networks whose answers are stored (`data.cache_dir`) have left the memory by then.
 
     Args:
         config: the run.
@@ -210,11 +217,13 @@ def plan_distillation(config: DistillConfig, model: Model | None = None) -> Plan
     method = registry.load(OBJECTIVES, config.method, Objective)
     model = open_shapes(config.model, revision=config.revision) if model is None else model
     kernel = config.attention if config.attention in WRITTEN_OUT else None
+    parked = [p for name in unread_networks(model, config.data) for p in model.component(name).parameters()]
     with attention_chosen(model, kernel):
         options = validate_section(method.Config, config.objective)
         found = plan(
             lambda: _trainer(config, method, model),
             model.parameters().values(),
+            parked=parked,
             phases=[step for step in options.phases() if step < config.trainer.max_train_steps],
         )
     # What the data need before training depends on them.
@@ -234,6 +243,7 @@ def plan(
     base: Iterable[Tensor],
     loop: Callable[[Objective], Loop | None] = lambda _: None,
     *,
+    parked: Iterable[Tensor] = (),
     phases: Sequence[int] = (0,),
 ) -> Plan:
     """Takes a trainer's first step, without clipping but with Adam's moments already there, and counts.
@@ -246,10 +256,12 @@ def plan(
         make: the trainer, of a model opened by `open_shapes`; a real one would be trained.
         base: the model's parameters, which the players may share.
         loop: a part of the objective's steps that is too long to be taken in full here.
+        parked: those of its networks that have left the memory.
         phases: the steps at which they begin, from 0 on.
     """
     held = {id(p): p for p in base}
     with Meter() as meter:
+        meter.ignore(parked)
         meter.see(held.values())
         shared = meter.now
         trainer, before = counted(meter, make)

@@ -64,6 +64,11 @@ def test_dry_run_prints_the_configuration_and_its_cost(capsys, tmp_path, distill
     assert not (tmp_path / "run").exists()
 
 
+def test_dry_run_of_an_edited_teacher_reads_the_edit(capsys, tmp_path, distilling):
+    said = failed(capsys, *distilling, f"edits=[{tmp_path / 'nowhere.safetensors'}]", "--dry-run")
+    assert "nowhere.safetensors" in said
+
+
 def test_dry_run_of_what_cannot_be_reached_says_what_it_does_not_count(capsys, tmp_path, distilling):
     (tmp_path / "model.safetensors").write_bytes(b"")
     status, out, _ = sublimate(capsys, *distilling, f"model={tmp_path / 'model.safetensors'}", "--dry-run")

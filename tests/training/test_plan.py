@@ -159,6 +159,16 @@ def test_turns_that_are_alike_are_counted_once_and_cost_what_all_of_them_take(ti
 
 
 @pytest.mark.slow
+def test_networks_whose_answers_are_stored_are_not_held(tiny_sd_v, tmp_path):
+    config = configured(tiny_sd_v, tmp_path, "denoising", {})
+    stored = config.model_copy(update={"data": config.data.model_copy(update={"cache_dir": tmp_path})})
+    whole, parked = plan_distillation(config), plan_distillation(stored)
+    encoders = [module for name, module in open_model(tiny_sd_v).components().items() if name != "unet"]
+    size = sum(p.numel() * 4 for module in encoders for p in module.parameters())
+    assert whole.base - parked.base == whole.peak - parked.peak == size > 0
+
+
+@pytest.mark.slow
 def test_a_machine_with_an_accelerator_counts_too(tiny_sd_v, tmp_path, monkeypatch):
     config = configured(tiny_sd_v, tmp_path, "denoising", {})
     here = plan_distillation(config)
