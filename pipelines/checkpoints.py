@@ -197,7 +197,7 @@ def _check_component(folder: Path, kind: str, variant: str | None) -> None:
     files = weights_files(folder, variant)
     found = {path: set(check_safetensors(path)) for path in files if path.suffix != ".json"}
     if files[0].suffix == ".json":
-        for name, shard in read_json(files[0])["weight_map"].items():
+        for name, shard in read_json(files[0]).get("weight_map", {}).items():
             if name not in found[folder / shard]:
                 raise ValueError(f"{folder / shard} lacks {name}, which its index says it has: get it again.")
     for path, names in found.items():
