@@ -184,12 +184,12 @@ def _is_unet(name: str) -> bool:
 def _check_component(folder: Path, kind: str, variant: str | None) -> None:
     if not folder.is_dir():
         raise ValueError(f"{folder} is missing, so the checkpoint is only half written: get it again.")
-    if kind.endswith(("Tokenizer", "TokenizerFast")) and not _has_vocabulary(folder):
-        raise ValueError(f"{folder} has no words, so the checkpoint is only half written: get it again.")
     # Tokenizers, schedulers and image processors have no weights.
     if kind.endswith(("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "FeatureExtractor")):
         if not any(folder.glob("*.json")):
             raise ValueError(f"{folder} is empty, so the checkpoint is only half written: get it again.")
+        if kind.endswith(("Tokenizer", "TokenizerFast")) and not _has_vocabulary(folder):
+            raise ValueError(f"{folder} has no words, so the checkpoint is only half written: get it again.")
         return
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder / 'config.json'} is missing, so the checkpoint is only half written: get it again.")
