@@ -97,7 +97,13 @@ def generation(size: str, device: torch.device) -> dict[str, Any]:
 
 
 def update(
-    size: str, kind: str, device: torch.device, *, kernel: Kernel = "sdpa", compiled: bool = False, batch: int = 0
+    size: str,
+    kind: str,
+    device: torch.device,
+    *,
+    kernel: Kernel = "sdpa",
+    compiled: bool = False,
+    batch: int | None = None,
 ) -> dict[str, Any]:
     """A training step of f-distill, one critic's turn and one student's, and the student's alone; bf16 autocast."""
     player, batch = {"kind": kind}, batch or BATCHES[size]
@@ -127,8 +133,8 @@ def update(
 
             turns = trainer.objective.turns(trainer.step)
 
-            def take(turns: Sequence[Turn]) -> None:
-                for turn in turns:
+            def take(some: Sequence[Turn]) -> None:
+                for turn in some:
                     trainer.accumulate(turn)
                     trainer.update(turn)
 

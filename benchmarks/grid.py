@@ -94,7 +94,7 @@ def sentence(refusal: str) -> str:
     refusal = re.sub(r"(?<=\w )\S*/tiny_\w+", "this model", refusal)
     refusal = re.sub(r"\S*/tiny_\w+", "This model", refusal)
     refusal = re.sub(r"\b\w+Pipeline\b", "the stock pipeline", refusal)
-    refusal = refusal[:1].upper() + refusal[1:]
+    refusal = re.sub("^the stock", "The stock", refusal)
     return re.sub(r"\bAn? \w*(?:UNet|Transformer)\w*", "This network", refusal)
 
 
@@ -132,20 +132,24 @@ def main() -> None:
     """Runs the families that are missing, one after the other, and writes the grid."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", default="", help="run these, with commas, whether or not they are there")
-    parser.add_argument("--file", help="run only this file's tests, and add what they refuse to what is there")
+    every = [file for files in MATRICES.values() for file in files]
+    parser.add_argument("--file", choices=every, help="run its tests alone, and add what they refuse to what is there")
     parser.add_argument("--table", action="store_true", help="write the grid and stop")
     options = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     asked = [name for name in options.families.split(",") if name]
-    for family in [] if options.table else asked or [name for name in families() if name not in results]:
+    # One file adds to families that are there; whole matrices are for those that are missing.
+    due = [name for name in families() if (name in results) == bool(options.file)]
+    for family in [] if options.table else asked or due:
         print(f"{family} ...", flush=True)
-        if options.file:
-            found = run_matrix([options.file], family)
-            matrix = next(name for name, files in MATRICES.items() if options.file in files)
-            there = results[family][matrix]
-            results[family][matrix] = {row: there.get(row) or refusal for row, refusal in (there | found).items()}
-        else:
-            results[family] = {matrix: run_matrix(files, family) for matrix, files in MATRICES.items()}
+        known = results[family] if options.file else {matrix: {} for matrix in MATRICES}
+        for matrix, files in MATRICES.items():
+            chosen = [file for file in files if options.file in (None, file)]
+            found = run_matrix(chosen, family) if chosen else {}
+            known[matrix] = {
+                row: known[matrix].get(row) or refusal for row, refusal in (known[matrix] | found).items()
+            }
+        results[family] = known
         RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     before, rest = README.read_text().split(BEGIN)
     README.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{rest.split(END)[1]}")

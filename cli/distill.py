@@ -41,7 +41,7 @@ def command(
             typer.echo(f"# operations and memory are not counted: {unknown}")
             return
         for path in asked.edits:
-            Edit.load(path)  # weights of the same shapes
+            Edit.load(path)  # refused now, if at all: an edited teacher costs what it did before
         for line in plan_distillation(asked, shapes).lines():
             typer.echo(f"# {line}")
         return

@@ -256,7 +256,7 @@ def plan(
         make: the trainer, of a model opened by `open_shapes`; a real one would be trained.
         base: the model's parameters, which the players may share.
         loop: a part of the objective's steps that is too long to be taken in full here.
-        parked: those of its networks that have left the memory.
+        parked: the model's parameters that have left the memory.
         phases: the steps at which they begin, from 0 on.
     """
     held = {id(p): p for p in base}

@@ -109,7 +109,7 @@ class MadeThere(TorchDispatchMode):
 
 
 class PythonNumbers(TorchFunctionMode):
-    """What torch makes tensors of Python's numbers for beneath the reach of a dispatch mode."""
+    """What goes between tensors and Python's or numpy's numbers beneath the reach of a dispatch mode."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -117,9 +117,9 @@ class PythonNumbers(TorchFunctionMode):
             return func(*args, **{**kwargs, "device": None}).to(kwargs["device"])
         if func in (Tensor.__getitem__, Tensor.__setitem__) and isinstance(args[1], list):
             args = (args[0], torch.tensor(args[1]), *args[2:])
-        if func in (Tensor.tolist, Tensor.numpy) and isinstance(args[0], OnCard):
-            if func is Tensor.numpy:
-                raise TypeError("can't convert a tensor of the card to numpy: move it to the CPU first.")
+        if func is Tensor.numpy and isinstance(args[0], OnCard):
+            raise TypeError("can't convert a tensor of the card to numpy: move it to the CPU first.")
+        if func is Tensor.tolist and isinstance(args[0], OnCard):
             args = (args[0].cpu(),)
         return func(*args, **kwargs)
 
