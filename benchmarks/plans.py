@@ -17,12 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from full_size import SIZES
 
 from sublimate.erasure.methods.esd import ESD, ESDConfig
 from sublimate.erasure.request import Concept, Request
 from sublimate.pipelines.model import Model
-from sublimate.pipelines.shapes import Shapes
+from sublimate.pipelines.shapes import Shapes, in_precision
 from sublimate.training.config import load_config
 from sublimate.training.distill import DistillConfig
 from sublimate.training.plan import Plan, plan_distillation
@@ -30,29 +31,33 @@ from sublimate.training.plan import Plan, plan_distillation
 RESULT = Path(__file__).parent / "results" / "plans.json"
 # Micro-batches are all alike: of Stable Diffusion XL one takes long enough.
 SHORT = ("trainer.gradient_accumulation_steps=1",)
+FLOAT32 = ("dtype=float32",)
 FULL = tuple(f"objective.{player}.kind=full" for player in ("student", "critic"))
 
 
-def shapes(name: str) -> Model:
+def shapes(name: str, dtype: str) -> Model:
     """The model that a recipe's name begins with."""
-    return SIZES[name.partition("_")[0]](Shapes())
+    return in_precision(SIZES[name.partition("_")[0]](Shapes()), getattr(torch, dtype))
 
 
 def distillation(name: str, *overrides: str) -> Plan:
     """A recipe of `configs/distill/`."""
-    return plan_distillation(load_config(DistillConfig, name, list(overrides), kind="distill"), shapes(name))
+    config = load_config(DistillConfig, name, list(overrides), kind="distill")
+    return plan_distillation(config, shapes(name, config.dtype))
 
 
-def erasure(name: str) -> Plan:
+def erasure(name: str, dtype: str = "float32") -> Plan:
     """A recipe of ESD."""
-    return ESD(load_config(ESDConfig, name, kind="erase")).plan(shapes(name), Request((Concept("a"),)))
+    return ESD(load_config(ESDConfig, name, kind="erase")).plan(shapes(name, dtype), Request((Concept("a"),)))
 
 
 CELLS: Mapping[str, Callable[[], Plan]] = {
     "sd15_f_distill": partial(distillation, "sd15_f_distill"),
     "sdxl_f_distill, a micro-batch of each turn": partial(distillation, "sdxl_f_distill", *SHORT),
-    "sdxl_f_distill with full copies, the same": partial(distillation, "sdxl_f_distill", *SHORT, *FULL),
+    "sdxl_f_distill over a base in float32, the same": partial(distillation, "sdxl_f_distill", *SHORT, *FLOAT32),
+    "sdxl_f_distill with full copies, the same": partial(distillation, "sdxl_f_distill", *SHORT, *FLOAT32, *FULL),
     "pixart_swiftbrush": partial(distillation, "pixart_swiftbrush"),
+    "sdxl_style_esd over a base in bfloat16": partial(erasure, "sdxl_style_esd", "bfloat16"),
     **{name: partial(erasure, name) for name in ("sd15_style_esd", "sd15_object_esd", "sdxl_style_esd")},
 }
 

@@ -26,6 +26,8 @@ def command(
     asked = load_config(DistillConfig, config, overrides or (), kind="distill")
     passes = asked.passes()
     if dry_run:
+        import torch
+
         from sublimate.pipelines.edit import Edit
         from sublimate.pipelines.shapes import NoShapes, open_shapes
         from sublimate.training.plan import plan_distillation
@@ -36,7 +38,7 @@ def command(
             "the teacher's own samples, where the data ask for them, come on top"
         )
         try:
-            shapes = open_shapes(asked.model, revision=asked.revision)
+            shapes = open_shapes(asked.model, revision=asked.revision, dtype=getattr(torch, asked.dtype))
         except NoShapes as unknown:
             typer.echo(f"# operations and memory are not counted: {unknown}")
             return

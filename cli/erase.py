@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sublimate.cli.opening import Revision, Variant
+from sublimate.cli.opening import Precision, Revision, Variant
 
 if TYPE_CHECKING:
     from sublimate.erasure.eraser import Eraser
@@ -37,6 +37,7 @@ def command(
     seed: Annotated[int, typer.Option(min=0, help="All randomness derives from it.")] = 0,
     revision: Revision = None,
     variant: Variant = None,
+    dtype: Precision = "float32",
     device: Annotated[
         str,
         typer.Option(help="Where the model is opened; training goes where accelerate says (ACCELERATE_USE_CPU=1)."),
@@ -47,6 +48,8 @@ def command(
     ] = False,
 ) -> None:
     """Erase concepts and write the edit, which applies to and comes off the base model bit by bit."""
+    import torch
+
     from sublimate.erasure.eraser import Eraser
     from sublimate.erasure.request import Concept, Request
     from sublimate.pipelines.lora_files import save_lora
@@ -84,9 +87,16 @@ def command(
     if lora and not eraser.low_rank:
         raise ValueError(f"{method} replaces weights by others of full rank, which no LoRA holds: leave out --lora.")
     if dry_run:
-        _plan(eraser, model, request, revision)
+        _plan(eraser, model, request, revision, dtype)
         return
-    opened = open_model(model, loras=fuse_lora or (), revision=revision, variant=variant, device=device)
+    opened = open_model(
+        model,
+        loras=fuse_lora or (),
+        revision=revision,
+        variant=variant,
+        dtype=getattr(torch, dtype),
+        device=device,
+    )
     out.mkdir(parents=True, exist_ok=True)  # refused now rather than after the fit
     edit = eraser.fit(opened, request, seed=seed, progress=True)
     typer.echo(f"Wrote {edit.save(out / 'edit.safetensors')}")
@@ -100,8 +110,10 @@ def command(
         typer.echo(f'Wrote {out / "lora"}: pipeline.load_lora_weights("{out / "lora"}")')
 
 
-def _plan(eraser: Eraser, model: str, request: Request, revision: str | None) -> None:
+def _plan(eraser: Eraser, model: str, request: Request, revision: str | None, dtype: str) -> None:
     """Prints a file of the options, with what else there is to say in comments."""
+    import torch
+
     from sublimate.erasure.eraser import NotCounted
     from sublimate.pipelines.shapes import NoShapes, open_shapes
     from sublimate.training.config import dump_config
@@ -109,7 +121,7 @@ def _plan(eraser: Eraser, model: str, request: Request, revision: str | None) ->
     typer.echo(f"# {eraser.name()} of {model}: {json.dumps(request.to_dict())}")
     typer.echo(dump_config(eraser.config), nl=False)
     try:
-        shapes = open_shapes(model, revision=revision)
+        shapes = open_shapes(model, revision=revision, dtype=getattr(torch, dtype))
     except NoShapes as unknown:
         typer.echo(f"# operations and memory are not counted: {unknown}")
         return

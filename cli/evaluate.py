@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sublimate.cli.opening import Precision, Revision, Variant, open_edited
+from sublimate.cli.opening import Precision, Revision, Variant
 
 
 def command(
@@ -41,6 +41,7 @@ def command(
     """
     import json
 
+    import torch
     from accelerate import Accelerator
 
     from sublimate.evaluation.agreement import agreement, check_judge
@@ -50,11 +51,20 @@ def command(
     from sublimate.evaluation.ink_study import ink_quality
     from sublimate.evaluation.studies import read_prompt_set
     from sublimate.pipelines.cards import public_values
+    from sublimate.pipelines.edit import open_edited
 
     if prompts is not None and (n is not None or judged is not None):
         raise ValueError("--n and --judged are for Ink's grammar: your own prompts are all drawn and judged.")
     accelerator = Accelerator()  # chooses the process's own device, which is then "cuda"
-    opened = open_edited(model, edit, dtype, loras=fuse_lora, revision=revision, variant=variant, device=device)
+    opened = open_edited(
+        model,
+        edit or (),
+        dtype=getattr(torch, dtype),
+        loras=fuse_lora or (),
+        revision=revision,
+        variant=variant,
+        device=device,
+    )
     judge = open_detector(detector, device=device)
 
     options = {"steps": steps, "guidance_scale": guidance_scale, "sampler": sampler, "eta": eta}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from sublimate.erasure.request import Request
@@ -89,6 +90,7 @@ class Eraser(Method):
             "base": {
                 "source": public_name(model.source),
                 "content_hash": model.content_hash(),
+                **({} if model.dtype == torch.float32 else {"dtype": str(model.dtype).removeprefix("torch.")}),
                 **({"loras": [public_name(lora) for lora in model.loras]} if model.loras else {}),
             },
             "method": self.name(),

@@ -20,7 +20,7 @@ from sublimate.diffusion.denoisers import Denoiser
 from sublimate.erasure.eraser import Changes, Eraser
 from sublimate.erasure.prompt_bank import PromptBank, concept_bank
 from sublimate.erasure.request import Concept, Request, Templates
-from sublimate.erasure.weights import Rule, check_precision, select
+from sublimate.erasure.weights import Rule, select
 from sublimate.pipelines.attention import Kernel, attention_chosen
 from sublimate.pipelines.detector import Detector
 from sublimate.pipelines.model import Model
@@ -30,6 +30,7 @@ from sublimate.training.data import Source
 from sublimate.training.objective import Artefact, Batch, Loss, Objective, ObjectiveConfig, SoloObjective
 from sublimate.training.plan import WRITTEN_OUT, Loop, Plan, plan
 from sublimate.training.players import Player, PlayerConfig, make_player
+from sublimate.training.precision import check_precision
 from sublimate.training.randomness import SampleRandom
 from sublimate.training.trainer import Interrupted, Trainer, TrainerConfig
 
@@ -108,7 +109,8 @@ class StudentObjective(SoloObjective):
 
     Raises:
         ValueError: when the model knows no prompts, or has no null condition where one is read; when it is a student
-            of one or few steps, draws by pictures alone, is not in float32, or has no such weights.
+            of one or few steps, draws by pictures alone, is in another precision than the run, or has no such
+            weights.
     """
 
     reads_null: ClassVar[bool] = True
@@ -129,7 +131,7 @@ class StudentObjective(SoloObjective):
         guided = [name for name, value in config if name.endswith("_guidance") and value != 1]
         if guided and not self.null:
             raise ValueError(f"{model.source} has no null condition to guide by: set {' and '.join(guided)} to 1.")
-        check_precision(model)
+        check_precision(model, config.mixed_precision)
         super().__init__(model, config, "student", self.make_player(model, config))
         self.frozen, self.shape = model.denoiser, model.latent_shape
         self.erased = self.bank(model, request.erase, config.templates)

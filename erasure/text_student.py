@@ -18,7 +18,6 @@ from sublimate.erasure.fine_tuning import StudentConfig, StudentObjective
 from sublimate.erasure.prompt_bank import PromptBank
 from sublimate.erasure.request import Concept
 from sublimate.erasure.targets import squared_error
-from sublimate.erasure.weights import check_precision
 from sublimate.pipelines.gradient_checkpointing import enable_gradient_checkpointing
 from sublimate.pipelines.model import Model
 from sublimate.training.players import Player, PlayerConfig, make_player, shared_copy
@@ -98,7 +97,10 @@ class TextStudent:
     """
 
     def __init__(self, model: Model, names: frozenset[str], player: PlayerConfig) -> None:
-        check_precision(model)
+        if model.dtype != torch.float32:
+            raise ValueError(
+                f"{model.source} is open in {model.dtype}: to train its text encoders, open it in float32."
+            )
         self.player: Player = make_player(nn.ModuleDict(text_encoders(model)), player, names=names)
         self.backbone = model.backbone
         # A stock pipeline like the model's, but with these encoders; everything else is the very same.

@@ -7,10 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal
 
-import torch
 from torch import nn
-
-from sublimate.pipelines.model import Model
 
 Rule = Literal["x", "x-strict", "u", "self", "encoder", "full"]
 """Which weights train; see `select`."""
@@ -118,16 +115,3 @@ def _rules(names: Sequence[str]) -> Mapping[str, Callable[[str], bool]]:
     # Some UNets are told a class (the level of noise on a picture) beside the text.
     without_text = not any(".attn2." in name for name in names)
     return _CLASSES if without_text and any(map(_TABLE.search, names)) else _CROSS
-
-
-def check_precision(model: Model) -> None:
-    """Refuses to train a model that is not in float32.
-
-    Raises:
-        ValueError: for such a model.
-    """
-    if model.dtype != torch.float32:
-        raise ValueError(
-            f"{model.source} is open in {model.dtype}, which rounds small steps away: open it in float32 "
-            "(mixed_precision=bf16 saves memory)."
-        )

@@ -19,9 +19,11 @@ from sublimate.pipelines.edit_attachment import EditAttachment
 from sublimate.pipelines.edit_stack import EditStack, close_stack, merged, open_stack, own_key, parameter_of, stack_of
 from sublimate.pipelines.export import save_model
 from sublimate.pipelines.folders import file_written_aside
-from sublimate.pipelines.model import Model
+from sublimate.pipelines.model import Model, open_model
 
 FORMAT = "sublimate.edit"
+ROUNDED = ("bfloat16", "float16")
+"""The precisions that round a checkpoint's weights when it is opened in them."""
 _ATTACHED = "attachment/"
 
 
@@ -34,8 +36,8 @@ class Edit:
     Attributes:
         values: the new tensor per replaced parameter, float32.
         low_rank: for parameters whose change is exactly B A: (B, A), shapes (d_out, rank) and (rank, d_in), float32.
-        provenance: JSON values; erasers fill in base (source and content hash), method, paper, config, request, seed
-            and versions.
+        provenance: JSON values; erasers fill in base (source, content hash, and its precision unless float32), method,
+            paper, config, request, seed and versions.
         attachment: what runs beside the weights; stock diffusers cannot hold it, so such an edit is neither folded nor
             made a LoRA.
 
@@ -273,16 +275,41 @@ class Edit:
 
     def _check_base(self, model: Model, stack: EditStack) -> None:
         base = self.provenance.get("base") or {}
-        wanted = base.get("content_hash")
+        wanted, made_in = base.get("content_hash"), base.get("dtype")
         # An edit may also have been made for the model as it is now, with the edits it carries.
-        if wanted != stack.base_hash and not (stack.edits and wanted == model.content_hash()):
-            here = (
-                f"{model.source} ({stack.base_hash[:12]}{'' if model.dtype == torch.float32 else ', not in float32'})"
-            )
-            raise ValueError(
-                f"The edit was made for {_name(base)}, the model is {here}: "
-                "pass allow_other_base=True to apply it all the same."
-            )
+        if wanted == stack.base_hash or (stack.edits and wanted == model.content_hash()):
+            return
+        # Or for the same checkpoint, with its weights rounded to the precision in which it was open.
+        if made_in in ROUNDED and wanted == stack.base_hash_in(model, getattr(torch, made_in)):
+            return
+        here = f"{model.source} ({stack.base_hash[:12]}{'' if model.dtype == torch.float32 else ', not in float32'})"
+        raise ValueError(
+            f"The edit was made for {_name(base)}, the model is {here}: "
+            "pass allow_other_base=True to apply it all the same."
+        )
+
+
+def open_edited(
+    source: str | Path, edits: Sequence[str | Path], *, dtype: torch.dtype = torch.float32, **options: Any
+) -> Model:
+    """Opens a checkpoint and applies edit files, in order.
+
+    Edits belong to the checkpoint in float32: where there are some, it is opened so, and takes its precision after.
+
+    Args:
+        source: as `open_model` takes it.
+        edits: files that `Edit.save` wrote.
+        dtype: precision of the edited model.
+        options: `open_model`'s others.
+
+    Raises:
+        ValueError: when the checkpoint does not open, or an edit is damaged or belongs to another.
+    """
+    loaded = [Edit.load(path) for path in edits]  # refused, if at all, before anything large is read
+    model = open_model(source, dtype=torch.float32 if loaded else dtype, **options)
+    for edit in loaded:
+        edit.apply(model)
+    return model.to(dtype=dtype)
 
 
 def _float32(key: str, tensor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from sublimate.pipelines.model import weights_hash
 from sublimate.pipelines.quantised import check_unquantised
 
 if TYPE_CHECKING:
@@ -32,6 +33,11 @@ class EditStack:
         self.pristine: dict[str, Tensor] = {}
         self.installed: dict[Edit, InstalledAttachment] = {}
         self.base_hash = model.content_hash()
+
+    def base_hash_in(self, model: Model, dtype: torch.dtype) -> str:
+        """The hash that the unedited weights have where the checkpoint is opened in another precision."""
+        pristine = {own_key(model, key): tensor for key, tensor in self.pristine.items()}
+        return weights_hash({key: tensor.to(dtype) for key, tensor in model.tensors(pristine).items()})
 
     def push(self, model: Model, edit: Edit) -> None:
         """Puts an edit on top and writes what it touches.

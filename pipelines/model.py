@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -233,7 +234,7 @@ class Model:
         weight changes. In-place changes are noticed by their version, and those that bypass it (through `.data`) by a
         sample of each tensor's values.
         """
-        tensors = self._tensors()
+        tensors = self.tensors()
         state = tuple((key, t.data_ptr(), t._version, _sample(t)) for key, t in tensors.items())
         if self._hash is None or self._hash[0] != state:
             self._hash = state, weights_hash(tensors)
@@ -241,6 +242,21 @@ class Model:
             return self._hash[1]
         digests = (installed.attachment.digest for installed in self.attached)
         return hashlib.sha256(":".join([self._hash[1], *digests]).encode()).hexdigest()
+
+    def tensors(self, instead: Mapping[str, Tensor] = MappingProxyType({})) -> dict[str, Tensor]:
+        """Every plain tensor of the weights by its full key, sorted, as `content_hash` reads them.
+
+        Keys are without the wrapper that some releases of transformers put around a text model.
+
+        Args:
+            instead: what to read in place of some parameters, by the key that `parameters` gives them.
+        """
+        named = {
+            name.replace("/text_model.", "/", 1): tensor
+            for key, parameter in self.parameters().items()
+            for name, tensor in plain_tensors(key, instead.get(key, parameter).detach())
+        }
+        return dict(sorted(named.items()))
 
     def schedule_at(self, latent_shape: tuple[int, int, int]) -> Schedule:
         """The schedule for x_t of this shape: where it depends on the size, times of grids and of training move."""
@@ -252,16 +268,6 @@ class Model:
         network = self.component(self.backbone.network_attribute)
         sampler = (self.defaults.get("few_steps") or {}).get("sampler")
         return sampler != "trajectory" and self.backbone.reads_guidance(network)
-
-    def _tensors(self) -> dict[str, Tensor]:
-        """Every parameter by its full key, sorted; independent of the wrapper that some releases of transformers
-        put around a text model."""
-        named = {
-            name.replace("/text_model.", "/", 1): tensor
-            for key, parameter in self.parameters().items()
-            for name, tensor in plain_tensors(key, parameter.detach())
-        }
-        return dict(sorted(named.items()))
 
 
 def _sample(tensor: Tensor) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 from diffusers import ModelMixin
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -36,15 +37,16 @@ class NoShapes(ValueError):
     """A checkpoint is there, but its shapes cannot be known before it is opened."""
 
 
-def open_shapes(source: str | Path, *, revision: str | None = None) -> Model:
+def open_shapes(source: str | Path, *, revision: str | None = None, dtype: torch.dtype = torch.float32) -> Model:
     """Opens a checkpoint's shapes: what a run would cost can be counted before anything large is read or downloaded.
 
-    The weights are torch's fake tensors, in float32: operations with them give fake tensors, at once, whatever their
+    The weights are torch's fake tensors: operations with them give fake tensors, at once, whatever their
     size. Of a hub id only the configurations and tokenizers are fetched.
 
     Args:
         source: a diffusers folder, the name of a packaged model, or a hub id.
         revision: branch, tag or commit of a hub id.
+        dtype: precision of all weights.
 
     Raises:
         NoShapes: when it is one file, which holds no configuration, or quantised.
@@ -69,7 +71,21 @@ def open_shapes(source: str | Path, *, revision: str | None = None) -> Model:
     pipeline = cls(**components, **absent)
     file = folder / DEFAULTS_FILE
     defaults = read_json(file) if file.is_file() else backbone.published_defaults(pipeline)
-    return Model(pipeline, str(source), defaults)
+    return in_precision(Model(pipeline, str(source), defaults), dtype)
+
+
+def in_precision(shapes: Model, dtype: torch.dtype) -> Model:
+    """As `Model.to(dtype=...)`, for a model without storage: its tensors cannot change in place and are replaced."""
+    cast: dict[int, nn.Parameter] = {}
+    for module in (module for network in shapes.components().values() for module in network.modules()):
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter.dtype != dtype:
+                if id(parameter) not in cast:  # some are held by two modules
+                    cast[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+                module._parameters[key] = cast[id(parameter)]
+        for key, buffer in module._buffers.items():
+            module._buffers[key] = buffer.to(dtype) if buffer is not None and buffer.is_floating_point() else buffer
+    return shapes
 
 
 def _component(mode: Shapes, folder: Path, library: str | None, name: str | None) -> Any:

@@ -17,12 +17,12 @@ from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.denoisers import Denoiser
 from sublimate.pipelines.attachments import export_attachment
 from sublimate.pipelines.attention import Kernel, attention_chosen
-from sublimate.pipelines.edit import Edit
+from sublimate.pipelines.edit import Edit, open_edited
 from sublimate.pipelines.edit_attachment import detached, strip
 from sublimate.pipelines.edit_stack import differs_from_disk
 from sublimate.pipelines.export import export_lora, export_student, stock_sampling
 from sublimate.pipelines.few_steps import sample_few_steps
-from sublimate.pipelines.model import Model, open_model
+from sublimate.pipelines.model import Model
 from sublimate.pipelines.pictures import image_grid, pictures_of, to_png
 from sublimate.pipelines.sampling import telling
 from sublimate.training import registry
@@ -33,6 +33,7 @@ from sublimate.training.data_config import DataConfig
 from sublimate.training.forgetting import Forget, anchored, forgetful
 from sublimate.training.objective import Artefact, Objective, ObjectiveConfig
 from sublimate.training.parking import at_hand, park
+from sublimate.training.precision import check_precision
 from sublimate.training.randomness import SampleRandom
 from sublimate.training.sources import make_source, unread_networks
 from sublimate.training.trainer import Trainer, TrainerConfig
@@ -49,6 +50,8 @@ class DistillConfig(Config):
         variant: of the weights' files, such as "fp16".
         loras: LoRAs added to the teacher's weights when it is opened: files, folders or hub ids.
         edits: edit files applied to the teacher then, in order.
+        dtype: precision that the teacher is opened in, and with it all that players share. "bfloat16" takes half the
+            memory and needs `trainer.mixed_precision=bf16`; what trains is float32 either way.
         attention: the attention kernel of the teacher and its players (`sublimate.pipelines.attention`); None leaves
             the model's own.
         method: name of a file in `training/objectives/`.
@@ -66,6 +69,7 @@ class DistillConfig(Config):
     variant: str | None = None
     loras: tuple[str, ...] = ()
     edits: tuple[Path, ...] = ()
+    dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Kernel | None = None
     method: str = "f_distill"
     objective: dict[str, object] = Field(default_factory=dict)
@@ -132,10 +136,20 @@ def distill(
         )
     if model is not None and config.loras:
         raise ValueError("The teacher is open already: open it with these loras, and leave them out of the run.")
+    if model is not None and config.dtype != "float32":
+        raise ValueError("The teacher is open already, in its precision: leave dtype out of the run.")
     if model is None:
-        model = open_model(config.model, loras=config.loras, revision=config.revision, variant=config.variant)
-    for path in config.edits:
-        Edit.load(path).apply(model)
+        model = open_edited(
+            config.model,
+            config.edits,
+            dtype=getattr(torch, config.dtype),
+            loras=config.loras,
+            revision=config.revision,
+            variant=config.variant,
+        )
+    else:
+        for path in config.edits:
+            Edit.load(path).apply(model)
     home = model.device
     model.to(Accelerator().device)
     try:
@@ -148,6 +162,7 @@ def distill(
 def _run(
     config: DistillConfig, model: Model, method: type[Objective], options: ObjectiveConfig, *, progress: bool
 ) -> Path:
+    check_precision(model, config.trainer.mixed_precision)
     torch.manual_seed(config.trainer.seed)
     objective = method(forgetful(model) if config.forget or model.attached else model, options)
     if config.data.negatives is not None and "negatives" not in objective.needs:
@@ -282,6 +297,7 @@ def _export(model: Model, objective: Objective, config: DistillConfig, folder: P
     if artefact.kind == "attachment":
         export_attachment(model, artefact.module, folder, provenance=provenance, **artefact.attachment)
         return
+    saved = getattr(torch, config.save_dtype)
     write = export_lora if _format(model, artefact) == "lora" else export_student
     write(
         model,
@@ -290,6 +306,6 @@ def _export(model: Model, objective: Objective, config: DistillConfig, folder: P
         t=artefact.start_time,
         few_steps=artefact.few_steps,
         as_base=artefact.as_base,
-        dtype=None if config.save_dtype == "float32" else getattr(torch, config.save_dtype),
+        dtype=saved if saved != model.dtype else None,
         provenance=provenance,
     )

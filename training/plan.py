@@ -24,6 +24,7 @@ from sublimate.training.config import validate_section
 from sublimate.training.data import ModelSource
 from sublimate.training.distill import OBJECTIVES, DistillConfig
 from sublimate.training.objective import Objective, Turn
+from sublimate.training.precision import check_precision
 from sublimate.training.sources import unread_networks
 from sublimate.training.trainer import Trainer
 
@@ -215,7 +216,9 @@ def plan_distillation(config: DistillConfig, model: Model | None = None) -> Plan
         ValueError: when the teacher's shapes cannot be known, or the method does not fit it.
     """
     method = registry.load(OBJECTIVES, config.method, Objective)
-    model = open_shapes(config.model, revision=config.revision) if model is None else model
+    if model is None:
+        model = open_shapes(config.model, revision=config.revision, dtype=getattr(torch, config.dtype))
+    check_precision(model, config.trainer.mixed_precision)
     kernel = config.attention if config.attention in WRITTEN_OUT else None
     parked = [p for name in unread_networks(model, config.data) for p in model.component(name).parameters()]
     with attention_chosen(model, kernel):

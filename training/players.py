@@ -20,6 +20,7 @@ from sublimate.pipelines.quantised import check_unquantised, held_tensors
 from sublimate.training.adam_8bit import adam_8bit
 from sublimate.training.config import Config
 
+HALF = (torch.float16, torch.bfloat16)
 # The linear layers of attention in diffusers' UNets and transformers.
 ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -73,11 +74,8 @@ class Player:
         if not self.names:
             raise ValueError(f"No parameter of {type(self.module).__name__} is selected for training.")
         for name, parameter in self.trainable().items():
-            if parameter.dtype in (torch.float16, torch.bfloat16):
-                raise ValueError(
-                    f"{name} would train in {parameter.dtype}, which rounds small steps away: open the model in "
-                    "float32 (mixed_precision=bf16 saves memory), or train a LoRA."
-                )
+            if parameter.dtype in HALF:
+                raise ValueError(f"{name} would train in {parameter.dtype}, which rounds small steps away.")
         self.set_trainable(False)
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -165,6 +163,7 @@ def make_player(
     check_unquantised({name: p for name, p in parameters.items() if name in chosen}, "Training")
     frozen = (tensor for name, tensor in parameters.items() if name not in chosen)
     tree = copy.deepcopy(module, {id(tensor): tensor for tensor in frozen})
+    in_float32(parameter for name, parameter in tree.named_parameters() if name in chosen)
     return Player(tree, config, chosen, ema)
 
 
@@ -176,7 +175,12 @@ def _lora_player(module: nn.Module, config: PlayerConfig, ema: bool) -> Player:
     )
     tree = inject_adapter_in_model(lora, shared_copy(module))
     adapters = {name: parameter for name, parameter in tree.named_parameters() if ".lora_" in name}
-    for parameter in adapters.values():
-        if parameter.dtype != torch.float32:  # PEFT gives them the precision of what they adapt
-            parameter.data = parameter.data.float()
+    in_float32(adapters.values())  # PEFT gives them the precision of what they adapt
     return Player(tree, config, frozenset(adapters), ema)
+
+
+def in_float32(parameters: Iterable[nn.Parameter]) -> None:
+    """Gives parameters that are to train float32, in place: in half precision small steps are rounded away."""
+    for parameter in parameters:
+        if parameter.dtype in HALF:
+            parameter.data = parameter.data.float()

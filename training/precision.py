@@ -3,8 +3,37 @@
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from sublimate.pipelines.model import Model
+
+
+def check_precision(model: Model, mixed_precision: str) -> None:
+    """Refuses a model whose weights and what trains beside them, in float32, would not compute together.
+
+    Args:
+        model: the frozen base. In bfloat16 it takes half the memory.
+        mixed_precision: of the run, "no" or "bf16": autocast then brings both to bfloat16.
+
+    Raises:
+        ValueError: for a model in float16, or in bfloat16 without autocast.
+    """
+    if model.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"{model.source} is open in {_name(model.dtype)}, in which nothing trains: open it in bfloat16 or float32."
+        )
+    if model.dtype == torch.bfloat16 and mixed_precision != "bf16":
+        raise ValueError(
+            f"{model.source} is open in bfloat16, and what trains is float32: set mixed_precision to bf16, or open it "
+            "in float32."
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def warn_of_slow_bf16(device: torch.device) -> None:

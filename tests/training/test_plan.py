@@ -25,9 +25,10 @@ LORA = {"kind": "lora", "rank": 4}
 SMALL = {"critic_updates": 1, "discriminator_width": 8}
 
 
-def configured(folder, tmp_path, method="f_distill", objective=None, **trainer):
+def configured(folder, tmp_path, method="f_distill", objective=None, dtype="float32", **trainer):
     return DistillConfig(
         model=str(folder),
+        dtype=dtype,
         method=method,
         objective=SMALL if objective is None else objective,
         trainer={"output_dir": tmp_path, "train_batch_size": 2, "ema_decay": 0.9, **trainer},
@@ -35,7 +36,7 @@ def configured(folder, tmp_path, method="f_distill", objective=None, **trainer):
 
 
 def real_trainer(config):
-    model = open_model(config.model)
+    model = open_model(config.model, dtype=getattr(torch, config.dtype))
     method = registry.load(OBJECTIVES, config.method, Objective)
     objective = method(model, validate_section(method.Config, config.objective))
     source = ModelSource(model, ["a"], torch.zeros(1, *model.latent_shape))
@@ -125,6 +126,11 @@ def test_players_cost_what_they_do_not_share(tiny_sd_v, tmp_path):
 CASES = {
     "full": {},
     "lora-bf16": {"objective": {**SMALL, "student": LORA, "critic": LORA}, "mixed_precision": "bf16"},
+    "lora-over-bf16": {
+        "objective": {**SMALL, "student": LORA, "critic": LORA},
+        "mixed_precision": "bf16",
+        "dtype": "bfloat16",
+    },
     "checkpointed-accumulated": {"gradient_checkpointing": True, "gradient_accumulation_steps": 2},
     "consistency": {"method": "consistency_distillation", "objective": {"guidance_input": False}},
 }

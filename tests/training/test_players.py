@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from sublimate.training.players import PlayerConfig, make_player, shared_copy
+from sublimate.training.players import Player, PlayerConfig, make_player, shared_copy
 
 
 @pytest.fixture(scope="module")
@@ -112,12 +112,18 @@ def test_a_partial_player_shares_what_it_does_not_train(unet):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_weights_train_in_float32_or_not_at_all(unet, dtype):
+def test_what_trains_is_float32_whatever_the_base_is(unet, dtype):
     half = copy.deepcopy(unet).to(dtype)
-    with pytest.raises(ValueError, match="rounds small steps away: open the model in float32"):
-        make_player(half, PlayerConfig())
-    lora = make_player(half, PlayerConfig(kind="lora", rank=2))
-    assert {p.dtype for p in lora.trainable().values()} == {torch.float32}
+    names = {n for n, _ in unet.named_parameters() if "attn2.to_k" in n}
+    for made in (
+        make_player(half, PlayerConfig()),
+        make_player(half, PlayerConfig(), names=names),
+        make_player(half, PlayerConfig(kind="lora", rank=2)),
+    ):
+        assert {p.dtype for p in made.trainable().values()} == {torch.float32}
+    assert {p.dtype for p in half.parameters()} == {dtype}
+    with pytest.raises(ValueError, match=r"conv_in\.weight would train in .*, which rounds small steps away"):
+        Player(half, PlayerConfig(), frozenset({"conv_in.weight"}))
 
 
 def test_bad_selections_are_refused(unet):
