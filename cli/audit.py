@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sublimate.cli.opening import Revision, Variant
+from sublimate.cli.opening import FileConfig, Revision, Variant
 
 
 def command(
@@ -38,6 +38,7 @@ def command(
     out: Annotated[Path, typer.Option(help="Folder for report.html and report.json.")] = Path("runs/audit"),
     revision: Revision = None,
     variant: Variant = None,
+    file_config: FileConfig = None,
     edited_revision: Annotated[str | None, typer.Option(help="As --revision, of an EDITED that is no edit.")] = None,
     edited_variant: Annotated[str | None, typer.Option(help="As --variant, of an EDITED that is no edit.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
@@ -81,12 +82,12 @@ def command(
     study = replace(study, seeds=(seed,))
     words = tuple(dict.fromkeys((*asked.synonyms, *(synonym or ()))))
     asked = Concept(asked.name, asked.anchor if anchor is None else anchor, words)
-    before = open_model(base, revision=revision, variant=variant, device=device)
+    before = open_model(base, revision=revision, variant=variant, config=file_config, device=device)
     check_judge(before, judge)
     if whole:
         after = open_model(edited, revision=edited_revision, variant=edited_variant, device=device)
     else:
-        after = open_model(base, revision=revision, variant=variant, device=device)
+        after = open_model(base, revision=revision, variant=variant, config=file_config, device=device)
         Edit.load(edited).apply(after)
 
     with tqdm(desc="auditing", unit="part") as bar:

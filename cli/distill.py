@@ -38,7 +38,9 @@ def command(
             "the teacher's own samples, where the data ask for them, come on top"
         )
         try:
-            shapes = open_shapes(asked.model, revision=asked.revision, dtype=getattr(torch, asked.dtype))
+            shapes = open_shapes(
+                asked.file_config or asked.model, revision=asked.revision, dtype=getattr(torch, asked.dtype)
+            )
         except NoShapes as unknown:
             typer.echo(f"# operations and memory are not counted: {unknown}")
             return

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sublimate.cli.opening import Precision, Revision, Variant
+from sublimate.cli.opening import FileConfig, Precision, Revision, Variant
 
 if TYPE_CHECKING:
     from sublimate.erasure.eraser import Eraser
@@ -37,6 +37,7 @@ def command(
     seed: Annotated[int, typer.Option(min=0, help="All randomness derives from it.")] = 0,
     revision: Revision = None,
     variant: Variant = None,
+    file_config: FileConfig = None,
     dtype: Precision = "float32",
     device: Annotated[
         str,
@@ -87,13 +88,14 @@ def command(
     if lora and not eraser.low_rank:
         raise ValueError(f"{method} replaces weights by others of full rank, which no LoRA holds: leave out --lora.")
     if dry_run:
-        _plan(eraser, model, request, revision, dtype)
+        _plan(eraser, file_config or model, request, revision, dtype)
         return
     opened = open_model(
         model,
         loras=fuse_lora or (),
         revision=revision,
         variant=variant,
+        config=file_config,
         dtype=getattr(torch, dtype),
         device=device,
     )

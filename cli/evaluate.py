@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sublimate.cli.opening import Precision, Revision, Variant
+from sublimate.cli.opening import FileConfig, Precision, Revision, Variant
 
 
 def command(
@@ -32,6 +32,7 @@ def command(
     out: Annotated[Path | None, typer.Option(help="Also write the numbers to this JSON file.")] = None,
     revision: Revision = None,
     variant: Variant = None,
+    file_config: FileConfig = None,
     dtype: Precision = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
@@ -63,6 +64,7 @@ def command(
         loras=fuse_lora or (),
         revision=revision,
         variant=variant,
+        config=file_config,
         device=device,
     )
     judge = open_detector(detector, device=device)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sublimate.cli.opening import Precision, Revision, Variant
+from sublimate.cli.opening import FileConfig, Precision, Revision, Variant
 
 
 def command(
@@ -40,6 +40,7 @@ def command(
     seed: Annotated[int, typer.Option(min=0, help="Keys the noise.")] = 0,
     revision: Revision = None,
     variant: Variant = None,
+    file_config: FileConfig = None,
     dtype: Precision = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
@@ -60,6 +61,7 @@ def command(
         loras=fuse_lora or (),
         revision=revision,
         variant=variant,
+        config=file_config,
         device=device,
     )
     if attention is not None:

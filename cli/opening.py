@@ -8,6 +8,12 @@ import typer
 
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 Variant = Annotated[str | None, typer.Option(help="Of the weights' files, such as fp16.")]
+FileConfig = Annotated[
+    str | None,
+    typer.Option(
+        help="Of a single file: a diffusers folder or hub id with its configuration, and with what it lacks."
+    ),
+]
 Precision = Annotated[
     Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="Precision of all weights.")
 ]

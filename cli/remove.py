@@ -7,7 +7,7 @@ from typing import Annotated, cast
 
 import typer
 
-from sublimate.cli.opening import Revision, Variant
+from sublimate.cli.opening import FileConfig, Revision, Variant
 
 
 def command(
@@ -28,6 +28,7 @@ def command(
     seed: Annotated[int, typer.Option(min=0, help="Keys the noise.")] = 0,
     revision: Revision = None,
     variant: Variant = None,
+    file_config: FileConfig = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Remove an object from an image and fill its place from what is around it; the model stays as it is."""
@@ -41,7 +42,7 @@ def command(
     if out.suffix.lower() != ".png":
         raise ValueError(f"{out} is not the name of a PNG file: let it end in .png.")
     pictures, masks = read_image(image)[None], read_image(mask).mean(0, keepdim=True)[None]
-    opened = open_model(model, revision=revision, variant=variant, device=device)
+    opened = open_model(model, revision=revision, variant=variant, config=file_config, device=device)
     if attention is not None:
         typer.echo(set_attention(opened, attention))
     (erased,) = erase_object(

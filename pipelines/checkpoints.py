@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -21,19 +20,6 @@ PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
 
 # What diffusers and transformers call the files of a component's weights.
 _WEIGHTS = ("diffusion_pytorch_model", "model")
-
-# What diffusers calls the families of single files, and their pipelines.
-_SINGLE_FILE_FAMILIES = {
-    "v1": "StableDiffusionPipeline",
-    "v2": "StableDiffusionPipeline",
-    "inpainting": "StableDiffusionInpaintPipeline",
-    "inpainting_v2": "StableDiffusionInpaintPipeline",
-    "upscale": "StableDiffusionUpscalePipeline",
-    "xl_base": "StableDiffusionXLPipeline",
-    "sd3": "StableDiffusion3Pipeline",
-    "sd35_large": "StableDiffusion3Pipeline",
-    "sd35_medium": "StableDiffusion3Pipeline",
-}
 
 
 def refuse_pickle(path: Path) -> None:
@@ -77,12 +63,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def check_folder(folder: Path, variant: str | None = None) -> str:
+def check_folder(folder: Path, variant: str | None = None, given: Container[str] = ()) -> str:
     """Makes sure that a diffusers folder is complete, undamaged and free of pickles, reading headers only.
 
     Args:
         folder: with a `model_index.json`.
         variant: of the weights' files ("fp16"), None for the plain ones; components that lack it have plain ones.
+        given: components that come from elsewhere, and may be missing.
 
     Returns:
         The pipeline's class name.
@@ -97,7 +84,7 @@ def check_folder(folder: Path, variant: str | None = None) -> str:
     if not isinstance(contents.get("_class_name"), str):
         raise ValueError(f"{index} names no pipeline class: download or export the checkpoint again.")
     for name, kind in contents.items():
-        if not name.startswith("_") and isinstance(kind, list) and kind[1:] != [None]:
+        if not name.startswith("_") and isinstance(kind, list) and kind[1:] != [None] and name not in given:
             _check_component(folder / name, str(kind[1]), variant)
     if variant and not any(_has_variant(part, variant) for part in folder.iterdir() if part.is_dir()):
         raise ValueError(f"{folder} holds no weights of the variant {variant!r}: leave it out.")
@@ -152,33 +139,6 @@ def cast_file(file: Path, dtype: torch.dtype) -> None:
                 "it in bfloat16 or float32."
             )
     save_file(cast, file, metadata)
-
-
-def single_file_family(path: Path) -> str:
-    """The pipeline class of a single-file checkpoint, from the names and shapes in its header.
-
-    Raises:
-        ValueError: when the file is damaged or of no known family.
-    """
-    names = check_safetensors(path)
-    with safe_open(path, framework="pt") as file:
-        header = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
-    try:
-        family = infer_diffusers_model_type(header)
-    except (KeyError, IndexError, NameError):
-        # diffusers relies on tensors that go with the ones it recognises a family by.
-        family = None
-    # Files that match nothing are reported as "v1" by diffusers, and text encoders alone as what they belong to.
-    if family not in _SINGLE_FILE_FAMILIES or (family in ("v1", "xl_base") and not any(map(_is_unet, names))):
-        raise ValueError(
-            f"{path} is not a whole Stable Diffusion 1, 2, 3 or XL checkpoint: give one, or a diffusers folder "
-            "(LoRA files and edits are applied to an open model)."
-        )
-    return _SINGLE_FILE_FAMILIES[family]
-
-
-def _is_unet(name: str) -> bool:
-    return name.startswith("model.diffusion_model.")
 
 
 def _check_component(folder: Path, kind: str, variant: str | None) -> None:

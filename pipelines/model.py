@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
-from diffusers.loaders.single_file_utils import SingleFileComponentError
 from torch import Tensor, nn
 
 from sublimate.diffusion.conditions import Condition
@@ -24,13 +23,12 @@ from sublimate.pipelines.checkpoints import (
     keep_options,
     read_json,
     read_scheduler,
-    refuse_pickle,
-    single_file_family,
 )
 from sublimate.pipelines.locations import checkpoint_folder, first_line
 from sublimate.pipelines.lora_files import fuse_lora
 from sublimate.pipelines.progress import without_bars
 from sublimate.pipelines.quantised import cast, is_quantised, plain_tensors
+from sublimate.pipelines.single_files import holds_texts, open_parts, open_whole
 from sublimate.pipelines.tokens import TokenSpan
 from sublimate.pipelines.wholeness import check_loaded
 
@@ -294,8 +292,9 @@ def open_model(
         revision: branch, tag or commit of a hub id.
         variant: of the weights' files, such as "fp16".
         token: for gated or private repositories of the hub.
-        config: a diffusers folder with the configuration and tokenizers of a single file's architecture, for which
-            weights are not needed; from the hub unless given.
+        config: a diffusers folder, or hub id, with the configuration and tokenizers of a single file's architecture;
+            of a whole Stable Diffusion file it comes from the hub unless given. What a file without text encoders
+            lacks, as those of FLUX.1 and many of Stable Diffusion 3 do, is opened from there.
         loras: added to the weights in this order, for good: files, folders or hub ids of the checkpoint's family. With
             the folder of a student that this library wrote, the model is sampled as that student.
         dtype: precision of all weights that are not quantised.
@@ -309,7 +308,12 @@ def open_model(
     if path.is_file():
         if revision or variant:
             raise ValueError(f"{path} is one file: it has no revision and no variant.")
-        pipeline, file, unread = _open_file(path, dtype, token, config), None, None
+        file, alone = None, not holds_texts(path)
+        folder = None if config is None else checkpoint_folder(config, token=token, weights=alone)
+        if folder is not None and alone:
+            pipeline, unread = _open_folder(folder, None, dtype, open_parts(path, dtype, folder))
+        else:
+            pipeline, unread = open_whole(path, dtype, token, folder), None
     elif config is not None:
         raise ValueError(f"{name} is no single file and has its own configuration: leave out config.")
     else:
@@ -341,40 +345,19 @@ def weights_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 @without_bars()
-def _open_folder(folder: Path, variant: str | None, dtype: torch.dtype) -> tuple[Any, Carried | None]:
-    kind = check_folder(folder, variant)
+def _open_folder(
+    folder: Path, variant: str | None, dtype: torch.dtype, parts: Mapping[str, nn.Module] = MappingProxyType({})
+) -> tuple[Any, Carried | None]:
+    """A folder's pipeline, with some parts from elsewhere."""
+    kind = check_folder(folder, variant, parts)
     backbone = backbone_for(kind)
     cls, index = getattr(diffusers, kind), read_json(folder / INDEX)
     unread = carried(folder, index, cls, variant)
     options = {"dtype": dtype, "variant": variant, "use_safetensors": True, "local_files_only": True}
     try:
-        pipeline = cls.from_pretrained(folder, **options, **without(cls, unread))
+        pipeline = cls.from_pretrained(folder, **options, **without(cls, unread), **parts)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:  # no library to quantise
         raise ValueError(f"{folder} cannot be opened as a {kind} ({first_line(error)})") from error
     check_loaded(pipeline, folder, variant, backbone.text_components)
     keep_options(pipeline, index)
     return pipeline, unread
-
-
-@without_bars()
-def _open_file(path: Path, dtype: torch.dtype, token: str | bool | None, config: str | Path | None) -> Any:
-    refuse_pickle(path)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path} is not a checkpoint: give a .safetensors file or a diffusers folder.")
-    kind = single_file_family(path)
-    if config is not None and not (Path(config) / "model_index.json").is_file():
-        raise ValueError(f"{config} is no diffusers folder: config has to be one, of the file's architecture.")
-    try:
-        pipeline = getattr(diffusers, kind).from_single_file(
-            path, dtype=dtype, token=token, config=None if config is None else str(config)
-        )
-    except SingleFileComponentError as error:
-        raise ValueError(f"{path} is not the whole checkpoint ({first_line(error)})") from error
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        source = "which the hub gives, or a diffusers folder as config" if config is None else f"not that of {config}"
-        raise ValueError(
-            f"{path} cannot be opened as a {kind}: it needs all weights and its architecture's configuration, "
-            f"{source} ({first_line(error)})"
-        ) from error
-    check_loaded(pipeline, path)
-    return pipeline

@@ -28,12 +28,17 @@ def check_loaded(pipeline: Any, source: Path, variant: str | None = None, read: 
     for name, module in pipeline.components.items():
         if not isinstance(module, nn.Module):
             continue
-        lacking = [key for key, parameter in module.named_parameters() if parameter.is_meta]
+        lacking = unfilled(module)
         if name in read and isinstance(module, PreTrainedModel) and source.is_dir() and not has_quantised(module):
             files = [path for path in weights_files(source / name, variant) if path.suffix != ".json"]
             lacking += _absent(module, [key for path in files for key in check_safetensors(path)])
         if lacking:
             raise ValueError(f"The {name} of {source} lacks {lacking[0]}: get the checkpoint again.")
+
+
+def unfilled(module: nn.Module) -> list[str]:
+    """The parameters that loading left without values."""
+    return [name for name, parameter in module.named_parameters() if parameter.is_meta]
 
 
 def _absent(module: nn.Module, saved: list[str]) -> list[str]:

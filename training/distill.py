@@ -48,6 +48,7 @@ class DistillConfig(Config):
         model: the teacher: a packaged name, a diffusers folder, a `.safetensors` file or a hub id.
         revision: branch, tag or commit of a hub id.
         variant: of the weights' files, such as "fp16".
+        file_config: of a single file: a diffusers folder or hub id with its configuration, and with what it lacks.
         loras: LoRAs added to the teacher's weights when it is opened: files, folders or hub ids.
         edits: edit files applied to the teacher then, in order.
         dtype: precision that the teacher is opened in, and with it all that players share. "bfloat16" takes half the
@@ -67,6 +68,7 @@ class DistillConfig(Config):
     model: str = "ink"
     revision: str | None = None
     variant: str | None = None
+    file_config: str | None = None
     loras: tuple[str, ...] = ()
     edits: tuple[Path, ...] = ()
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -146,6 +148,7 @@ def distill(
             loras=config.loras,
             revision=config.revision,
             variant=config.variant,
+            config=config.file_config,
         )
     else:
         for path in config.edits:

@@ -217,7 +217,9 @@ def plan_distillation(config: DistillConfig, model: Model | None = None) -> Plan
     """
     method = registry.load(OBJECTIVES, config.method, Objective)
     if model is None:
-        model = open_shapes(config.model, revision=config.revision, dtype=getattr(torch, config.dtype))
+        model = open_shapes(
+            config.file_config or config.model, revision=config.revision, dtype=getattr(torch, config.dtype)
+        )
     check_precision(model, config.trainer.mixed_precision)
     kernel = config.attention if config.attention in WRITTEN_OUT else None
     parked = [p for name in unread_networks(model, config.data) for p in model.component(name).parameters()]

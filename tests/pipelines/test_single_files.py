@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import diffusers
 import pytest
 import torch
@@ -9,9 +11,9 @@ from checkpoints.sdxl import sdxl
 from safetensors.torch import load_file, save_file
 from single_files import save_single_file
 
-from sublimate.pipelines.checkpoints import single_file_family
 from sublimate.pipelines.generate import generate
 from sublimate.pipelines.model import open_model
+from sublimate.pipelines.single_files import single_file_family
 
 SDXL_MARK = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"
 SD3_MARK = "model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias"
@@ -68,7 +70,7 @@ def test_a_single_file_opens_without_the_hub(request, tmp_path, name):
     assert model.content_hash() == whole.content_hash()
     drawn = generate(model, ["a cat"], steps=2)
     torch.testing.assert_close(drawn, generate(whole, ["a cat"], steps=2), atol=1e-6, rtol=0)
-    with pytest.raises(ValueError, match="no diffusers folder"):
+    with pytest.raises(ValueError, match=r"There is no checkpoint .*nowhere: give a diffusers folder"):
         open_model(file, config=tmp_path / "nowhere")
     with pytest.raises(ValueError, match="leave out config"):
         open_model(folder, config=folder)
@@ -77,7 +79,6 @@ def test_a_single_file_opens_without_the_hub(request, tmp_path, name):
 LOST = {
     "model.diffusion_model.middle_block.0.in_layers.2.weight": "it needs all weights",
     "cond_stage_model.transformer.text_model.encoder.layers.1.mlp.fc1.weight": r"The text_encoder of .* lacks .*\.fc1",
-    "cond_stage_model.": "is not the whole checkpoint",
     "first_stage_model.": "is not the whole checkpoint",
 }
 
@@ -89,6 +90,55 @@ def test_a_single_file_that_lacks_weights_is_one_sentence(tiny_sd, tmp_path, los
     with pytest.raises(ValueError, match=LOST[lost]) as caught:
         open_model(file, config=tiny_sd)
     assert "\n" not in str(caught.value)
+
+
+def test_what_a_file_without_text_encoders_lacks_comes_from_a_folder(tiny_sd, tmp_path):
+    base, tuned = open_model(tiny_sd), open_model(tiny_sd)
+    with torch.no_grad():
+        for part in (tuned.pipeline.unet.conv_in, tuned.pipeline.vae.decoder.conv_in):
+            part.bias.add_(1)
+    file = save_single_file(tuned.pipeline, tmp_path / "model.safetensors")
+    states = load_file(file)
+    for left_out, expected in (("cond_stage_model.", tuned), (("cond_stage_model.", "first_stage_model."), base)):
+        save_file({name: tensor for name, tensor in states.items() if not name.startswith(left_out)}, file)
+        found = open_model(file, config=tiny_sd)
+        assert torch.equal(found.pipeline.unet.conv_in.bias, tuned.pipeline.unet.conv_in.bias)
+        assert torch.equal(found.pipeline.vae.decoder.conv_in.bias, expected.pipeline.vae.decoder.conv_in.bias)
+        assert torch.equal(found.encode_prompts(["cat"])["text"], base.encode_prompts(["cat"])["text"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["tiny_flux", "tiny_sd3", "tiny_sana"])
+def test_a_transformer_of_one_file_opens_with_the_parts_of_a_folder(request, tmp_path, family):
+    folder = request.getfixturevalue(family)
+    whole = open_model(folder)
+    with torch.no_grad():
+        next(whole.denoiser.network.parameters()).add_(0.1)
+    file = tmp_path / "tuned.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in whole.denoiser.network.state_dict().items()}, file)
+    parts = shutil.copytree(folder, tmp_path / "parts")
+    for weights in (parts / "transformer").glob("*.safetensors"):  # not needed, and large
+        weights.unlink()
+    model = open_model(file, config=parts, dtype=torch.bfloat16)
+    assert model.content_hash() == whole.to(dtype=torch.bfloat16).content_hash()
+    states = load_file(file)
+    states.pop(lost := next(name for name in states if name.endswith("proj_out.weight")))
+    save_file(states, file)
+    with pytest.raises(
+        ValueError, match=rf"tuned\.safetensors (has no transformer of the kind|lacks {lost})"
+    ) as caught:
+        open_model(file, config=parts)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_network_of_another_kind_than_the_folders_is_one_sentence(tiny_sd, tiny_sd3, tiny_audio, tmp_path):
+    file = save_single_file(open_model(tiny_sd).pipeline, tmp_path / "model.safetensors")
+    save_file({name: t for name, t in load_file(file).items() if name.startswith("model.diffusion_model.")}, file)
+    with pytest.raises(ValueError, match=f"has no transformer of the kind that {tiny_sd3} has") as caught:
+        open_model(file, config=tiny_sd3)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="diffusers reads no single files of a AudioLDM2UNet2DConditionModel"):
+        open_model(file, config=tiny_audio)
 
 
 def test_a_single_file_of_another_architecture_is_one_sentence(tiny_sd, tiny_sd3, tmp_path):
