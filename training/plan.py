@@ -283,7 +283,8 @@ def plan(
             if _kind(trainer, step) != _kind(trainer, last):
                 later[step] = _turns(meter, trainer)
         if repeated := loop(trainer.objective):
-            _, once = counted(meter, repeated.run)
+            with trainer.autocast():
+                _, once = counted(meter, repeated.run)
             first, cost = next(iter(turns.items()))
             flops = cost.flops + round(repeated.times * once.flops)
             turns[first] = replace(cost, flops=flops, peak=max(cost.peak, once.peak))

@@ -229,7 +229,7 @@ class Trainer:
         torch.manual_seed(key(self.config.seed, self.step, turn.name, "preparing", self._first_index))
         with torch.no_grad():
             drawn = self._batch(turn)  # frozen encoders make it, in their own precision
-            with self._autocast():
+            with self.autocast():
                 batch = self.objective.prepare(turn, drawn, self.step)
 
         size = self.config.train_batch_size
@@ -237,7 +237,7 @@ class Trainer:
         for start in range(0, len(batch), size):
             part = batch.part(start, start + size)
             torch.manual_seed(key(self.config.seed, self.step, turn.name, "network", self._first_index + start))
-            with self._autocast():
+            with self.autocast():
                 loss = self.objective.loss(turn, part, self.step)
             share = len(part) / len(batch)
             (share * loss.total).backward()
@@ -268,9 +268,9 @@ class Trainer:
     def _training(self, turn: Turn) -> list[torch.nn.Parameter]:
         return [p for name in turn.trains for p in self.players[name].trainable().values()]
 
-    def _autocast(self) -> torch.autocast:
-        enabled = self.config.mixed_precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+    def autocast(self) -> torch.autocast:
+        """What networks run under."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.mixed_precision == "bf16")
 
     @property
     def _first_index(self) -> int:

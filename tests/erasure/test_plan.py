@@ -1,6 +1,7 @@
 """The counted plans of erasures against the same erasures with real tensors."""
 
 import pytest
+import torch
 from memory import kept_bytes, most_allocated
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,6 +22,7 @@ DRAWN = {"images": 3, "sampling_steps": 2}
 CASES = {
     "esd": ("esd", {"train_batch_size": 2, "l1": 0.1}),
     "esd-several": ("esd", {**SEVERAL, "gradient_accumulation_steps": 2, "weights": "full"}),
+    "esd-over-bf16": ("esd", {**SEVERAL, "train_batch_size": 2, "mixed_precision": "bf16"}),
     "adv_unlearn": ("adv_unlearn", {**SEVERAL, "train_batch_size": 2, "adversary_steps": 3, "warmup_steps": 1}),
     "receler": ("receler", {"sampling_steps": 2, "train_batch_size": 2, "adversary_steps": 3}),
     "salun": ("salun", {**DRAWN, "train_batch_size": 2}),
@@ -33,8 +35,13 @@ def eraser(method, **options):
     return registry.load("sublimate.erasure.methods", method, Eraser)(**options)
 
 
+def precision_of(method):
+    """The model's: a run in bf16 is one over a base that is."""
+    return torch.bfloat16 if method.config.mixed_precision == "bf16" else torch.float32
+
+
 def real_trainer(folder, method, request=REQUEST):
-    model = open_model(folder)
+    model = open_model(folder, dtype=precision_of(method))
     objective = method.objective(model, method.config, request)
     return model, Trainer(objective, NoData(), trainer_config(method.config), progress=False)
 
@@ -51,7 +58,7 @@ def take(trainer):
 def test_the_peak_of_a_fine_tuning_is_what_torchs_allocator_reports(tiny_sd_v, case):
     name, options = CASES[case]
     method = eraser(name, **options)
-    found = method.plan(open_shapes(tiny_sd_v), REQUEST)
+    found = method.plan(open_shapes(tiny_sd_v, dtype=precision_of(method)), REQUEST)
     model, trainer = real_trainer(tiny_sd_v, method)
     take(trainer)
     peak = kept_bytes(model, trainer) + most_allocated(lambda: take(trainer))
