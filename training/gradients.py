@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+BUCKET = 64 * 2**20
+"""Elements of a message, 256 MiB in float32."""
+
 
 def average_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:
-    """Mean over processes in one message; explicit, so that it also holds for losses DDP's hooks cannot see.
+    """Mean over processes; explicit, so that it also holds for losses DDP's hooks cannot see.
 
-    Parameters without a gradient get zeros. Those of sharded players are averaged already, as they were cut.
+    Parameters without a gradient get zeros. Those of sharded players are averaged already, as they were cut. Gradients
+    travel in messages of at most `BUCKET` elements, or of one gradient: a second copy of all would cost as much as a
+    full player's weights.
     """
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     if accelerator.num_processes == 1:
         return
-    gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
-    if not gradients:
-        return
-    mean = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
-    for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
+    for gradients in _buckets([p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]):
+        mean = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
+        for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The gradients in order, in as few messages as their sizes allow."""
+    bucket: list[Tensor] = []
+    for gradient in gradients:
+        if bucket and sum(g.numel() for g in bucket) + gradient.numel() > BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(gradient)
+    if bucket:
+        yield bucket
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:

@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 WORKER = """
 import runpy, sys
 from pathlib import Path
+from sublimate.training import gradients
+gradients.BUCKET = 5  # so that there are several messages, some of one gradient
 kit = runpy.run_path(sys.argv[1])
 folder, size = Path(sys.argv[2]), int(sys.argv[3])
 kit["train"](folder, kit["without_dropout"](kit["Duel"]()), train_batch_size=size, checkpointing_steps=6)
