@@ -30,7 +30,11 @@ from sublimate.evaluation.ink_demo import ink_eraser, ink_request
 from sublimate.evaluation.intervals import plain
 from sublimate.pipelines.model import Model, open_model
 
-METHOD, CHANGES = "esd", ("weights=x", "updates_per_rollout=10", "max_train_steps=8")
+FORMS = (
+    'templates=["{}", "a {}", "the digit {}", "the number {}", "a drawing of a {}", "a {} in red", "a neon {}", '
+    '"{}, striped"]'
+)
+METHOD, CHANGES = "esd", ("weights=x", "updates_per_rollout=10", "max_train_steps=8", "learning_rate=1e-4", FORMS)
 
 
 class Passes:

@@ -12,6 +12,9 @@ from sublimate.erasure.request import Concept
 from sublimate.pipelines.model import Model
 from sublimate.training.randomness import SampleRandom
 
+_AT_ONCE = 32
+"""Prompts that text encoders read together: hundreds would take gigabytes of a T5."""
+
 
 class PromptBank:
     """Prompts in groups, encoded once; a draw picks a group, then one of its prompts, each with equal chances.
@@ -24,8 +27,10 @@ class PromptBank:
     def __init__(self, model: Model, groups: Sequence[Sequence[str]]) -> None:
         self._sizes = torch.tensor([len(group) for group in groups])
         self._starts = self._sizes.cumsum(0) - self._sizes
+        prompts = [prompt for group in groups for prompt in group]
+        parts = (prompts[start : start + _AT_ONCE] for start in range(0, len(prompts), _AT_ONCE))
         with torch.no_grad():
-            self._condition = model.encode_prompts([prompt for group in groups for prompt in group])
+            self._condition = Condition.cat([model.encode_prompts(part) for part in parts])
 
     def draw(self, random: SampleRandom) -> Tensor:
         """Rows of the bank, one per sample, (batch,) int64 on the CPU."""

@@ -173,7 +173,8 @@ def audit(
             with counting(edited) as passes:
                 on_edited = attack.run(edited, case, seed=key(seed, "attack", name))
             seconds = time.perf_counter() - began
-        except ValueError as error:  # what the others find is not lost to one that cannot be run
+        # What the others find is not lost to one that cannot be run, or for which a GPU is too small.
+        except (ValueError, torch.OutOfMemoryError) as error:
             skipped[name] = f"it could not be run: {error}"
             continue
         trials.append(Trial(name, attack.box, attack.budget, on_base, on_edited, passes.count, seconds))

@@ -57,8 +57,13 @@ def ink_request(*concepts: str) -> Request:
     return Request(erase=tuple(erase), preserve=tuple(preserve.values()))
 
 
-def ink_forms(concept: str, count: int = 32) -> tuple[str, ...]:
+def ink_forms(concept: str, count: int = 32, *, alone: bool = False) -> tuple[str, ...]:
     """Templates with `{}` for one of Ink's concepts: captions that name it, with the name left open.
+
+    Args:
+        concept: by any of its words.
+        count: how many, at most.
+        alone: only captions that name no other concept, of which the grammar has few.
 
     Raises:
         ValueError: if Ink does not know the concept.
@@ -66,10 +71,11 @@ def ink_forms(concept: str, count: int = 32) -> tuple[str, ...]:
     group, index = locate(concept)
     name = GROUPS[group][index]
     words = re.compile(rf"\b({'|'.join(sorted(SYNONYMS[name], key=len, reverse=True))})\b")
+    others = {word for label in SYNONYMS.values() for word in label} if alone else set()
     forms = {"{}": None}
-    for caption in prompts(40 * count, 1, **{group: name}):  # type: ignore[arg-type]
+    for caption in prompts((200 if alone else 40) * count, 1, **{group: name}):  # type: ignore[arg-type]
         form, times = words.subn("{}", caption.text)
-        if times == 1:
+        if times == 1 and not others.intersection(re.findall(r"\w+", form)):
             forms[form] = None
     return tuple(forms)[:count]
 
@@ -81,7 +87,8 @@ def ink_eraser(method: str, overrides: Sequence[str] = (), concepts: Sequence[st
         method: an eraser's name.
         overrides: `key=value` changes to those options.
         concepts: what it will erase. The packaged templates are for digits; where others are among the concepts,
-            templates become captions that name each of them.
+            templates become captions that name each of them, and nothing else if the eraser leads away from whole
+            prompts.
 
     Raises:
         ValueError: if there is no such eraser, or no options for Ink.
@@ -89,7 +96,8 @@ def ink_eraser(method: str, overrides: Sequence[str] = (), concepts: Sequence[st
     found = registry.load(ERASERS, method, Eraser)
     config: Any = load_config(found.Config, f"ink_{method}", overrides, kind="erase")
     if any(locate(concept)[0] != "digit" for concept in concepts) and "templates" in found.Config.model_fields:
-        forms = dict.fromkeys(form for concept in concepts for form in ink_forms(concept, _FORMS // len(concepts)))
+        each, alone = _FORMS // len(concepts), not found.uses_anchor
+        forms = dict.fromkeys(form for concept in concepts for form in ink_forms(concept, each, alone=alone))
         config = config.model_copy(update={"templates": tuple(forms)})
     return found(config)
 

@@ -37,7 +37,7 @@ class EditStack:
     def base_hash_in(self, model: Model, dtype: torch.dtype) -> str:
         """The hash that the unedited weights have where the checkpoint is opened in another precision."""
         pristine = {own_key(model, key): tensor for key, tensor in self.pristine.items()}
-        return weights_hash({key: tensor.to(dtype) for key, tensor in model.tensors(pristine).items()})
+        return weights_hash((key, tensor.to(dtype)) for key, tensor in model.tensors(pristine).items())
 
     def push(self, model: Model, edit: Edit) -> None:
         """Puts an edit on top and writes what it touches.

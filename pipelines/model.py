@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -235,7 +235,7 @@ class Model:
         tensors = self.tensors()
         state = tuple((key, t.data_ptr(), t._version, _sample(t)) for key, t in tensors.items())
         if self._hash is None or self._hash[0] != state:
-            self._hash = state, weights_hash(tensors)
+            self._hash = state, weights_hash(tensors.items())
         if not self.attached:
             return self._hash[1]
         digests = (installed.attachment.digest for installed in self.attached)
@@ -335,10 +335,10 @@ def open_model(
     return model
 
 
-def weights_hash(tensors: Mapping[str, Tensor]) -> str:
+def weights_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """SHA-256 over named tensors in float32, in the order given; the same on every device."""
     digest = hashlib.sha256()
-    for key, tensor in tensors.items():
+    for key, tensor in tensors:
         digest.update(f"{key}:{tuple(tensor.shape)}:".encode())
         digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data)
     return digest.hexdigest()

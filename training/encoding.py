@@ -218,7 +218,7 @@ def encoders_hash(model: Model) -> str:
     weights = {f"{name}/{key}": p.detach() for name, m in modules.items() for key, p in sorted(m.named_parameters())}
     return digest(
         [
-            weights_hash(weights),
+            weights_hash(weights.items()),
             type(model.backbone).__name__,
             {name: _config(module) for name, module in modules.items()},
             {name: _tokenizer(part) for name, part in sorted(model.pipeline.components.items()) if _tokenizer(part)},

@@ -43,7 +43,7 @@ def park(model: Model, names: Sequence[str], folder: Path, *, file_bytes: int) -
     if not weights:
         return
     # The precision matters too, of which the hash is independent.
-    place = folder / f"encoders-{weights_hash(weights)[:32]}-{str(model.dtype).removeprefix('torch.')}"
+    place = folder / f"encoders-{weights_hash(weights.items())[:32]}-{str(model.dtype).removeprefix('torch.')}"
     if not (place / INDEX).is_file():
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f".{place.name}.lock"):

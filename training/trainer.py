@@ -29,7 +29,7 @@ from sublimate.training.gradients import average_gradients, clip_gradients
 from sublimate.training.interrupts import stop_requests
 from sublimate.training.log import Log
 from sublimate.training.objective import Batch, Objective, Turn
-from sublimate.training.precision import warn_of_launchers_precision, warn_of_slow_bf16
+from sublimate.training.precision import autocast, warn_of_launchers_precision, warn_of_slow_bf16
 from sublimate.training.randomness import SampleRandom, key
 from sublimate.training.whole import gathered
 
@@ -270,7 +270,7 @@ class Trainer:
 
     def autocast(self) -> torch.autocast:
         """What networks run under."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.mixed_precision == "bf16")
+        return autocast(self.device, self.config.mixed_precision)
 
     @property
     def _first_index(self) -> int:

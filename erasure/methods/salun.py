@@ -19,6 +19,7 @@ from sublimate.pipelines.gradient_checkpointing import enable_gradient_checkpoin
 from sublimate.pipelines.model import Model
 from sublimate.training.losses import denoising_loss
 from sublimate.training.objective import Batch, Loss, Turn
+from sublimate.training.precision import autocast
 from sublimate.training.randomness import SampleRandom
 
 
@@ -82,7 +83,7 @@ class SalUnObjective(PicturedObjective):
             random = SampleRandom(self.seed, 0, "saliency", range(start, start + len(rows)))
             noisy = self.noise(random, torch.tensor(rows), torch.stack(latents).to(self.device))
             told, null = self.erased.condition(noisy["rows"], self.device), self.null.to(self.device)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+            with autocast(self.device, config.mixed_precision):
                 prediction = guided(self.student, noisy["x_t"], noisy["t"], told, null, config.saliency_guidance)
             loss = denoising_loss(prediction, noisy["x0"], noisy["eps"]).sum()
             found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)

@@ -30,6 +30,10 @@ def test_what_is_no_digit_is_put_in_forms_of_its_own():
     assert len(forms) == 12 and forms[0] == "{}" and all(form.count("{}") == 1 for form in forms)
     assert not any(word in form for form in forms for word in SYNONYMS["striped"])
     assert ink_eraser("uce", concepts=["seven"]).config == ink_eraser("uce").config
+    alone = ink_forms("red", 16, alone=True)
+    others = {word for words in SYNONYMS.values() for word in words}
+    assert len(alone) > 4 and not others & set(" ".join(alone).replace(",", "").split())
+    assert ink_eraser("esd", concepts=["red"]).config.templates == ink_forms("red", 32, alone=True)
     assert set(ink_forms("red", 16)) < set(ink_eraser("uce", concepts=["seven", "red"]).config.templates)
 
 

@@ -102,7 +102,12 @@ def _train_detector(config: InkConfig, autoencoder: AutoencoderKL, progress: boo
     torch.manual_seed(config.seed)
     objective = Detecting(InkDetector(), config.detector.objective)
     _run(
-        objective, DetectorPictures(autoencoder), config, "detector", progress, weights_hash(autoencoder.state_dict())
+        objective,
+        DetectorPictures(autoencoder),
+        config,
+        "detector",
+        progress,
+        weights_hash(autoencoder.state_dict().items()),
     )
     objective.detector.save(config.output_dir / "detector.safetensors")
 
@@ -117,7 +122,7 @@ def _train_teacher(config: InkConfig, autoencoder: AutoencoderKL, progress: bool
     untrained = UntrainedTeacher(tokenizer)
     objective = Denoising(untrained, config.teacher.objective)
     source = CaptionedLatents(factor * latents, glyphs, untrained.encode_prompts)
-    identity = fingerprint(weights_hash(autoencoder.state_dict()), config.teacher.pictures)
+    identity = fingerprint(weights_hash(autoencoder.state_dict().items()), config.teacher.pictures)
     _run(objective, source, config, "teacher", progress, identity)
     provenance = {**objective.describe(), "config": dump_config(config, public=True)}
     save_teacher(_network(objective), autoencoder, tokenizer, config.output_dir / "teacher", provenance)
