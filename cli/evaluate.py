@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sublimate.cli.opening import FileConfig, Precision, Revision, Variant
+from sublimate.cli.opening import BatchSize, FileConfig, Precision, Revision, Variant
 
 
 def command(
@@ -33,6 +33,7 @@ def command(
     revision: Revision = None,
     variant: Variant = None,
     file_config: FileConfig = None,
+    batch_size: BatchSize = None,
     dtype: Precision = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
@@ -43,7 +44,6 @@ def command(
     import json
 
     import torch
-    from accelerate import Accelerator
 
     from sublimate.evaluation.agreement import agreement, check_judge
     from sublimate.evaluation.detectors import open_detector
@@ -53,10 +53,11 @@ def command(
     from sublimate.evaluation.studies import read_prompt_set
     from sublimate.pipelines.cards import public_values
     from sublimate.pipelines.edit import open_edited
+    from sublimate.training.together import accelerator
 
     if prompts is not None and (n is not None or judged is not None):
         raise ValueError("--n and --judged are for Ink's grammar: your own prompts are all drawn and judged.")
-    accelerator = Accelerator()  # chooses the process's own device, which is then "cuda"
+    launched = accelerator()  # chooses the process's own device, which is then "cuda"
     opened = open_edited(
         model,
         edit or (),
@@ -70,7 +71,7 @@ def command(
     judge = open_detector(detector, device=device)
 
     options = {"steps": steps, "guidance_scale": guidance_scale, "sampler": sampler, "eta": eta}
-    draw = drawing(opened, progress=True, **options)
+    draw = drawing(opened, progress=True, batch_size=batch_size, **options)
     if prompts is not None:
         asked = read_prompt_set(prompts)
         check_judge(opened, judge, asked.expected)
@@ -81,9 +82,9 @@ def command(
         n = 5000 if n is None else n
         quality = ink_quality(draw, judge, n=n, judged=min(2000, n) if judged is None else judged, seed=seed)
         found, measured = quality.agreement, quality.to_dict()
-        if accelerator.is_main_process:
+        if launched.is_main_process:
             typer.echo(f"fidelity: {quality.fidelity}\nfloor (real against real): {quality.floor}")
-    if accelerator.is_main_process:
+    if launched.is_main_process:
         for name, rate in {**found.groups, "all that was asked": found.together, "rejected": found.rejected}.items():
             typer.echo(f"{name}: {rate}")
         if out is not None:
@@ -100,4 +101,4 @@ def command(
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps({**record, "hardware": hardware_line()}, indent=2) + "\n")
     # A process that leaves while the group's threads run may be aborted by them.
-    accelerator.end_training()
+    launched.end_training()

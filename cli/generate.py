@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sublimate.cli.opening import FileConfig, Precision, Revision, Variant
+from sublimate.cli.opening import BatchSize, FileConfig, Precision, Revision, Variant
 
 
 def command(
@@ -41,6 +41,7 @@ def command(
     revision: Revision = None,
     variant: Variant = None,
     file_config: FileConfig = None,
+    batch_size: BatchSize = None,
     dtype: Precision = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:

@@ -14,6 +14,9 @@ FileConfig = Annotated[
         help="Of a single file: a diffusers folder or hub id with its configuration, and with what it lacks."
     ),
 ]
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, help="Images at once, which changes nothing but rounding; fewer, the larger.")
+]
 Precision = Annotated[
     Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="Precision of all weights.")
 ]

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
-from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor
 
@@ -32,6 +31,7 @@ from sublimate.training.plan import WRITTEN_OUT, Loop, Plan, plan
 from sublimate.training.players import Player, PlayerConfig, make_player
 from sublimate.training.precision import check_precision
 from sublimate.training.randomness import SampleRandom
+from sublimate.training.together import accelerator
 from sublimate.training.trainer import Interrupted, Trainer, TrainerConfig
 
 
@@ -224,7 +224,7 @@ class FineTuningEraser(Eraser):
         """
         config, home = self.config, model.device
         # What an objective draws before training is drawn where it trains.
-        model.to(Accelerator().device)
+        model.to(accelerator().device)
         try:
             with attention_chosen(model, config.attention, autocast=config.mixed_precision == "bf16"):
                 objective = self.objective(model, config, request, seed=seed)

@@ -47,7 +47,7 @@ def drawn_bank(
     steps: int,
     guidance_scale: float,
     seed: int,
-    batch_size: int,
+    batch_size: int | None = None,
 ) -> LatentBank:
     """A bank with one row per phrase of the concepts, as `concept_bank` has them.
 
@@ -59,7 +59,7 @@ def drawn_bank(
         count: latents per phrase.
         steps, guidance_scale: of the sampling.
         seed: keys the noise.
-        batch_size: latents drawn at a time.
+        batch_size: latents drawn at a time; by default fewer, the larger they are.
 
     Raises:
         ValueError: when a picture has another size than the model's.
@@ -92,7 +92,7 @@ def few_latents(
     steps: int,
     guidance_scale: float,
     seed: int,
-    batch_size: int,
+    batch_size: int | None = None,
 ) -> LatentBank:
     """A bank with one row per phrase of the concepts, in which all rows of a concept share its few latents.
 

@@ -23,6 +23,7 @@ from sublimate.evaluation.intervals import plain
 from sublimate.evaluation.studies import ErasureStudy
 from sublimate.pipelines.detector import Detector
 from sublimate.pipelines.generate import generate
+from sublimate.pipelines.locations import first_line
 from sublimate.pipelines.model import Model
 from sublimate.training import registry
 from sublimate.training.config import validate_section
@@ -175,7 +176,7 @@ def audit(
             seconds = time.perf_counter() - began
         # What the others find is not lost to one that cannot be run, or for which a GPU is too small.
         except (ValueError, torch.OutOfMemoryError) as error:
-            skipped[name] = f"it could not be run: {error}"
+            skipped[name] = f"it could not be run: {first_line(error)}"
             continue
         trials.append(Trial(name, attack.box, attack.budget, on_base, on_edited, passes.count, seconds))
     tell(2 * len(attacks), 2 * len(attacks), "done")

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from accelerate import Accelerator
 from torch import Tensor
 
 from sublimate.pipelines.generate import generate
 from sublimate.pipelines.model import Model
-from sublimate.training.together import drawn_together
+from sublimate.training.together import accelerator, drawn_together
 
 Generate = Callable[[Sequence[str], int], Tensor]
 """(prompts, seed) -> images (N, 3, H, W) in [0, 1]; the same seed must give both models the same noise."""
@@ -29,7 +28,7 @@ def drawing(model: Model, *, progress: bool = False, **options: Any) -> Generate
     """
 
     def draw(texts: Sequence[str], seed: int) -> Tensor:
-        shown = progress and Accelerator().is_main_process
+        shown = progress and accelerator().is_main_process
 
         def share(places: slice) -> Tensor:
             return generate(model, texts[places], seed=seed, first=places.start, progress=shown, **options)

@@ -10,7 +10,7 @@ from sublimate.diffusion.conditions import Condition
 from sublimate.evaluation.attack import Case, Outcome, pictured
 from sublimate.evaluation.intervals import Rate
 from sublimate.pipelines.model import Model
-from sublimate.pipelines.sampling import Part, sample
+from sublimate.pipelines.sampling import Part, at_once, sample
 
 Finish = Callable[[Part, Tensor], Tensor]
 """(part, its pictures as x0) -> x0 as the model finishes them."""
@@ -44,7 +44,7 @@ def finished(model: Model, case: Case, finish: Finish, *, seed: int, calls: int,
             null=null,
             scale=scale,
             seed=seed,
-            batch_size=32,
+            batch_size=at_once(model.latent_shape, 32, cost=4),
             calls=calls,
             progress=progress,
         )

@@ -18,7 +18,7 @@ from sublimate.pipelines.few_steps import FEW_STEP_SAMPLERS, FewSteps, sample_fe
 from sublimate.pipelines.finite import finite
 from sublimate.pipelines.model import Model
 from sublimate.pipelines.negative_attention import STRENGTH, as_negative, negative_attention
-from sublimate.pipelines.sampling import Run, sample
+from sublimate.pipelines.sampling import Run, at_once, sample
 from sublimate.pipelines.speedupnet import attached_speedupnet, told_guidance
 
 SAMPLERS = ("ddim", "euler", "heun", "ancestral", "one_step", *FEW_STEP_SAMPLERS)
@@ -36,7 +36,7 @@ def generate(
     negative_strength: float | None = None,
     seed: int = 0,
     first: int = 0,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     sampler: str | None = None,
     eta: float | None = None,
     clipped_calls: int | None = None,
@@ -60,7 +60,7 @@ def generate(
             none.
         seed: keys the noise, together with each image's place in `prompts`.
         first: the place of the first prompt: a part of a longer list, drawn alone, keeps its noise.
-        batch_size: images at once.
+        batch_size: images at once; by default fewer, the larger they are, and decoded in smaller parts.
         sampler: "ddim", "euler", "heun", "ancestral" (DDPM's, with fresh noise in every step), "one_step", or a
             few-step student's "consistency", "target_driven" or "trajectory" (see `FewSteps`); the checkpoint's own
             default, else its family's.
@@ -103,7 +103,8 @@ def generate(
         width=width,
         progress=progress,
     )
-    decoded = (finite(model, model.decode(part), model.backbone.medium + "s") for part in latents.split(batch_size))
+    parts = latents.split(min(batch_size or len(latents), at_once(latents.shape, cost=4)))
+    decoded = (finite(model, model.decode(part), model.backbone.medium + "s") for part in parts)
     return torch.cat([model.bounded(media) for media in decoded])
 
 
@@ -118,7 +119,7 @@ def generate_latents(
     negative_strength: float | None = None,
     seed: int = 0,
     first: int = 0,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     sampler: str | None = None,
     eta: float | None = None,
     clipped_calls: int | None = None,
@@ -137,7 +138,7 @@ def generate_latents(
     if isinstance(prompts, str):
         raise TypeError(f"Give a list of prompts: [{prompts!r}].")
     texts = [""] * prompts if isinstance(prompts, int) else list(prompts)
-    if not texts or batch_size < 1:
+    if not texts or (batch_size is not None and batch_size < 1):
         raise ValueError(f"There is nothing to draw: {len(texts)} prompts in batches of {batch_size}.")
     if z is not None and len(z) != len(texts):
         raise ValueError(f"{len(texts)} samples need as many initial noises, not {len(z)}.")

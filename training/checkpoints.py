@@ -157,14 +157,14 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
 
     `Optimizer.load_state_dict` would make floats of integers.
     """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    owners = [(parameter, group) for group in optimizer.param_groups for parameter in group["params"]]
     optimizer.state.clear()
     for name, tensor in tensors.items():
         index, _, field = name.partition(".")
-        parameter = parameters[int(index)]
+        parameter, group = owners[int(index)]
         if field.endswith(_NUMBER):
             optimizer.state[parameter][field.removesuffix(_NUMBER)] = tensor.item()
-        elif field == "step":  # torch's own optimisers count steps on the CPU, wherever the parameter is
-            optimizer.state[parameter][field] = tensor.clone()
+        elif field == "step":  # torch's own optimisers count steps on the CPU, unless one kernel does all of a step
+            optimizer.state[parameter][field] = tensor.to(parameter.device if group.get("fused") else "cpu", copy=True)
         else:
             optimizer.state[parameter][field] = share(tensor, parameter).to(parameter.device)

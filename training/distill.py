@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal, Self, cast
 
 import torch
-from accelerate import Accelerator
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -36,6 +35,7 @@ from sublimate.training.parking import at_hand, park
 from sublimate.training.precision import check_precision
 from sublimate.training.randomness import SampleRandom
 from sublimate.training.sources import make_source, unread_networks
+from sublimate.training.together import accelerator
 from sublimate.training.trainer import Trainer, TrainerConfig
 
 OBJECTIVES = "sublimate.training.objectives"
@@ -154,7 +154,7 @@ def distill(
         for path in config.edits:
             Edit.load(path).apply(model)
     home = model.device
-    model.to(Accelerator().device)
+    model.to(accelerator().device)
     try:
         with attention_chosen(model, config.attention, autocast=config.trainer.mixed_precision == "bf16"):
             return _run(config, model, method, options, progress=bool(progress))
@@ -182,7 +182,7 @@ def _run(
             strip(player.module)
         with detached(model):  # refused now rather than after training
             check_export(model, artefact)
-    accelerator = Accelerator()
+    launched = accelerator()
     config.trainer.output_dir.mkdir(parents=True, exist_ok=True)  # refused now rather than after the samples
     source = make_source(
         model,
@@ -191,8 +191,8 @@ def _run(
         needs=objective.needs,
         forget=config.forget,
         unattached=unattached,
-        global_batch=config.trainer.local_batch * accelerator.num_processes,
-        progress=progress and accelerator.is_main_process,
+        global_batch=config.trainer.local_batch * launched.num_processes,
+        progress=progress and launched.is_main_process,
     )
     with detached(model) if unattached else nullcontext():
         validate = _validator(model, objective, config, source)
@@ -247,7 +247,7 @@ def _validator(
     def validate(step: int) -> None:
         x0 = _drawn(model, objective.exports(), condition, null, z, config.trainer.seed)
         # Sharded players draw in all processes together.
-        if not Accelerator().is_main_process:
+        if not accelerator().is_main_process:
             return
         folder = config.trainer.output_dir / "samples"
         folder.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ depend on:
 
     prompts-<hash>/    one row per different prompt, a column per entry of its condition
     latents-<hash>/    one row per image (a picture, or its mirror image), the column "latents"
+    samples-<hash>/    one row per prompt, what the teacher drew for it, the column "samples"
     encoders-<hash>/   the encoders' own weights while they are out of memory (`sublimate.training.parking`)
 """
 
@@ -31,7 +32,8 @@ from sublimate.pipelines.finite import finite
 from sublimate.pipelines.model import Model, weights_hash
 from sublimate.pipelines.tokens import cut_to_fit
 from sublimate.training.captioned import Images
-from sublimate.training.shards import Shards, table
+from sublimate.training.shards import INDEX, Shards, table
+from sublimate.training.together import everywhere
 
 REMEMBERED_BYTES = 2**30
 FORMAT = 1
@@ -53,8 +55,24 @@ class Cache:
     def table(self, what: str, rows: int, compute: Callable[[int], dict[str, Tensor]], **key: Any) -> Shards:
         """A table for what its rows depend on."""
         key = {"format": FORMAT, "rows": rows, **key}
-        folder = self.folder / f"{what}-{digest(key)[:32]}"
+        folder = self._folder(what, key)
         return table(folder, rows, compute, key, shard_bytes=self.shard_bytes, progress=self.progress)
+
+    def drawn(self, what: str, rows: int, draw: Callable[[], Tensor], **key: Any) -> Tensor:
+        """What all processes draw together, (rows, ...) on the CPU; drawn, and stored, where it is not stored yet."""
+        stored = self._folder(what, {"format": FORMAT, "rows": rows, **key}) / INDEX
+        new = None if everywhere(stored.is_file()) else draw().cpu()
+
+        def row(place: int) -> dict[str, Tensor]:
+            if new is None:
+                raise ValueError(f"{stored} was deleted while it was read: run the same command again.")
+            return {what: new[place]}
+
+        found = self.table(what, rows, row, **key)
+        return found.rows(range(rows))[what] if new is None else new
+
+    def _folder(self, what: str, key: dict[str, Any]) -> Path:
+        return self.folder / f"{what}-{digest(key)[:32]}"
 
 
 class Remembered(Generic[Key]):

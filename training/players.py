@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -116,12 +117,15 @@ class Player:
     def optimizer(self) -> torch.optim.Optimizer:
         """A fresh AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101) over the trainable parameters.
 
+        On CUDA one kernel updates them all, which takes no memory beyond the moments.
+
         Raises:
             ValueError: when it is to have 8 bits and bitsandbytes is not there.
         """
         c = self.config
         parameters = list(self.trainable().values())
-        kind = adam_8bit(parameters) if c.use_8bit_adam else torch.optim.AdamW
+        fused = True if all(parameter.is_cuda for parameter in parameters) else None
+        kind = adam_8bit(parameters) if c.use_8bit_adam else partial(torch.optim.AdamW, fused=fused)
         return kind(
             parameters,
             lr=c.learning_rate,

@@ -15,7 +15,15 @@ from sublimate.pipelines.tokens import cut_to_fit
 from sublimate.training.captioned import Captioned, Framing, ImageFolder, Images
 from sublimate.training.data import Encode, ModelSource, Named, Table, read_prompts
 from sublimate.training.data_config import DataConfig
-from sublimate.training.encoding import Cache, Latents, Prompts, UnattachedPrompts, encode_images, encoder_names
+from sublimate.training.encoding import (
+    Cache,
+    Latents,
+    Prompts,
+    UnattachedPrompts,
+    digest,
+    encode_images,
+    encoder_names,
+)
 from sublimate.training.forgetting import Forget, anchored, anchoring
 from sublimate.training.hub_rows import DatasetRows, DatasetStream
 from sublimate.training.ink.sources import captioned
@@ -88,13 +96,11 @@ def make_source(
         texts = [*prompts, *negatives, *asked]
         encode = _encode(model, texts, cache, forget, unattached=unattached, truncate=data.truncate_prompts)
 
-    def drawn() -> Tensor:
-        texts = asked or [""] * data.count
-
+    def draw(captions: Sequence[str]) -> Tensor:
         def share(places: slice) -> Tensor:
             return generate_latents(
                 model,
-                texts[places],
+                captions[places],
                 steps=data.teacher_steps,
                 guidance_scale=guidance_scale,
                 seed=data.seed,
@@ -103,7 +109,23 @@ def make_source(
             )
 
         with cut_to_fit() if data.truncate_prompts else nullcontext():
-            return drawn_together(len(texts), share).cpu()
+            return drawn_together(len(captions), share).cpu()
+
+    def drawn() -> Tensor:
+        captions = asked or [""] * data.count
+        if cache is None:
+            return draw(captions)
+        return cache.drawn(
+            "samples",
+            len(captions),
+            lambda: draw(captions),
+            prompts=digest(captions),
+            weights=model.content_hash(),
+            precision=str(model.dtype),
+            sampling=[dict(model.pipeline.scheduler.config), model.defaults, data.teacher_steps, guidance_scale],
+            seed=data.seed,
+            truncate=data.truncate_prompts,
+        )
 
     latents: Table | None = None
     if reads_images and data.images == "teacher":

@@ -1,12 +1,22 @@
-"""Drawing on all processes of a launch together."""
+"""What all processes of a launch do together: drawing, and agreeing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
+
+PATIENCE = timedelta(hours=6)
+"""How long processes wait for another, which may be writing a large checkpoint: NCCL gives up after ten minutes."""
+
+
+def accelerator(**options: Any) -> Accelerator:
+    """accelerate's; the first one of a process joins the others of its launch."""
+    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)], **options)
 
 
 def drawn_together(count: int, draw: Callable[[slice], Tensor]) -> Tensor:
@@ -22,14 +32,21 @@ def drawn_together(count: int, draw: Callable[[slice], Tensor]) -> Tensor:
     Returns:
         (count, ...), where `draw` put its own.
     """
-    accelerator = Accelerator()
-    processes, rank = accelerator.num_processes, accelerator.process_index
+    launched = accelerator()
+    processes, rank = launched.num_processes, launched.process_index
     # Shares of one size, gathered in one message: the last ones begin earlier and draw some samples again.
     share = -(-count // processes)
     firsts = [min(i * share, count - share) for i in range(processes)]
     mine = draw(slice(firsts[rank], firsts[rank] + share))
     if processes == 1:
         return mine
-    parts = accelerator.gather(mine.to(accelerator.device)).split(share)
+    parts = launched.gather(mine.to(launched.device)).split(share)
     kept = [part[i * share - first :] for i, (part, first) in enumerate(zip(parts, firsts, strict=True))]
     return torch.cat(kept).to(mine.device)
+
+
+def everywhere(found: bool) -> bool:
+    """Whether something is so in every process; all must ask."""
+    launched = accelerator()
+    count = launched.reduce(torch.tensor(float(found), device=launched.device), "sum")
+    return int(count) == launched.num_processes

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object
 from diffusers.optimization import get_scheduler
@@ -31,6 +30,7 @@ from sublimate.training.log import Log
 from sublimate.training.objective import Batch, Objective, Turn
 from sublimate.training.precision import autocast, warn_of_launchers_precision, warn_of_slow_bf16
 from sublimate.training.randomness import SampleRandom, key
+from sublimate.training.together import accelerator
 from sublimate.training.whole import gathered
 
 
@@ -143,7 +143,7 @@ class Trainer:
         self.objective, self.source, self.config = objective, source, config
         self.validate, self.fingerprint, self.progress = validate, fingerprint, progress
         # Autocast is torch's own: accelerate's belongs to the whole Python process, which may hold several runs.
-        self.accelerator = Accelerator(log_with=config.report_to, project_dir=config.output_dir)
+        self.accelerator = accelerator(log_with=config.report_to, project_dir=config.output_dir)
         objective.mean_over_processes = lambda tensor: self.accelerator.reduce(tensor, "mean")
         warn_of_launchers_precision(self.accelerator.mixed_precision, config.mixed_precision)
         self.players = objective.players()

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from sublimate.pipelines.sparse_autoencoder import SparseAutoencoder
 from sublimate.training.data import read_prompts
 from sublimate.training.ink.sources import captioned
 from sublimate.training.sparse_autoencoder import SparseAutoencoderConfig, SparseAutoencoding, StatesSource
+from sublimate.training.together import accelerator
 
 _CAPTIONS = 4096
 
@@ -90,7 +90,7 @@ class InterpretThenDeactivate(Eraser):
         erased = [[phrase.text for phrase in c.phrases(config.templates)] for c in request.erase]
         preserved = [[phrase.text for phrase in c.phrases(config.templates)] for c in request.preserve]
         groups = [group for group in (_flat(erased), _flat(preserved), generic) if group]
-        model.to(Accelerator().device)
+        model.to(accelerator().device)
         try:
             source = StatesSource(model, component, names[block], groups)
             objective = SparseAutoencoding(source, config.autoencoder, seed=seed)

@@ -158,7 +158,6 @@ class SLUG(Eraser):
             steps=config.sampling_steps,
             guidance_scale=config.start_guidance,
             seed=seed,
-            batch_size=64,
         )
 
     def _pair(self, model: Model, pairs: ConceptPairs, states: Sequence[Tensor], seed: int) -> Pair:

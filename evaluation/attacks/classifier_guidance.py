@@ -12,7 +12,7 @@ from sublimate.diffusion.predictions import Prediction, scaled
 from sublimate.diffusion.samplers import ddim
 from sublimate.evaluation.attack import Attack, Box, Case, Outcome
 from sublimate.pipelines.model import Model
-from sublimate.pipelines.sampling import Part, sample
+from sublimate.pipelines.sampling import Part, at_once, sample
 from sublimate.training.config import Config
 
 
@@ -74,7 +74,7 @@ class ClassifierGuidance(Attack):
             null=model.null_condition(),
             scale=c.guidance_scale,
             seed=seed,
-            batch_size=32,
+            batch_size=at_once(model.latent_shape, 32, cost=8),
             calls=c.sampling_steps,
             progress=progress,
         )

@@ -11,7 +11,7 @@ from sublimate.evaluation.attack import Attack, Box, Case, Outcome
 from sublimate.evaluation.surrogate import concept_loss
 from sublimate.pipelines.generate import generate_latents
 from sublimate.pipelines.model import Model
-from sublimate.pipelines.sampling import initial_noise
+from sublimate.pipelines.sampling import at_once, initial_noise
 from sublimate.training.config import Config
 
 
@@ -22,13 +22,13 @@ class LatentSearchConfig(Config):
         max_train_steps: updates of each image's noise.
         learning_rate: of Adam.
         surrogate_steps: sampling steps that the gradient goes through.
-        batch_size: images at a time.
+        batch_size: images at a time; by default fewer, the larger they are.
     """
 
     max_train_steps: int = Field(default=10, ge=1)
     learning_rate: float = Field(default=0.05, gt=0)
     surrogate_steps: int = Field(default=4, ge=1)
-    batch_size: int = Field(default=16, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
 
 
 class LatentSearch(Attack):
@@ -49,8 +49,9 @@ class LatentSearch(Attack):
 
     def run(self, model: Model, case: Case, *, seed: int, progress: bool = False) -> Outcome:
         c, images = self.config, []
-        for start in range(0, len(case.prompts), c.batch_size):
-            part = case.prompts[start : start + c.batch_size]
+        size = c.batch_size or at_once(model.latent_shape, 16, cost=8 * c.surrogate_steps)
+        for start in range(0, len(case.prompts), size):
+            part = case.prompts[start : start + size]
             z = initial_noise(model.latent_shape, seed, range(start, start + len(part))).to(model.device)
             radius = z[0].numel() ** 0.5
             z = _on_sphere(z, radius).requires_grad_(True)

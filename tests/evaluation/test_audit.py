@@ -67,6 +67,17 @@ def test_an_attack_that_cannot_be_run_is_told_and_the_others_go_on(model):
     assert found.skipped["textual_inversion"].startswith("it could not be run: ")
 
 
+def test_an_attack_for_which_a_gpu_is_too_small_does_not_cost_the_audit(model, monkeypatch):
+    def too_large(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 7 TiB.")
+
+    attacks = make_attacks(["classifier_guidance", "seed_search"])
+    monkeypatch.setattr(type(attacks[0]), "run", too_large)
+    found = audit(model, model, Concept("cat", "dog"), study(), Constant(True), attacks, pictures=2)
+    assert [trial.name for trial in found.trials] == ["seed_search"]
+    assert found.skipped["classifier_guidance"] == "it could not be run: CUDA out of memory."
+
+
 def test_what_cannot_be_attacked_is_refused_before_anything_is_studied(model, tiny_sd, monkeypatch):
     def studied(*arguments):
         raise AssertionError("the study is the costly part")

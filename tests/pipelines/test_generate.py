@@ -14,7 +14,7 @@ from opened import Opened
 from sublimate.diffusion.denoisers import Denoiser
 from sublimate.pipelines.generate import SAMPLERS, generate, generate_latents
 from sublimate.pipelines.model import Model, open_model
-from sublimate.pipelines.sampling import image_generator, initial_noise
+from sublimate.pipelines.sampling import at_once, image_generator, initial_noise
 
 FAMILIES = (
     "tiny_sd",
@@ -65,6 +65,20 @@ def test_the_batch_size_changes_nothing(models, name):
         drawn = generate(model, prompts_of(model), steps=2, seed=4, batch_size=batch_size)
         # Batches round differently; noise that depended on them would differ by the whole image.
         torch.testing.assert_close(drawn, whole, atol=1e-4, rtol=0)
+
+
+def test_large_samples_are_drawn_in_small_batches_and_decoded_in_smaller_ones(models, monkeypatch):
+    assert [at_once((4, size, size)) for size in (8, 32, 64, 128, 512)] == [64, 64, 16, 4, 1]
+    assert [at_once((4, size, size), cost=4) for size in (8, 32, 64, 128)] == [64, 16, 4, 1]
+    assert at_once((4, 8, 8), 32) == 32
+    model, passes, decoded = models["tiny_sd"], Passes(models["tiny_sd"], monkeypatch), []
+    decode = Model.decode
+    monkeypatch.setattr(Model, "decode", lambda model, x0: decoded.append(len(x0)) or decode(model, x0))
+    # The tiny checkpoint's latents are 8x8, and 64x64 are as large as Stable Diffusion 1.5's.
+    generate(model, [""] * 20, steps=1, guidance_scale=1, height=128, width=128)
+    assert passes.batches == [16, 4] and decoded == [4] * 5
+    generate(model, [""] * 3, steps=1, guidance_scale=1, height=128, width=128, batch_size=2)
+    assert passes.batches[2:] == [2, 1] and decoded[5:] == [2, 1]
 
 
 def test_noise_is_keyed_by_seed_and_place():

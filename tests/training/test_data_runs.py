@@ -12,7 +12,7 @@ from processes import launch
 from safetensors.torch import load_file
 
 from sublimate.pipelines.model import open_model
-from sublimate.training import checkpoints
+from sublimate.training import checkpoints, sources
 from sublimate.training.data_config import DataConfig
 from sublimate.training.distill import DistillConfig, distill
 from sublimate.training.objectives.denoising import Denoising, DenoisingConfig
@@ -160,3 +160,25 @@ def test_long_captions_end_a_run_or_are_cut(tiny_sd, tmp_path, images):
     lines = [{**line, "text": "red " * 14} for line in lines]
     (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert_same(cut, trained(tiny_sd, data, tmp_path / "short", steps=2))
+
+
+@pytest.mark.slow
+def test_the_teachers_samples_are_drawn_once_for_all_that_they_depend_on(tiny_sd, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("red cat\na dog\n")
+    drawings = []
+    draw = sources.generate_latents
+    monkeypatch.setattr(sources, "generate_latents", lambda *a, **k: drawings.append(1) or draw(*a, **k))
+
+    def samples(model, scale=1.5, **data):
+        options = {"prompts": str(tmp_path / "prompts.txt"), "teacher_steps": 1, "cache_dir": tmp_path / "cache"}
+        return make_source(model, DataConfig(**options | data), scale, progress=False).tensors["images"]
+
+    model = open_model(tiny_sd)
+    first = samples(model)
+    assert torch.equal(samples(model), first) and torch.equal(samples(model, cache_dir=None), first)
+    assert len(drawings) == 2  # the second without a cache
+    others = [samples(model, scale=2.0), samples(model, teacher_steps=2), samples(model, seed=1)]
+    with torch.no_grad():
+        model.pipeline.unet.conv_in.bias.add_(1)
+    others.append(samples(model))
+    assert len(drawings) == 6 and not any(torch.equal(x0, first) for x0 in others)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from sublimate.training import checkpoints
 from sublimate.training.players import Player, PlayerConfig, make_player, shared_copy
 
 
@@ -135,3 +136,20 @@ def test_bad_selections_are_refused(unet):
         make_player(unet, PlayerConfig(kind="lora"), names={"conv_in.weight"})
     with pytest.raises(ValueError, match="nowhere"):
         make_player(unet, PlayerConfig(kind="lora", target_modules=("nowhere",)))
+
+
+def test_an_optimiser_of_one_kernel_resumes_as_if_it_had_gone_on():
+    def stepped(parameter, optimizer):
+        parameter.grad = parameter.detach().sin()
+        optimizer.step()
+
+    whole, halves = (torch.nn.Parameter(torch.linspace(1, 2, 5)) for _ in range(2))
+    optimizer, first = (torch.optim.AdamW([p], lr=0.1, fused=True) for p in (whole, halves))
+    for _ in range(3):
+        stepped(whole, optimizer)
+    stepped(halves, first)
+    second = torch.optim.AdamW([halves], lr=0.1, fused=True)
+    checkpoints.load_optimizer_tensors(second, checkpoints.optimizer_tensors(first))
+    for _ in range(2):
+        stepped(halves, second)
+    assert torch.equal(halves, whole)
