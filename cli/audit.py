@@ -58,7 +58,7 @@ def command(
     from sublimate.evaluation.ink_demo import ink_request
     from sublimate.evaluation.ink_study import ink_study
     from sublimate.evaluation.studies import read_study
-    from sublimate.pipelines.edit import Edit
+    from sublimate.pipelines.edit import Edit, beside
     from sublimate.pipelines.model import open_model
     from sublimate.training import registry
     from sublimate.training.config import parse_overrides
@@ -87,8 +87,7 @@ def command(
     if whole:
         after = open_model(edited, revision=edited_revision, variant=edited_variant, device=device)
     else:
-        after = open_model(base, revision=revision, variant=variant, config=file_config, device=device)
-        Edit.load(edited).apply(after)
+        after = beside(before, Edit.load(edited))
 
     with tqdm(desc="auditing", unit="part") as bar:
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from sublimate.pipelines.edit_stack import EditStack, close_stack, merged, open_
 from sublimate.pipelines.export import save_model
 from sublimate.pipelines.folders import file_written_aside
 from sublimate.pipelines.model import Model, open_model
+from sublimate.pipelines.quantised import held_tensors
 
 FORMAT = "sublimate.edit"
 ROUNDED = ("bfloat16", "float16")
@@ -310,6 +312,29 @@ def open_edited(
     for edit in loaded:
         edit.apply(model)
     return model.to(dtype=dtype)
+
+
+def beside(model: Model, edit: Edit) -> Model:
+    """A second model with the edit applied, which shares with the first all weights that the edit leaves alone.
+
+    Args:
+        model: stays as it is, and must as long as the second is used; without edits of its own.
+        edit: of this model.
+
+    Raises:
+        ValueError: when the model carries edits, or this one does not fit it.
+    """
+    if stack_of(model) is not None:
+        raise ValueError(f"{model.source} carries edits, which a second model would not: remove them first.")
+    touched = {id(parameter_of(model, key, shape)) for key, shape in edit.shapes().items()}
+    pipeline = copy.copy(model.pipeline)
+    for name, module in model.components().items():
+        shared = {id(tensor): tensor for tensor in held_tensors(module) if id(tensor) not in touched}
+        setattr(pipeline, name, copy.deepcopy(module, shared))
+    second = Model(pipeline, model.source, model.defaults, model.carried)
+    second.loras = model.loras
+    edit.apply(second)
+    return second
 
 
 def _float32(key: str, tensor: Tensor) -> Tensor:

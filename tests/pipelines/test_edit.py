@@ -9,10 +9,12 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from sublimate.erasure.methods.receler import Receler
 from sublimate.erasure.methods.uce import UCE
 from sublimate.erasure.request import Concept, Request
-from sublimate.pipelines.edit import Edit
+from sublimate.pipelines.edit import Edit, beside
 from sublimate.pipelines.edit_stack import stack_of
+from sublimate.pipelines.generate import generate
 from sublimate.pipelines.model import open_model
 
 K = "unet/mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
@@ -345,3 +347,22 @@ def test_a_folded_model_opens_in_stock_diffusers(model, tmp_path):
         edit.fold(model, tmp_path / "both")
     record = json.loads((tmp_path / "both" / "sublimate.json").read_text())["provenance"]
     assert record["edits"] == [json.loads(json.dumps(made.provenance)) for made in (other, edit)]
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_model_beside_another_shares_all_that_its_edit_leaves_alone(model, tiny_sd, attached):
+    request = Request(Concept("cat", anchor="" if attached else "dog"))
+    options = {"max_train_steps": 2, "sampling_steps": 2, "train_batch_size": 1, "learning_rate": 1e-2}
+    edit = (Receler(**options) if attached else UCE()).fit(model, request)
+    before, expected = bits(model), open_model(tiny_sd)
+    edit.apply(expected)
+    second = beside(model, edit)
+    own = model.parameters()
+    moved = {key for key, p in second.parameters().items() if p.data_ptr() != own[key].data_ptr()}
+    assert moved == set(edit.shapes()) and second.content_hash() == expected.content_hash()
+    drawn = [generate(which, ["a cat"], steps=2) for which in (model, second, expected)]
+    assert torch.equal(drawn[1], drawn[2]) and not torch.equal(drawn[0], drawn[1])
+    edit.remove(second)
+    assert bits(model) == before == bits(second)
+    with edit.applied(model), pytest.raises(ValueError, match="carries edits"):
+        beside(model, edit)
