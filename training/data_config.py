@@ -43,7 +43,8 @@ class DataConfig(Config):
             stream. Needed for models that are told where a picture was cropped (Stable Diffusion XL).
         random_flip: draw half of the pictures mirrored.
         cache_dir: where what the text encoders and the autoencoder make of the data is stored, so that they leave the
-            memory during training; None stores nothing. It changes no result.
+            memory during training, and what the teacher draws, so that a resumed run does not draw it again; None
+            stores nothing. It changes no result.
         cache_shard_bytes: the largest file in there; about twice as much memory is needed to write one.
     """
 
