@@ -141,6 +141,21 @@ def cast_file(file: Path, dtype: torch.dtype) -> None:
     save_file(cast, file, metadata)
 
 
+def tidy_config(file: Path) -> None:
+    """Takes out of a component's configuration where it was opened, which is nobody else's business.
+
+    transformers opens a text encoder in the precision noted there, diffusers all else in float32: float32 it is.
+    """
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        return
+    tidy = {name: value for name, value in content.items() if name != "_name_or_path"}
+    if "quantization_config" not in tidy:
+        tidy |= {name: "float32" for name in ("dtype", "torch_dtype") if tidy.get(name) in ("float16", "bfloat16")}
+    if tidy != content:
+        file.write_text(json.dumps(tidy, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def _check_component(folder: Path, kind: str, variant: str | None) -> None:
     if not folder.is_dir():
         raise ValueError(f"{folder} is missing, so the checkpoint is only half written: get it again.")

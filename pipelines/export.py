@@ -19,7 +19,7 @@ from torch import nn
 from sublimate.diffusion.denoisers import Denoiser
 from sublimate.pipelines.backbones.base import StockSampling
 from sublimate.pipelines.cards import inherited_license, model_card, public_name
-from sublimate.pipelines.checkpoints import INDEX, cast_file, keep_options
+from sublimate.pipelines.checkpoints import INDEX, cast_file, keep_options, tidy_config
 from sublimate.pipelines.edit_attachment import refuse_attached
 from sublimate.pipelines.edit_stack import differs_from_disk
 from sublimate.pipelines.few_steps import FewSteps
@@ -379,17 +379,10 @@ def _write(
     with written_aside(folder, marker) as aside:
         save(aside)
         for file in aside.rglob("*.json"):
-            _without_place(file)
+            tidy_config(file)
         if dtype is not None:
             for file in aside.rglob("*.safetensors"):
                 cast_file(file, dtype)
         (aside / DEFAULTS_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         (aside / "README.md").write_text(card, encoding="utf-8")
     return folder
-
-
-def _without_place(file: Path) -> None:
-    """Takes out of a component's configuration where it was opened, which is nobody else's business."""
-    content = json.loads(file.read_text(encoding="utf-8"))
-    if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
-        file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from grid import matrix
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -60,6 +61,11 @@ def test_a_student_of_a_base_in_bfloat16_is_written_in_one_precision(tiny_sd, tm
     files = [file for file in student.rglob("*.safetensors") if "lora" not in file.name]
     assert len(files) == 3
     assert {t.dtype for file in files for t in load_file(file).values()} == {getattr(torch, saved)}
+    # A pipeline whose parts are of different precisions dies at its first step.
+    opened = DiffusionPipeline.from_pretrained(student)
+    assert {p.dtype for part in (opened.unet, opened.text_encoder, opened.vae) for p in part.parameters()} == {
+        torch.float32
+    }
     assert "\ndtype: bfloat16\n" in json.loads((student / "sublimate.json").read_text())["provenance"]["config"]
 
 
@@ -81,6 +87,8 @@ def test_a_base_in_half_precision_is_refused_where_it_cannot_train(tiny_sd, tmp_
 def test_an_edit_made_in_bfloat16_fits_the_same_checkpoint_in_either_precision(tiny_sd, tiny_sd_v, tmp_path, eraser):
     half = open_model(tiny_sd, dtype=torch.bfloat16)
     edit = Edit.load(eraser.fit(half, CAT).save(tmp_path / "edit.safetensors"))
+    folded = DiffusionPipeline.from_pretrained(edit.fold(half, tmp_path / "model"))
+    assert folded.unet.dtype == folded.text_encoder.dtype == torch.float32
     with safe_open(tmp_path / "edit.safetensors", "pt") as file:
         assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float32}  # noqa: SIM118
     assert edit.provenance["base"]["dtype"] == "bfloat16"
