@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from sublimate.training.ink.captions import prompts
 from sublimate.training.ink.vocabulary import GROUPS, SYNONYMS, locate
 
 ERASERS = "sublimate.erasure.methods"
-_FORMS = 32
+_FORMS, _FORMS_EACH = 32, 10
 
 
 def ink_request(*concepts: str) -> Request:
@@ -57,13 +57,13 @@ def ink_request(*concepts: str) -> Request:
     return Request(erase=tuple(erase), preserve=tuple(preserve.values()))
 
 
-def ink_forms(concept: str, count: int = 32, *, alone: bool = False) -> tuple[str, ...]:
+def ink_forms(concept: str, count: int = 32, *, unnamed: Collection[str] = ()) -> tuple[str, ...]:
     """Templates with `{}` for one of Ink's concepts: captions that name it, with the name left open.
 
     Args:
         concept: by any of its words.
         count: how many, at most.
-        alone: only captions that name no other concept, of which the grammar has few.
+        unnamed: words that the captions do not say. With all words of all concepts there are few.
 
     Raises:
         ValueError: if Ink does not know the concept.
@@ -71,11 +71,11 @@ def ink_forms(concept: str, count: int = 32, *, alone: bool = False) -> tuple[st
     group, index = locate(concept)
     name = GROUPS[group][index]
     words = re.compile(rf"\b({'|'.join(sorted(SYNONYMS[name], key=len, reverse=True))})\b")
-    others = {word for label in SYNONYMS.values() for word in label} if alone else set()
+    unnamed = set(unnamed)
     forms = {"{}": None}
-    for caption in prompts((200 if alone else 40) * count, 1, **{group: name}):  # type: ignore[arg-type]
+    for caption in prompts((200 if unnamed else 40) * count, 1, **{group: name}):  # type: ignore[arg-type]
         form, times = words.subn("{}", caption.text)
-        if times == 1 and not others.intersection(re.findall(r"\w+", form)):
+        if times == 1 and not unnamed.intersection(re.findall(r"\w+", form)):
             forms[form] = None
     return tuple(forms)[:count]
 
@@ -87,8 +87,9 @@ def ink_eraser(method: str, overrides: Sequence[str] = (), concepts: Sequence[st
         method: an eraser's name.
         overrides: `key=value` changes to those options.
         concepts: what it will erase. The packaged templates are for digits; where others are among the concepts,
-            templates become captions that name each of them, and nothing else if the eraser leads away from whole
-            prompts.
+            templates become captions that name each of them. None says another of the concepts: what is preserved is
+            put in there too, and would preserve that one with it. Where the eraser leads away from whole prompts, none
+            names anything else.
 
     Raises:
         ValueError: if there is no such eraser, or no options for Ink.
@@ -96,8 +97,10 @@ def ink_eraser(method: str, overrides: Sequence[str] = (), concepts: Sequence[st
     found = registry.load(ERASERS, method, Eraser)
     config: Any = load_config(found.Config, f"ink_{method}", overrides, kind="erase")
     if any(locate(concept)[0] != "digit" for concept in concepts) and "templates" in found.Config.model_fields:
-        each, alone = _FORMS // len(concepts), not found.uses_anchor
-        forms = dict.fromkeys(form for concept in concepts for form in ink_forms(concept, each, alone=alone))
+        labels = SYNONYMS if not found.uses_anchor else [one.name for one in ink_request(*concepts).erase]
+        unnamed = [word for label in labels for word in SYNONYMS[label]]
+        each = max(_FORMS // len(concepts), _FORMS_EACH)
+        forms = dict.fromkeys(form for concept in concepts for form in ink_forms(concept, each, unnamed=unnamed))
         config = config.model_copy(update={"templates": tuple(forms)})
     return found(config)
 

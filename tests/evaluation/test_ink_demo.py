@@ -1,5 +1,7 @@
 """The demo's parts: what it asks to erase, how it shares out its prompts, and that the base model draws once."""
 
+import re
+
 import pytest
 import torch
 
@@ -30,11 +32,18 @@ def test_what_is_no_digit_is_put_in_forms_of_its_own():
     assert len(forms) == 12 and forms[0] == "{}" and all(form.count("{}") == 1 for form in forms)
     assert not any(word in form for form in forms for word in SYNONYMS["striped"])
     assert ink_eraser("uce", concepts=["seven"]).config == ink_eraser("uce").config
-    alone = ink_forms("red", 16, alone=True)
-    others = {word for words in SYNONYMS.values() for word in words}
-    assert len(alone) > 4 and not others & set(" ".join(alone).replace(",", "").split())
-    assert ink_eraser("esd", concepts=["red"]).config.templates == ink_forms("red", 32, alone=True)
-    assert set(ink_forms("red", 16)) < set(ink_eraser("uce", concepts=["seven", "red"]).config.templates)
+
+
+def test_forms_name_nothing_that_is_erased_beside_and_nothing_at_all_where_an_eraser_leads_away_from_it():
+    def said(forms):
+        return set(re.findall(r"\w+", " ".join(forms)))
+
+    words = {word for words in SYNONYMS.values() for word in words}
+    alone = ink_eraser("esd", concepts=["red"]).config.templates
+    assert len(alone) > 4 and alone == ink_forms("red", 32, unnamed=words) and not words & said(alone)
+    assert words & said(ink_eraser("uce", concepts=["red"]).config.templates)
+    several = ink_eraser("uce", concepts=["seven", "red", "striped"]).config.templates
+    assert len(several) > 20 and not said(several) & {*SYNONYMS["seven"], *SYNONYMS["red"], *SYNONYMS["striped"]}
 
 
 def test_unknown_concepts_and_erasers_are_named():
