@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from esd_cost import MEASURED
+
 from sublimate.erasure.eraser import Eraser
 from sublimate.evaluation.detectors import open_detector
 from sublimate.evaluation.drawing import drawing
@@ -41,12 +43,12 @@ ERASERS: dict[str, tuple[str, tuple[str, ...], bool]] = {
     "rece": ("rece", (), True),
     "speed": ("speed", (), True),
     "mace-fusion": ("mace_fusion", (), True),
-    "esd-x": ("esd", ("weights=x",), True),
-    "esd-x-strict": ("esd", ("weights=x-strict",), True),
-    "esd-u": ("esd", ("weights=u",), True),
-    "esd-self": ("esd", ("weights=self",), True),
+    "esd-x": ("esd", ("weights=x", *MEASURED), True),
+    "esd-x-strict": ("esd", ("weights=x-strict", *MEASURED), True),
+    "esd-u": ("esd", ("weights=u", *MEASURED), True),
+    "esd-self": ("esd", ("weights=self", *MEASURED), True),
     # As many updates, a fifth of the samplings.
-    "esd-x-shared": ("esd", ("weights=x", "updates_per_rollout=5", "max_train_steps=16"), True),
+    "esd-x-shared": ("esd", ("weights=x", "updates_per_rollout=5", "max_train_steps=16", *MEASURED), True),
     "all-but-one": ("all_but_one", (), True),
     "concept-ablation": ("concept_ablation", (), True),
     "salun": ("salun", (), True),

@@ -30,11 +30,13 @@ from sublimate.evaluation.ink_demo import ink_eraser, ink_request
 from sublimate.evaluation.intervals import plain
 from sublimate.pipelines.model import Model, open_model
 
-FORMS = (
+MEASURED = (
+    "learning_rate=1e-4",
     'templates=["{}", "a {}", "the digit {}", "the number {}", "a drawing of a {}", "a {} in red", "a neon {}", '
-    '"{}, striped"]'
+    '"{}, striped"]',
 )
-METHOD, CHANGES = "esd", ("weights=x", "updates_per_rollout=10", "max_train_steps=8", "learning_rate=1e-4", FORMS)
+"""ESD's options here and in the demo's cells, from before Ink's own became what they are."""
+METHOD, CHANGES = "esd", ("weights=x", "updates_per_rollout=10", "max_train_steps=8", *MEASURED)
 
 
 class Passes:
