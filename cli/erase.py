@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sublimate.cli.opening import FileConfig, Precision, Revision, Variant
+from sublimate.cli.opening import FileConfig, Precision, Revision, Variant, opened_as_asked
 
 if TYPE_CHECKING:
     from sublimate.erasure.eraser import Eraser
@@ -49,12 +49,9 @@ def command(
     ] = False,
 ) -> None:
     """Erase concepts and write the edit, which applies to and comes off the base model bit by bit."""
-    import torch
-
     from sublimate.erasure.eraser import Eraser
     from sublimate.erasure.request import Concept, Request
     from sublimate.pipelines.lora_files import save_lora
-    from sublimate.pipelines.model import open_model
     from sublimate.training import registry
     from sublimate.training.config import load_config, parse_overrides, validate_section
     from sublimate.training.data import image_files
@@ -90,15 +87,8 @@ def command(
     if dry_run:
         _plan(eraser, file_config or model, request, revision, dtype)
         return
-    opened = open_model(
-        model,
-        loras=fuse_lora or (),
-        revision=revision,
-        variant=variant,
-        config=file_config,
-        dtype=getattr(torch, dtype),
-        device=device,
-    )
+    where = {"revision": revision, "variant": variant, "config": file_config, "device": device}
+    opened = opened_as_asked(model, dtype, fuse_lora, (), **where)
     out.mkdir(parents=True, exist_ok=True)  # refused now rather than after the fit
     edit = eraser.fit(opened, request, seed=seed, progress=True)
     typer.echo(f"Wrote {edit.save(out / 'edit.safetensors')}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sublimate.cli.opening import BatchSize, FileConfig, Precision, Revision, Variant
+from sublimate.cli.opening import BatchSize, FileConfig, Precision, Revision, Variant, opened_as_asked
 
 
 def command(
@@ -43,8 +43,6 @@ def command(
     """
     import json
 
-    import torch
-
     from sublimate.evaluation.agreement import agreement, check_judge
     from sublimate.evaluation.detectors import open_detector
     from sublimate.evaluation.drawing import drawing
@@ -52,22 +50,13 @@ def command(
     from sublimate.evaluation.ink_study import ink_quality
     from sublimate.evaluation.studies import read_prompt_set
     from sublimate.pipelines.cards import public_values
-    from sublimate.pipelines.edit import open_edited
     from sublimate.training.together import accelerator
 
     if prompts is not None and (n is not None or judged is not None):
         raise ValueError("--n and --judged are for Ink's grammar: your own prompts are all drawn and judged.")
     launched = accelerator()  # chooses the process's own device, which is then "cuda"
-    opened = open_edited(
-        model,
-        edit or (),
-        dtype=getattr(torch, dtype),
-        loras=fuse_lora or (),
-        revision=revision,
-        variant=variant,
-        config=file_config,
-        device=device,
-    )
+    where = {"revision": revision, "variant": variant, "config": file_config, "device": device}
+    opened = opened_as_asked(model, dtype, fuse_lora, edit, **where)
     judge = open_detector(detector, device=device)
 
     options = {"steps": steps, "guidance_scale": guidance_scale, "sampler": sampler, "eta": eta}

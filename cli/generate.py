@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sublimate.cli.opening import BatchSize, FileConfig, Precision, Revision, Variant
+from sublimate.cli.opening import BatchSize, FileConfig, Precision, Revision, Variant, opened_as_asked
 
 
 def command(
@@ -46,25 +46,13 @@ def command(
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Draw images and write them as PNG files, with a sheet of all of them; sounds as WAV files too."""
-
-    import torch
-
     from sublimate.pipelines.attention import set_attention
-    from sublimate.pipelines.edit import open_edited
     from sublimate.pipelines.generate import generate
     from sublimate.pipelines.pictures import image_grid, pictures_of, to_png
     from sublimate.pipelines.sound import to_wav, waveforms
 
-    opened = open_edited(
-        model,
-        edit or (),
-        dtype=getattr(torch, dtype),
-        loras=fuse_lora or (),
-        revision=revision,
-        variant=variant,
-        config=file_config,
-        device=device,
-    )
+    where = {"revision": revision, "variant": variant, "config": file_config, "device": device}
+    opened = opened_as_asked(model, dtype, fuse_lora, edit, **where)
     if attention is not None:
         typer.echo(set_attention(opened, attention))
     texts = [prompt for prompt in prompts or () for _ in range(count)]
