@@ -13,6 +13,7 @@ from torch import Tensor
 from sublimate.evaluation.intervals import Rate, plain
 from sublimate.pipelines.detector import Detector
 from sublimate.pipelines.model import Model
+from sublimate.pipelines.placement import brought_to
 
 _MANY = 40  # labels that still fit into a sentence
 Expected = Mapping[str, str | None]
@@ -110,7 +111,7 @@ def read(detector: Detector, images: Tensor, *, batch_size: int = 256) -> Readin
 
     Args:
         detector: see `sublimate.pipelines.detector.Detector`.
-        images: (N, 3, H, W) in [0, 1], at least one, on the detector's device.
+        images: (N, 3, H, W) in [0, 1], at least one, on any device.
         batch_size: images per call of the detector.
 
     Returns:
@@ -121,7 +122,7 @@ def read(detector: Detector, images: Tensor, *, batch_size: int = 256) -> Readin
     """
     if not len(images):
         raise ValueError("there is no image to read; generate at least one")
-    batches = [detector(batch) for batch in images.split(batch_size)]
+    batches = [detector(brought_to(detector, batch)) for batch in images.split(batch_size)]
     choices = {group: torch.cat([batch[group].argmax(dim=1) for batch in batches]).cpu() for group in detector.groups}
     return Readings({group: tuple(labels) for group, labels in detector.groups.items()}, choices)
 

@@ -16,7 +16,7 @@ Generate = Callable[[Sequence[str], int], Tensor]
 
 
 def drawing(model: Model, *, progress: bool = False, **options: Any) -> Generate:
-    """The model as a study calls it: each process draws its share of the prompts, and all get all images.
+    """The model as a study calls it: each process draws its share of the prompts, and all get all images, on the CPU.
 
     An image's noise depends on the seed and on its place among all prompts, so the number of processes changes nothing
     but rounding. All processes must draw the same.
@@ -31,7 +31,8 @@ def drawing(model: Model, *, progress: bool = False, **options: Any) -> Generate
         shown = progress and accelerator().is_main_process
 
         def share(places: slice) -> Tensor:
-            return generate(model, texts[places], seed=seed, first=places.start, progress=shown, **options)
+            first = places.start
+            return generate(model, texts[places], seed=seed, first=first, device="cpu", progress=shown, **options)
 
         return drawn_together(len(texts), share)
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sublimate.pipelines.placement import brought_to
+
 Extractor = Callable[[Tensor], Tensor]
 _BLOCK = 1024  # rows of a pairwise matrix held at once: 1024 x 5000 float64 are 40 MB
 
@@ -42,9 +44,8 @@ def extract(extractor: Extractor, images: Tensor, *, batch_size: int = 256) -> T
     """Features of many images, a batch at a time, without gradients.
 
     Args:
-        extractor: maps images (B, 3, H, W) in [0, 1] to features (B, D); a module must already be in eval mode and on
-            the images' device.
-        images: (N, 3, H, W) in [0, 1].
+        extractor: maps images (B, 3, H, W) in [0, 1] to features (B, D); a module must already be in eval mode.
+        images: (N, 3, H, W) in [0, 1], on any device if the extractor is a module, or a method of one.
         batch_size: images per call.
 
     Returns:
@@ -55,7 +56,7 @@ def extract(extractor: Extractor, images: Tensor, *, batch_size: int = 256) -> T
     """
     rows = []
     for batch in images.split(batch_size):
-        features = extractor(batch)
+        features = extractor(brought_to(extractor, batch))
         if features.ndim != 2 or len(features) != len(batch):
             raise ValueError(
                 f"the feature extractor returned shape {tuple(features.shape)} for {len(batch)} images; "

@@ -45,6 +45,7 @@ def generate(
     shown: Condition | None = None,
     height: int | None = None,
     width: int | None = None,
+    device: torch.device | str | None = None,
     progress: bool = False,
 ) -> Tensor:
     """Draws one image, or one sound's spectrogram, per prompt; the batch size changes nothing but rounding.
@@ -73,11 +74,12 @@ def generate(
             for models that are told some; of batch size 1 or one per prompt.
         height, width: of images in pixels, of spectrograms in frames and bins; the checkpoint's own size unless
             given.
+        device: where the images are wanted, such as "cpu" for more than a GPU holds; the model's unless given.
         progress: show a bar.
 
     Returns:
         Images (N, 3, height, width) in [0, 1], or spectrograms (N, 1, frames, bins), which `sound.waveforms` plays;
-        float32, on the model's device.
+        float32.
 
     Raises:
         ValueError: for options that do not fit each other or the model, a prompt that is too long, or a model that
@@ -105,7 +107,7 @@ def generate(
     )
     parts = latents.split(min(batch_size or len(latents), at_once(latents.shape, cost=4)))
     decoded = (finite(model, model.decode(part), model.backbone.medium + "s") for part in parts)
-    return torch.cat([model.bounded(media) for media in decoded])
+    return torch.cat([model.bounded(media).to(device or model.device) for media in decoded])
 
 
 @torch.no_grad()

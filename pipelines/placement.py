@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 M = TypeVar("M", bound=nn.Module)
@@ -21,3 +21,10 @@ def placed(module: M, device: torch.device, dtype: torch.dtype | None = None) ->
     if any(p.device != device or p.dtype != (dtype or p.dtype) for p in module.parameters()):
         module.to(device, dtype)
     return module
+
+
+def brought_to(function: object, tensor: Tensor) -> Tensor:
+    """A tensor where a network's weights are, for a network or one of its methods; where it is, for anything else."""
+    owner = getattr(function, "__self__", function)
+    parameter = next(owner.parameters(), None) if isinstance(owner, nn.Module) else None
+    return tensor if parameter is None else tensor.to(parameter.device)

@@ -12,6 +12,7 @@ SUPPORT = Path(__file__).parent / "support"
 MIXED = """
 import torch
 from card import card
+from sublimate.pipelines.placement import brought_to
 
 with card() as device:
     x = torch.ones(2, device=device)
@@ -24,6 +25,10 @@ with card() as device:
         lambda: torch.randn(2, device=device, generator=torch.Generator()),
         lambda: x.numpy(),
     ]
+    layer = torch.nn.Linear(2, 2).to(device)
+    for function in (layer, layer.forward):
+        assert function(brought_to(function, torch.ones(1, 2))).device == device
+    assert brought_to(len, x) is x
     for work in wrong:
         try:
             work()

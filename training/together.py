@@ -14,6 +14,10 @@ PATIENCE = timedelta(hours=6)
 """How long processes wait for another, which may be writing a large checkpoint: NCCL gives up after ten minutes."""
 
 
+_MESSAGE = 64
+"""Samples that a process sends at once."""
+
+
 def accelerator(**options: Any) -> Accelerator:
     """accelerate's; the first one of a process joins the others of its launch."""
     return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)], **options)
@@ -40,9 +44,10 @@ def drawn_together(count: int, draw: Callable[[slice], Tensor]) -> Tensor:
     mine = draw(slice(firsts[rank], firsts[rank] + share))
     if processes == 1:
         return mine
-    parts = launched.gather(mine.to(launched.device)).split(share)
-    kept = [part[i * share - first :] for i, (part, first) in enumerate(zip(parts, firsts, strict=True))]
-    return torch.cat(kept).to(mine.device)
+    # Message by message: what all draw together may be more than a device holds.
+    gathered = [launched.gather(some.to(launched.device)).to(mine.device) for some in mine.split(_MESSAGE)]
+    parts = [torch.cat([some.chunk(processes)[rank] for some in gathered]) for rank in range(processes)]
+    return torch.cat([part[i * share - first :] for i, (part, first) in enumerate(zip(parts, firsts, strict=True))])
 
 
 def everywhere(found: bool) -> bool:

@@ -39,9 +39,11 @@ import sys
 from accelerate import Accelerator
 from safetensors.torch import save_file
 from sublimate.pipelines.model import open_model
+from sublimate.training import together
 from sublimate.training.data_config import DataConfig
 from sublimate.training.sources import make_source
 
+together._MESSAGE = 1  # so that there are several
 folder, checkpoint, prompts, cache = sys.argv[1:]
 model, accelerator, drawn = open_model(checkpoint), Accelerator(), []
 model.denoiser.network.register_forward_pre_hook(lambda _, given, named: drawn.append(len(given[0])), with_kwargs=True)
