@@ -229,10 +229,19 @@ def cells(before: Generate) -> dict[str, Callable[[], dict[str, Any]]]:
     return found
 
 
+COLUMNS = {
+    "target": "drawn when asked",
+    "synonyms": "in other forms",
+    "siblings": "siblings obeyed",
+    "untouched": "rest of its prompts obeyed",
+    "unrelated": "unrelated obeyed",
+    "rejected": "none of the labels",
+}
+
+
 def table() -> str:
-    """The tables of the cells that are there, as Markdown."""
-    columns = ("target", "synonyms", "siblings", "untouched", "unrelated", "rejected")
-    head = ("eraser", "concept", *columns, "s", "passes", "MB", "weights")
+    """The tables of the cells that are there, as Markdown; rates with 95 % intervals after the erasure."""
+    head = ("eraser", "concept", *COLUMNS.values(), "s", "passes", "MB", "weights")
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for method in ERASERS:
         for row in CONCEPTS:
@@ -241,7 +250,7 @@ def table() -> str:
                 continue
             cell = json.loads(path.read_text())
             for concept, rates in cell["concepts"].items():
-                numbers = [_moved(rates[name]) if name in rates else "" for name in columns]
+                numbers = [_moved(rates[name]) if name in rates else "" for name in COLUMNS]
                 cost = (cell["seconds"], cell["passes"], cell["megabytes"], cell["weights"])
                 what = concept if len(cell["concepts"]) == 1 else f"{concept} (of five)"
                 lines.append("| " + " | ".join(map(str, (method, what, *numbers, *cost))) + " |")
@@ -277,7 +286,7 @@ def _survival_table() -> list[str]:
 
 
 def _moved(pair: Mapping[str, Any]) -> str:
-    return f"{100 * pair['before']['value']:.1f} -> {100 * pair['after']['value']:.1f} %"
+    return f"{100 * pair['before']['value']:.1f} -> {_interval(pair['after'])}"
 
 
 def _interval(rate: Mapping[str, float]) -> str:

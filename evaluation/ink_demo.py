@@ -96,12 +96,15 @@ def ink_eraser(method: str, overrides: Sequence[str] = (), concepts: Sequence[st
     """
     found = registry.load(ERASERS, method, Eraser)
     config: Any = load_config(found.Config, f"ink_{method}", overrides, kind="erase")
-    if any(locate(concept)[0] != "digit" for concept in concepts) and "templates" in found.Config.model_fields:
+    if any(locate(concept)[0] != "digit" for concept in concepts):
         labels = SYNONYMS if not found.uses_anchor else [one.name for one in ink_request(*concepts).erase]
         unnamed = [word for label in labels for word in SYNONYMS[label]]
         each = max(_FORMS // len(concepts), _FORMS_EACH)
         forms = dict.fromkeys(form for concept in concepts for form in ink_forms(concept, each, unnamed=unnamed))
-        config = config.model_copy(update={"templates": tuple(forms)})
+        if "templates" in found.Config.model_fields:
+            config = config.model_copy(update={"templates": tuple(forms)})
+        elif "templates" in getattr(config, "options", {}):  # those of an eraser within
+            config = config.model_copy(update={"options": {**config.options, "templates": list(forms)}})
     return found(config)
 
 

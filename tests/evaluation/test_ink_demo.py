@@ -42,6 +42,8 @@ def test_forms_name_nothing_that_is_erased_beside_and_nothing_at_all_where_an_er
     alone = ink_eraser("esd", concepts=["red"]).config.templates
     assert len(alone) > 4 and alone == ink_forms("red", 32, unnamed=words) and not words & said(alone)
     assert words & said(ink_eraser("uce", concepts=["red"]).config.templates)
+    pruned = ink_eraser("prune_then_erase", concepts=["red"])
+    assert pruned.inner.config.templates == ink_eraser("uce", concepts=["red"]).config.templates
     several = ink_eraser("uce", concepts=["seven", "red", "striped"]).config.templates
     assert len(several) > 20 and not said(several) & {*SYNONYMS["seven"], *SYNONYMS["red"], *SYNONYMS["striped"]}
 
