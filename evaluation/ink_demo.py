@@ -34,6 +34,8 @@ from sublimate.training.ink.vocabulary import GROUPS, SYNONYMS, locate
 
 ERASERS = "sublimate.erasure.methods"
 _FORMS, _FORMS_EACH = 32, 10
+# What these train leads away from whole prompts: whatever else one names would go with the concept.
+_LEADING_AWAY = ("adv_unlearn", "esd", "few_shot", "receler")
 
 
 def ink_request(*concepts: str) -> Request:
@@ -97,7 +99,7 @@ def ink_eraser(method: str, overrides: Sequence[str] = (), concepts: Sequence[st
     found = registry.load(ERASERS, method, Eraser)
     config: Any = load_config(found.Config, f"ink_{method}", overrides, kind="erase")
     if any(locate(concept)[0] != "digit" for concept in concepts):
-        labels = SYNONYMS if not found.uses_anchor else [one.name for one in ink_request(*concepts).erase]
+        labels = SYNONYMS if method in _LEADING_AWAY else [one.name for one in ink_request(*concepts).erase]
         unnamed = [word for label in labels for word in SYNONYMS[label]]
         each = max(_FORMS // len(concepts), _FORMS_EACH)
         forms = dict.fromkeys(form for concept in concepts for form in ink_forms(concept, each, unnamed=unnamed))
