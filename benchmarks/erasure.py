@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sublimate.evaluation.attack import counting
-from sublimate.evaluation.audit import ATTACKS, Audit, audit, make_attacks
+from sublimate.evaluation.audit import ATTACKS, make_attacks, make_case
 from sublimate.evaluation.detectors import open_detector
 from sublimate.evaluation.drawing import Generate, drawing
 from sublimate.evaluation.erasure import run
@@ -34,14 +34,16 @@ from sublimate.evaluation.erasure_result import ErasureResult
 from sublimate.evaluation.hardware import hardware_line
 from sublimate.evaluation.ink_demo import ink_eraser, ink_request
 from sublimate.evaluation.ink_study import ink_study
+from sublimate.evaluation.intervals import plain
 from sublimate.evaluation.studies import ErasureStudy, PromptSet
-from sublimate.pipelines.edit import Edit
+from sublimate.pipelines.edit import Edit, open_edited
 from sublimate.pipelines.model import Model, open_model
 from sublimate.training import registry
 from sublimate.training.config import load_config
 from sublimate.training.distill import DistillConfig, distill
 from sublimate.training.ink.captions import prompts
 from sublimate.training.ink.vocabulary import GROUPS, SYNONYMS, locate
+from sublimate.training.randomness import key
 
 HERE = Path(__file__).parent
 RESULTS, RUNS = HERE / "results" / "erasure", Path("runs/benchmark-erasure")
@@ -93,13 +95,18 @@ STUDENTS: Mapping[str, tuple[str, ...]] = {
 }
 PASSES = 200_000
 """What a student of the survival table is trained for, in network passes of one sample, the teacher's own included."""
-ATTACKED = ("uce", "rece", "speed", "esd", "concept_ablation", "receler", "adv_unlearn")
+ATTACKED = (UNEDITED, "uce", "rece", "speed", "esd", "concept_ablation", "receler", "adv_unlearn")
 STEPS = 10
 """Sampling steps of the eraser table's pictures, two fifths of the cost of the 25 that audits draw with."""
 TARGETS, ATTEMPTS = 500, 100
 """Prompts for an erased concept (half as many in other words, as many for its siblings), for attacks to start from."""
 CONTENDERS, CONTENDERS_SIBLINGS = ("uce", "speed", "few_shot", "slug"), 2000
 """Whose siblings are asked for more often: the best must be shown to lose at most two points of them."""
+
+
+def attacks() -> list[str]:
+    """Those that one cell can hold; what distillation brings back, the survival cells say."""
+    return [name for name in registry.available(ATTACKS) if name != "distillation"]
 
 
 def study_of(concept: str, erased: Sequence[str], siblings: int = TARGETS) -> ErasureStudy:
@@ -158,14 +165,39 @@ def erase_cell(method: str, concepts: Sequence[str], before: Generate) -> dict[s
     return {"concepts": found, **cost}
 
 
-def attack_cell(method: str, concepts: Sequence[str]) -> dict[str, Any]:
-    """All attacks on one eraser's model."""
-    model, _, cost = erased(method, concepts)
-    request, study = ink_request(*concepts), ink_study(concepts[0], n=ATTEMPTS)
-    attacks = make_attacks([name for name in registry.available(ATTACKS) if name != "distillation"])
-    found: Audit = audit(open_model("ink"), model, request.erase[0], study, open_detector("ink"), attacks)
-    record = found.to_dict()
-    return {"rates": rates_of(found.erasure), "attacks": record["attacks"], "not tried": record["not tried"], **cost}
+def attack_cell(method: str, name: str) -> dict[str, Any]:
+    """One of an audit's attacks on one eraser's model, or on the unedited one, from the same prompts and noise."""
+    base, (concept,) = open_model("ink"), CONCEPTS["digit"]
+    model = base if method == UNEDITED else fitted_once(method, (concept,))
+    aim, study = ink_request(concept).erase[0], ink_study(concept, n=ATTEMPTS)
+    case = make_case(base, aim, study, open_detector("ink"), pictures=32, seed=0)
+    (attack,) = make_attacks([name])
+    if reason := attack.out_of_place(model, case):
+        return {"not tried": reason}
+    began = time.perf_counter()
+    with counting(model) as passes:
+        outcome = attack.run(model, case, seed=key(0, "attack", name))
+    return {
+        "box": attack.box,
+        "budget": attack.budget,
+        "rate": plain(outcome.rate),
+        "curve": [{"steps": steps, **plain(rate)} for steps, rate in outcome.curve],
+        "found": outcome.found,
+        "passes": passes.count,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def fitted_once(method: str, concepts: Sequence[str]) -> Model:
+    """Ink's teacher after an eraser, whose edit is kept for the other attacks on it."""
+    base = open_model("ink")
+    options = ink_eraser(method, concepts=concepts).config.model_dump_json()
+    known = hashlib.sha256(f"{base.content_hash()} {options} {concepts}".encode()).hexdigest()[:16]
+    path = RUNS / f"edit-{method}-{known}.safetensors"
+    if not path.is_file():
+        RUNS.mkdir(parents=True, exist_ok=True)
+        erased(method, concepts)[1].save(path)
+    return open_edited("ink", [path])
 
 
 def survival_cell(method: str, student: str, before: Generate, folder: Path) -> dict[str, Any]:
@@ -221,7 +253,8 @@ def cells(before: Generate) -> dict[str, Callable[[], dict[str, Any]]]:
         for row, concepts in CONCEPTS.items():
             found[f"{method}-{row}"] = partial(erase_cell, method, concepts, before)
     for method in ATTACKED:
-        found[f"attack-{method}"] = partial(attack_cell, method, CONCEPTS["digit"])
+        for name in attacks():
+            found[f"attack-{method}-{name}"] = partial(attack_cell, method, name)
     for method in SURVIVING:
         for student in STUDENTS:
             name = f"survival-{method}-{student}"
@@ -259,22 +292,25 @@ def table() -> str:
 
 
 def _attack_table() -> list[str]:
-    found = {m: json.loads(p.read_text()) for m in ATTACKED if (p := RESULTS / f"attack-{m}.json").is_file()}
-    if not found:
+    cells = {(m, name): RESULTS / f"attack-{m}-{name}.json" for m in ATTACKED for name in attacks()}
+    there = {place: json.loads(path.read_text()) for place, path in cells.items() if path.is_file()}
+    if not there:
         return []
-    lines = ["| attack | budget | base | " + " | ".join(found) + " |", "|---" * (3 + len(found)) + "|"]
-    trials = {m: {trial["attack"]: trial for trial in cell["attacks"]} for m, cell in found.items()}
-    for name in sorted({name for these in trials.values() for name in these}):
-        some = next(these[name] for these in trials.values() if name in these)
-        rates = [_interval(these[name]["edited"]["rate"]) if name in these else "" for these in trials.values()]
-        power = f"{_interval(some['base']['rate'])}{' (powerless)' if some['powerless'] else ''}"
-        lines.append("| " + " | ".join((name, some["budget"], power, *rates)) + " |")
+    methods = [method for method in ATTACKED if any(attacked == method for attacked, _ in there)]
+    lines = ["| attack | budget | " + " | ".join(methods) + " |", "|---" * (2 + len(methods)) + "|"]
+    for name in attacks():
+        row = {method: there[method, name] for method in methods if (method, name) in there}
+        if not row:
+            continue
+        budget = next((cell["budget"] for cell in row.values() if "budget" in cell), "")
+        rates = [_interval(row[m]["rate"]) if "rate" in row.get(m, {}) else "" for m in methods]
+        lines.append("| " + " | ".join((name, budget, *rates)) + " |")
     return lines
 
 
 def _survival_table() -> list[str]:
     cells = {(m, s): RESULTS / f"survival-{m}-{s}.json" for m in SURVIVING for s in STUDENTS}
-    there = {key: json.loads(path.read_text()) for key, path in cells.items() if path.is_file()}
+    there = {place: json.loads(path.read_text()) for place, path in cells.items() if path.is_file()}
     if not there:
         return []
     lines = ["| distilled from | " + " | ".join(STUDENTS) + " |", "|---" * (1 + len(STUDENTS)) + "|"]
