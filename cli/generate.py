@@ -66,6 +66,7 @@ def command(
         sampler=sampler,
         eta=eta,
         seed=seed,
+        batch_size=batch_size,
         progress=True,
     )
     out.mkdir(parents=True, exist_ok=True)

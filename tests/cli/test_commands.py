@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from students import with_lora
 
 from sublimate.cli.app import run
+from sublimate.diffusion.denoisers import Denoiser
 from sublimate.erasure.methods.uce import UCE
 from sublimate.evaluation.ink_demo import ink_request
 from sublimate.pipelines import folders
@@ -349,3 +350,13 @@ def test_own_prompts_are_all_judged_and_inks_grammar_by_inks_detector(capsys, tm
     how = json.loads(found.read_text())["options"]
     assert how["steps"] == 1 and how["prompts"] == "asked.jsonl" and how["edits"] == how["loras"] == []
     assert "--n and --judged" in failed(capsys, *draw, "--n", "8")
+
+
+@pytest.mark.slow
+def test_pictures_are_drawn_as_many_at_once_as_asked(capsys, tiny_sd, tmp_path, monkeypatch):
+    batches = []
+    forward = Denoiser.forward
+    monkeypatch.setattr(Denoiser, "forward", lambda d, x, *a, **k: batches.append(len(x)) or forward(d, x, *a, **k))
+    draw = ("generate", tiny_sd, "a cat", "--count", "3", "--steps", "1", "--guidance-scale", "1", "--out", tmp_path)
+    assert sublimate(capsys, *draw, "--batch-size", "2")[0] == 0
+    assert batches == [2, 1]
