@@ -35,8 +35,8 @@ def check_precision(model: Model, mixed_precision: str) -> None:
 def autocast(device: torch.device, mixed_precision: str) -> torch.autocast:
     """What a run's networks run under.
 
-    Rounded weights are not kept for later passes: those of a pass without gradients would serve one with gradients, in
-    releases of torch before 2.10, and those of sharded players would outlive their sharding.
+    Rounded weights are not kept for later passes: in earlier releases of torch those of a pass without gradients would
+    serve one with gradients, and those of sharded players would outlive their sharding.
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision == "bf16", cache_enabled=False)
 
