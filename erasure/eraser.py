@@ -16,6 +16,7 @@ from sublimate.pipelines.detector import Detector
 from sublimate.pipelines.edit import Edit
 from sublimate.pipelines.edit_attachment import EditAttachment
 from sublimate.pipelines.model import Model
+from sublimate.pipelines.placement import name_of
 from sublimate.pipelines.versions import versions
 from sublimate.training.method import Method
 
@@ -90,7 +91,7 @@ class Eraser(Method):
             "base": {
                 "source": public_name(model.source),
                 "content_hash": model.content_hash(),
-                **({} if model.dtype == torch.float32 else {"dtype": str(model.dtype).removeprefix("torch.")}),
+                **({} if model.dtype == torch.float32 else {"dtype": name_of(model.dtype)}),
                 **({"loras": [public_name(lora) for lora in model.loras]} if model.loras else {}),
             },
             "method": self.name(),

@@ -75,7 +75,7 @@ def ink_forms(concept: str, count: int = 32, *, unnamed: Collection[str] = ()) -
     words = re.compile(rf"\b({'|'.join(sorted(SYNONYMS[name], key=len, reverse=True))})\b")
     unnamed = set(unnamed)
     forms = {"{}": None}
-    for caption in prompts((200 if unnamed else 40) * count, 1, **{group: name}):  # type: ignore[arg-type]
+    for caption in prompts(200 * count, 1, **{group: name}):  # type: ignore[arg-type]
         form, times = words.subn("{}", caption.text)
         if times == 1 and not unnamed.intersection(re.findall(r"\w+", form)):
             forms[form] = None

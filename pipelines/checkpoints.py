@@ -13,6 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from sublimate.pipelines.placement import name_of
+
 INDEX = "model_index.json"
 """What makes a folder a diffusers pipeline: its class, and the library and class of each component."""
 
@@ -135,7 +137,7 @@ def cast_file(file: Path, dtype: torch.dtype) -> None:
     for name, value in cast.items():
         if value.is_floating_point() and not torch.equal(value.isfinite(), weights[name].isfinite()):
             raise ValueError(
-                f"{name} of {file.parent.name} holds numbers too large for {str(dtype).removeprefix('torch.')}: save "
+                f"{name} of {file.parent.name} holds numbers too large for {name_of(dtype)}: save "
                 "it in bfloat16 or float32."
             )
     save_file(cast, file, metadata)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
+from sublimate.pipelines.placement import name_of
+
 if TYPE_CHECKING:
     from sublimate.pipelines.model import Model
 
@@ -25,7 +27,7 @@ def finite(model: Model, made: Tensor, what: str) -> Tensor:
     """
     if is_fake(made) or made.isfinite().all():  # shapes alone have no values
         return made
-    precision = str(model.dtype).removeprefix("torch.")
+    precision = name_of(model.dtype)
     if model.dtype == torch.float16:
         raise ValueError(
             f"The {what} of {model.source} overflow float16 (beyond 65504): open it in bfloat16 or float32."

@@ -28,3 +28,8 @@ def brought_to(function: object, tensor: Tensor) -> Tensor:
     owner = getattr(function, "__self__", function)
     parameter = next(owner.parameters(), None) if isinstance(owner, nn.Module) else None
     return tensor if parameter is None else tensor.to(parameter.device)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """A precision's name as options have it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")

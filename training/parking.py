@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from sublimate.pipelines.folders import written_aside
 from sublimate.pipelines.model import Model, weights_hash
+from sublimate.pipelines.placement import name_of
 from sublimate.pipelines.quantised import has_quantised
 from sublimate.training.shards import INDEX, read_mapped
 
@@ -43,7 +44,7 @@ def park(model: Model, names: Sequence[str], folder: Path, *, file_bytes: int) -
     if not weights:
         return
     # The precision matters too, of which the hash is independent.
-    place = folder / f"encoders-{weights_hash(weights.items())[:32]}-{str(model.dtype).removeprefix('torch.')}"
+    place = folder / f"encoders-{weights_hash(weights.items())[:32]}-{name_of(model.dtype)}"
     if not (place / INDEX).is_file():
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f".{place.name}.lock"):

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sublimate.pipelines.placement import name_of
+
 if TYPE_CHECKING:
     from sublimate.pipelines.model import Model
 
@@ -23,7 +25,8 @@ def check_precision(model: Model, mixed_precision: str) -> None:
     """
     if model.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(
-            f"{model.source} is open in {_name(model.dtype)}, in which nothing trains: open it in bfloat16 or float32."
+            f"{model.source} is open in {name_of(model.dtype)}, in which nothing trains: open it in bfloat16 or "
+            "float32."
         )
     if model.dtype == torch.bfloat16 and mixed_precision != "bf16":
         raise ValueError(
@@ -39,10 +42,6 @@ def autocast(device: torch.device, mixed_precision: str) -> torch.autocast:
     serve one with gradients, and those of sharded players would outlive their sharding.
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision == "bf16", cache_enabled=False)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def warn_of_slow_bf16(device: torch.device) -> None:
