@@ -53,6 +53,7 @@ def parse(file: str) -> ast.Module:
     return ast.parse((ROOT / file).read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_imports_go_one_way() -> None:
     wrong = [
         f"{file}:{line}: import of {name} {problem}"
@@ -81,6 +82,7 @@ def test_the_import_rule_itself(layer: str, name: str, allowed: bool) -> None:
     assert (import_violation(layer, name) is None) == allowed
 
 
+@pytest.mark.slow
 def test_tests_import_absolutely() -> None:
     wrong = [
         f"{file}:{line}: {name}"
@@ -116,6 +118,7 @@ def test_links_lead_to_the_folders() -> None:
         assert (ROOT / ".links" / "sublimate" / folder).resolve() == ROOT / folder
 
 
+@pytest.mark.slow
 def test_every_file_starts_with_a_docstring() -> None:
     missing = [file for file in FILES + TESTS if not ast.get_docstring(parse(file))]
     assert not missing, missing
@@ -130,6 +133,7 @@ def test_no_file_is_called_utils() -> None:
     assert not [file for file in FILES + TESTS if Path(file).stem in ("utils", "util", "helpers", "misc", "common")]
 
 
+@pytest.mark.slow
 def test_no_asserts_outside_tests() -> None:
     found = [
         f"{file}:{node.lineno}" for file in FILES for node in ast.walk(parse(file)) if isinstance(node, ast.Assert)

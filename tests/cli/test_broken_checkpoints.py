@@ -110,6 +110,7 @@ def broken(tiny_sd: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_sd, tmp_path / "broken"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BROKEN)
 def test_every_command_says_in_one_sentence_what_is_wrong(capsys, broken, tmp_path, name):
     spoil, said = BROKEN[name]
@@ -155,6 +156,7 @@ def test_a_variant_is_chosen_by_option(capsys, broken, tmp_path):
     assert "it has model.fp16.safetensors: pass their variant" in failed(capsys, *other)
 
 
+@pytest.mark.slow
 def test_numbers_that_leave_float16(capsys, broken, tmp_path):
     of_large_numbers(broken)
     draw = ["generate", broken, "a cat", "--steps", "1", "--out", tmp_path / "out", "--dtype"]

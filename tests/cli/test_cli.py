@@ -96,6 +96,7 @@ def test_wrong_use_exits_with_2(arguments: list[str], message: str) -> None:
     assert not done.stdout
 
 
+@pytest.mark.slow
 def test_methods_names_every_method() -> None:
     done = start("methods")
     assert done.returncode == 0
@@ -112,6 +113,7 @@ def test_every_method_says_what_it_is() -> None:
             assert card.paper and card.summary, card
 
 
+@pytest.mark.slow
 def test_a_file_is_all_it_takes(broken) -> None:
     assert "\n  broken     A subcommand for the tests: fails in a chosen way.\n" in broken("--help").stdout
     assert "\n  Fail in a chosen way.\n" in broken("broken", "--help").stdout
@@ -119,6 +121,7 @@ def test_a_file_is_all_it_takes(broken) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "done not 3\n", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "status", "stderr"),
     [
@@ -138,12 +141,14 @@ def test_errors_are_one_sentence(broken, how: str, status: int, stderr: str) -> 
     assert (done.returncode, done.stderr) == (status, stderr)
 
 
+@pytest.mark.slow
 def test_typers_own_errors_pass(broken) -> None:
     done = broken("broken", "usage")
     assert done.returncode == 2
     assert "not so" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--debug", "broken", "bug"], ["broken", "bug", "--debug"]])
 def test_debug_shows_the_traceback(broken, arguments: list[str]) -> None:
     done = broken(*arguments)
@@ -152,10 +157,12 @@ def test_debug_shows_the_traceback(broken, arguments: list[str]) -> None:
     assert 'broken.py", line' in done.stderr
 
 
+@pytest.mark.slow
 def test_debug_after_two_dashes_is_an_argument(broken) -> None:
     assert broken("broken", "--", "--debug").stdout == "done --debug 1\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("buffered", ["", "1"])
 def test_losing_the_reader_is_no_error(buffered: str) -> None:
     command = f"PYTHONUNBUFFERED={buffered} {sys.executable} -m sublimate.cli methods | true; exit ${{PIPESTATUS[0]}}"

@@ -65,6 +65,7 @@ def test_dry_run_prints_the_configuration_and_its_cost(capsys, tmp_path, distill
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_dry_run_of_an_edited_teacher_reads_the_edit(capsys, tmp_path, distilling):
     said = failed(capsys, *distilling, f"edits=[{tmp_path / 'nowhere.safetensors'}]", "--dry-run")
     assert "nowhere.safetensors" in said
@@ -76,6 +77,7 @@ def test_dry_run_of_what_cannot_be_reached_says_what_it_does_not_count(capsys, t
     assert status == 0 and "network passes" in out and "are not counted: " in out and "give a folder" in out
 
 
+@pytest.mark.slow
 def test_dry_run_of_an_erasure_prints_options_and_cost(capsys, tmp_path, tiny_sd_v):
     erase = ["erase", tiny_sd_v, "cat", "--anchor", "dog", "--out", tmp_path / "edit", "--dry-run"]
     status, out, _ = sublimate(capsys, *erase, "--set", "lam=0.25")
@@ -92,6 +94,7 @@ def test_dry_run_of_an_erasure_prints_options_and_cost(capsys, tmp_path, tiny_sd
     assert status == 0 and "lam: " in out and "are not counted: " in out and "give a folder" in out
 
 
+@pytest.mark.slow
 def test_erase_then_generate(capsys, tmp_path, tiny_sd_v):
     edit, images = tmp_path / "edit", tmp_path / "images"
     erase = ["erase", tiny_sd_v, "cat", "--anchor", "dog", "--preserve", "red", "--out", edit, "--fold"]
@@ -136,6 +139,7 @@ def test_students_of_classes(capsys, tmp_path, distilling, tiny_edm_classes, tin
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_sounds_are_written_with_their_spectrograms(capsys, tmp_path, tiny_audio):
     draw = ["--steps", "1", "--guidance-scale", "1", "--count", "2", "--out", tmp_path]
     status, out, _ = sublimate(capsys, "generate", tiny_audio, "red cat", *draw)
@@ -162,12 +166,14 @@ def test_players_are_trained_with_the_attention_that_was_asked_for(distilling, t
     assert "attention: math ran, math was asked for" in caplog.messages
 
 
+@pytest.mark.slow
 def test_it_says_which_attention_drew(capsys, tiny_sd_v, tmp_path):
     draw = ["generate", tiny_sd_v, "cat", "--steps", 1, "--out", tmp_path, "--attention"]
     assert "attention: math ran, math was asked for\n" in sublimate(capsys, *draw, "math")[1]
     assert re.search(r"attention: (flash|math) ran, auto was asked for\n", sublimate(capsys, *draw, "auto")[1])
 
 
+@pytest.mark.slow
 def test_attention_that_does_not_run_here(capsys, tiny_sd_v, distilling):
     said = "'cudnn' does not run here on cpu"
     assert said in failed(capsys, *distilling, "attention=cudnn")
@@ -207,10 +213,12 @@ def test_another_run_does_not_resume_from_this_ones_checkpoints(capsys, tmp_path
     assert sublimate(capsys, *distilling, *longer)[0] == 0
 
 
+@pytest.mark.slow
 def test_negative_prompts_that_nothing_would_read(capsys, distilling):
     assert "f_distill reads no negative prompts" in failed(capsys, *distilling, "data.negatives=ink")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -243,6 +251,7 @@ def test_a_lora_is_added_before_a_command_does_its_work(capsys, tmp_path, tiny_s
     assert made_for == open_model(tiny_sd, loras=[folder]).content_hash() != model.content_hash()
 
 
+@pytest.mark.slow
 def test_pictures_of_a_concept(capsys, tmp_path, tiny_sd_v):
     erase = ["erase", tiny_sd_v, "cat", "--anchor", "dog", "--images", tmp_path / "cats", "--out", tmp_path / "edit"]
     salun = [*erase, "--method", "salun", "--set", "max_train_steps=1", "--set", "weights=x"]
@@ -291,6 +300,7 @@ def test_an_erasure_finds_what_is_wrong_before_it_begins(capsys, tmp_path, tiny_
     assert (tmp_path / "taken").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_demo_of_another_concept_does_not_mix_with_this_ones(capsys, tmp_path):
     edit = UCE().fit(open_model("ink"), ink_request("seven")).save(tmp_path / "edit.safetensors").read_bytes()
     assert "holds another demo" in failed(capsys, "demo", "three", "--out", tmp_path)
@@ -336,6 +346,7 @@ def test_a_full_disk_leaves_the_earlier_student_alone(capsys, tmp_path, distilli
     assert [path.name for path in (tmp_path / "run").iterdir() if "partial" in path.name] == []
 
 
+@pytest.mark.slow
 def test_own_prompts_are_all_judged_and_inks_grammar_by_inks_detector(capsys, tmp_path, tiny_sd_v):
     asked = tmp_path / "asked.jsonl"
     asked.write_text(

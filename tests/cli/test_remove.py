@@ -26,6 +26,7 @@ def remove(*arguments):
     return stop.value.code
 
 
+@pytest.mark.slow
 def test_it_writes_what_erase_object_returns(files, tiny_sd):
     out = files / "new" / "removed.png"
     options = ("--steps", 4, "--scale", 3, "--seed", 5, "--dilation", 1, "--inversion", "ddim", "--attention", "math")

@@ -120,6 +120,7 @@ def test_copy_respects_a_memo():
     assert twin.network.owner[0] is twin
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "kind"),
     [(DiscreteVP(TABLE), "epsilon"), (EDM(), "edm"), (RectifiedFlow(3.0), "flow"), (TrigFlow(0.5), "trigflow")],

@@ -20,6 +20,7 @@ def exact(schedule):
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 class TestInversion:
+    @pytest.mark.slow
     def test_a_sampler_returns_to_the_data_and_the_more_steps_the_nearer(self, schedule):
         errors = []
         for steps in (25, 100):

@@ -135,6 +135,7 @@ def between(schedule, steps):
     return torch.linspace(high, low, steps + 1, dtype=torch.float64)
 
 
+@pytest.mark.slow
 @EVERY
 @pytest.mark.parametrize(("sampler", "order"), [(euler, 1), (heun, 2)])
 def test_order_of_convergence(schedule, sampler, order):
@@ -148,6 +149,7 @@ def test_order_of_convergence(schedule, sampler, order):
     assert slopes == pytest.approx([order] * 2, abs=0.2)
 
 
+@pytest.mark.slow
 @EVERY
 def test_whole_range_ends_on_the_data(schedule):
     z = normal(0, 4, 1)

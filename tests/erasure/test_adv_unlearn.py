@@ -55,6 +55,7 @@ def test_the_warm_up_is_esd_with_the_text_encoder(model):
     assert any(p.grad is not None for p in objective.player.trainable().values())
 
 
+@pytest.mark.slow
 def test_the_prefix_brings_the_concept_back_and_the_loss_is_taken_there(model):
     objective = moved(objective_of(model, adversary_steps=20, adversary_rate=0.02))
     batch = prepared(objective, step=2)
@@ -83,6 +84,7 @@ def test_one_step_of_the_adversary_goes_against_the_sign_of_the_gradient(model):
     assert torch.equal(step.sign(), -gradient.sign())
 
 
+@pytest.mark.slow
 def test_samples_are_independent(model):
     whole, part = (prepared(moved(objective_of(model)), 2, n) for n in (4, 2))
     # Signs of gradients near zero may differ by rounding.
@@ -90,6 +92,7 @@ def test_samples_are_independent(model):
     assert same.float().mean() > 0.95
 
 
+@pytest.mark.slow
 def test_preserved_concepts_are_held_where_they_were(model):
     objective = objective_of(model, preserve=("dog",))
     batch = prepared(objective)

@@ -199,6 +199,7 @@ def pytest_generate_tests(metafunc):
 
 
 class TestEraser:
+    @pytest.mark.slow
     def test_a_fit_leaves_the_model_and_the_global_generator_alone(self, model, case):
         before, state = bits(model), torch.get_rng_state()
         fitted(model, case)

@@ -44,6 +44,7 @@ def mean_square(x):
     return x.square().mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eta", [0.0, 1.0, 2.5])
 def test_the_first_loss_is_the_squared_guidance_times_one_plus_eta_squared(sd, eta):
     objective, turn, batch = start(sd, eta=eta)
@@ -68,6 +69,7 @@ def test_within_trains_under_the_context_and_leaves_its_prediction_otherwise(sd)
     torch.testing.assert_close(loss.total, 0.49 * mean_square(concept - null))
 
 
+@pytest.mark.slow
 def test_keep_terms_start_at_zero_and_add_up_with_their_weights(sd):
     objective, turn, batch = start(sd, retain=0.5, null_pin=2.0, l1=3.0)
     with torch.no_grad():
@@ -87,6 +89,7 @@ def test_keep_terms_start_at_zero_and_add_up_with_their_weights(sd):
     assert min(retained, pinned, loss.logs["l1"]) > 1e-6
 
 
+@pytest.mark.slow
 def test_the_space_weights_the_loss(sd):
     totals = {}
     for space in ("output", "eps", "v"):
@@ -98,6 +101,7 @@ def test_the_space_weights_the_loss(sd):
     assert totals["v"] > 1.01 * totals["eps"]
 
 
+@pytest.mark.slow
 def test_the_student_or_the_frozen_network_samples(sd):
     for trajectory, moves in (("student", True), ("frozen", False)):
         objective, turn, batch = start(sd, trajectory=trajectory)
@@ -134,6 +138,7 @@ def test_counted_passes_are_the_networks_passes(sd):
     assert ESD.Config(start_guidance=1.0, retain=0.0).passes() == 24.5 + 2 + 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["x", "x-strict", "u", "self"])
 def test_a_fit_changes_the_selected_weights_and_nothing_else(sd, rule):
     before, flags = bits(sd), {key: p.requires_grad for key, p in sd.parameters().items()}
@@ -174,6 +179,7 @@ def test_training_leads_away_from_the_concept(sd):
     assert mean_square(predicted - batch["target"]) < 0.2 * before
 
 
+@pytest.mark.slow
 def test_what_has_no_gradient_does_not_move(sd):
     # Strength 0 within a context asks for what the network does already; weight decay would move it all the same.
     values = ESD(eta=0.0, **SMALL).fit(sd, Request("cat", within="photo")).values
@@ -206,6 +212,7 @@ def test_a_run_without_a_folder_leaves_none_and_says_how_to_resume(sd, tmp_path,
         ESD(**SMALL, output_dir=tmp_path / "run").fit(sd, CAT)
 
 
+@pytest.mark.slow
 def test_joint_attention_models_are_edited_too(tiny_sd3):
     model = open_model(tiny_sd3)
     before = bits(model)
@@ -218,6 +225,7 @@ def test_joint_attention_models_are_edited_too(tiny_sd3):
     assert bits(model) == before
 
 
+@pytest.mark.slow
 def test_what_esd_cannot_train_is_refused(sd, tiny_sd, tiny_unconditional):
     with pytest.raises(ValueError, match="knows no prompts"):
         ESD(**SMALL).fit(open_model(tiny_unconditional), CAT)

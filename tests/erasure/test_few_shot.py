@@ -35,6 +35,7 @@ def phrases(rows, words):
     return [texts[row] for row in rows.tolist()]
 
 
+@pytest.mark.slow
 def test_the_loss_is_minus_the_denoising_loss_at_few_noised_pictures(sd):
     objective = FewShotObjective(sd, FewShotConfig(**SMALL, retain=0.7), CAT)
     disturb(objective)
@@ -57,6 +58,7 @@ def test_the_loss_is_minus_the_denoising_loss_at_few_noised_pictures(sd):
     torch.testing.assert_close(loss.total, -erase + 0.7 * drift)
 
 
+@pytest.mark.slow
 def test_the_measures_are_their_formulas_one_sample_at_a_time(sd):
     objective = FewShotObjective(sd, FewShotConfig(**SMALL, held_out=6), CAT)
     assert objective.measure()[1] == 0.0
@@ -82,6 +84,7 @@ def test_the_measures_are_their_formulas_one_sample_at_a_time(sd):
     torch.testing.assert_close(torch.tensor(drift), drifts / units, rtol=1e-3, atol=0)
 
 
+@pytest.mark.slow
 def test_what_is_held_out_covers_all_times_and_no_step_draws_it(sd):
     objective = FewShotObjective(sd, FewShotConfig(**SMALL, held_out=10), CAT)
     t = torch.cat([part["t"] for part in objective.held_out])
@@ -167,6 +170,7 @@ def test_the_choice_holds_the_best_steps_weights():
     assert again.outcome() == choice.outcome() and again.values["w"].item() == 3
 
 
+@pytest.mark.slow
 def test_all_phrases_of_a_concept_share_its_few_latents(tiny_sd, tmp_path):
     model, options = open_model(tiny_sd), {"count": 3, "steps": 1, "guidance_scale": 1.0, "seed": 0, "batch_size": 4}
     pictures = [tmp_path / f"{i}.png" for i in range(2)]
@@ -187,6 +191,7 @@ def test_all_phrases_of_a_concept_share_its_few_latents(tiny_sd, tmp_path):
     assert 0 <= everything.min() < 0.1 and 0.9 < everything.max() < 1
 
 
+@pytest.mark.slow
 def test_passes_are_those_of_training_and_measuring(tiny_sd):
     options = {"images": 2, "sampling_steps": 1, "held_out": 6, "train_batch_size": 3, "retain": 0.0}
     config = FewShotConfig(**options)

@@ -43,6 +43,7 @@ def mean_error(ours, theirs):
     return torch.stack([(ours[name] - theirs[name]).square().mean() for name in ours]).mean()
 
 
+@pytest.mark.slow
 def test_the_loss_is_its_formula(inpainting):
     objective, turn, batch = start(inpainting, retain=0.7, alpha=0.4, text_dropout=0.0)
     disturb(objective)
@@ -72,6 +73,7 @@ def test_the_loss_is_its_formula(inpainting):
     torch.testing.assert_close(loss.total, 0.4 * forget + 0.7 * drift)
 
 
+@pytest.mark.slow
 def test_pictures_and_noise_are_shown_through_the_same_hole(inpainting):
     objective, _, batch = start(inpainting)
     assert torch.equal(batch[f"shown/{MASK}"], batch[f"noise/{MASK}"])
@@ -92,6 +94,7 @@ def test_pictures_and_noise_are_shown_through_the_same_hole(inpainting):
     torch.testing.assert_close(batch[f"shown/{MASKED}"][everything], shown[MASKED][everything], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_text_is_dropped_for_some(inpainting):
     objective, _, batch = start(inpainting, n=40, text_dropout=0.3)
     told = objective.told(batch, objective.erased, "shown")
@@ -101,6 +104,7 @@ def test_text_is_dropped_for_some(inpainting):
     assert sum(torch.allclose(text, cat) for text in told["text"]) == 40 - dropped
 
 
+@pytest.mark.slow
 def test_only_the_encoder_trains_and_all_of_it(inpainting):
     edit = ImageToImage(**SMALL, max_train_steps=2).fit(inpainting, CAT)
     parts = {key.split("/")[1].split(".")[0] for key in edit.values}
@@ -179,6 +183,7 @@ def test_noise_has_the_colours_of_the_pictures(inpainting):
     torch.testing.assert_close(torch.cov(drawn.mT), noise.covariance, rtol=0, atol=0.02 * scale)
 
 
+@pytest.mark.slow
 def test_upscalers_are_shown_small_pictures(tiny_upscaling, tmp_path):
     model = open_model(tiny_upscaling)
     for name in ("cat", "red"):

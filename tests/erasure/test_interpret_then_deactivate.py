@@ -107,6 +107,7 @@ def test_the_hook_computes_the_formula_and_leaves_the_first_token(model, gate, t
     assert not torch.equal(told[edited], plain[edited])
 
 
+@pytest.mark.slow
 def test_safe_prompts_are_bit_identical_and_the_concepts_are_not(model):
     edit = fitted(model)
     safe, asked = ["", *texts(REQUEST.preserve)], texts(REQUEST.erase)
@@ -126,6 +127,7 @@ def test_safe_prompts_are_bit_identical_and_the_concepts_are_not(model):
     assert edit.provenance["artefact"] == "attachment" and edit.provenance["method"] == "interpret_then_deactivate"
 
 
+@pytest.mark.slow
 def test_half_precision_passes_safe_prompts_through_too(tiny_sd, model):
     edit, half = fitted(model), open_model(tiny_sd, dtype=torch.float16)
     plain, told = conditions(half, ["seven", "a cat"])
@@ -134,6 +136,7 @@ def test_half_precision_passes_safe_prompts_through_too(tiny_sd, model):
     assert torch.equal(again[0], plain) and not torch.equal(again[1], told) and again[1].dtype == torch.float16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("gate", "tau"), [("max", 0.0), ("mean", -3.0)])
 def test_features_and_threshold_are_what_the_prompts_say(model, gate, tau):
     edit = fitted(model, gate=gate, tau=tau, margin=0.9, features=6)
@@ -148,6 +151,7 @@ def test_features_and_threshold_are_what_the_prompts_say(model, gate, tau):
     assert edit.attachment.options["threshold"] == pytest.approx(0.9 * float(change[change > 0].min()), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_generic_prompts_train_and_are_left_alone_unless_they_name_the_concept(model, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("a Cat in style\na dog\na van\na painting\n")
@@ -169,6 +173,7 @@ def test_what_leaves_no_feature_is_refused(model):
     assert threshold > 0 and (scale == 0).any()
 
 
+@pytest.mark.slow
 def test_only_a_single_clip_encoder_is_served(model, tiny_sd3, tiny_unconditional):
     for other, message in ((tiny_sd3, "has text_encoder, text_encoder_2"), (tiny_unconditional, "has none: use")):
         with pytest.raises(ValueError, match=message):

@@ -61,6 +61,7 @@ def test_weights_shrink(sd):
     assert norm(0.1) < 0.97 * norm(0.0)
 
 
+@pytest.mark.slow
 def test_the_erased_concept_takes_no_part(sd):
     options = {**SMALL, "max_train_steps": 2}
     a, b = (L1Sparse(**options).fit(sd, Request(Concept(name), preserve=["red"])) for name in ("cat", "dog"))

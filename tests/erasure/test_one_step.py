@@ -66,6 +66,7 @@ def test_the_targets_are_what_the_student_draws_for_the_anchor(student):
     torch.testing.assert_close(batch["target"], drawn, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_few_step_student_is_trained_at_all_its_times_on_its_own_images(tiny_sd_v, tmp_path):
     few = FewSteps("consistency", steps=3, grid_steps=50)
     model = exported(tiny_sd_v, tmp_path, few_steps=few)
@@ -83,6 +84,7 @@ def test_a_few_step_student_is_trained_at_all_its_times_on_its_own_images(tiny_s
     torch.testing.assert_close(batch["x_t"], expected.float(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_student_that_is_told_its_guidance_is_told_it_here(tiny_sd, tmp_path):
     few = FewSteps("consistency", steps=2, grid_steps=50, guidance_scale=8.0)
     model = exported(tiny_sd, tmp_path, "tiny_sd#told", few_steps=few)
@@ -110,6 +112,7 @@ def test_training_makes_the_concepts_images_the_anchors(student):
     assert (new_seven - seven).square().mean() < 0.5 * before
 
 
+@pytest.mark.slow
 def test_what_is_no_student_must_be_told_its_times(tiny_sd_v, tmp_path):
     model = open_model(tiny_sd_v)
     with pytest.raises(ValueError, match="set times"):

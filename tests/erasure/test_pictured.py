@@ -48,6 +48,7 @@ def said(objective, model, batch, words, prefix=""):
     return objective.student(batch[f"{prefix}x_t"], batch[f"{prefix}t"], told)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cls", "config", "shown"),
     [(ConceptAblationObjective, ConceptAblationConfig, "dog"), (SalUnObjective, SalUnConfig, "cat")],
@@ -121,6 +122,7 @@ def test_the_mask_is_that_of_the_largest_gradients_of_the_concepts_loss(sd):
     assert wrong <= 1e-3 * len(everything)  # rounding, at the threshold
 
 
+@pytest.mark.slow
 def test_the_mask_belongs_to_the_run(sd):
     # Another mask, as rounding on another machine makes one, is replaced by the checkpoint's.
     first, second = (SalUnObjective(sd, SalUnConfig(**SMALL, weights="x", saliency=s), CAT) for s in (0.3, 0.6))

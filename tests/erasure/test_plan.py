@@ -113,6 +113,7 @@ def test_what_a_request_preserves_nothing_of_is_counted_where_something_is_retai
     assert method.plan(open_shapes(tiny_inpainting), request).flops == pytest.approx(counter.get_total_flops())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["uce", "rece", "speed", "mace_fusion"])
 def test_a_closed_form_counts_what_it_reads_and_solves(tiny_sd_v, method):
     concept = Concept("cat", anchor="dog", synonyms=("seven",))
@@ -131,6 +132,7 @@ def test_a_closed_form_counts_what_it_reads_and_solves(tiny_sd_v, method):
     assert found.base == sum(p.nbytes for p in model.parameters().values()) < found.reading.peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "options"), [("few_shot", {}), ("slug", {}), ("prune_then_erase", {"then": "esd"})]
 )

@@ -65,6 +65,7 @@ def test_without_pruning_it_is_the_other_eraser(sd, then, eraser, options):
     assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
+@pytest.mark.slow
 def test_a_closed_form_edits_the_pruned_model_and_zeros_stay_elsewhere(sd):
     options = {"tokens": "last", "templates": ["{}", "a {}"]}
     masks = magnitude_masks(sd, 0.4)

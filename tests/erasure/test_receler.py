@@ -82,6 +82,7 @@ def test_the_rows_after_the_concept_are_free(model):
     assert int(objective_of(model, adversary_rows=99).free[0].nonzero().max()) == span.last - 1
 
 
+@pytest.mark.slow
 def test_samples_are_independent(model):
     whole, part = (prepared(moved(objective_of(model, adversary_steps=3)), n) for n in (4, 2))
     torch.testing.assert_close(part["text"], whole["text"][:2])

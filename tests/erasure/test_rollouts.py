@@ -57,6 +57,7 @@ def test_updates_of_a_step_share_one_sampling_each_from_its_own_part(sd, traject
     assert not torch.equal(other[0][1]["x_t"], batches[0]["x_t"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cls", "config"),
     [

@@ -198,6 +198,7 @@ def test_a_ray_goes_there_and_comes_back_bit_by_bit():
     assert set(ray.at(1.0)) == {"a"}
 
 
+@pytest.mark.slow
 def test_the_step_raises_the_forget_loss_by_the_gradients_square(sd):
     # theta' - theta is lambda G_f: G_f here by finite differences of the loss that raises it.
     edit = SLUG(**{**SMALL, "max_probes": 1}, first_step=1e-3).fit(sd, CAT)
@@ -223,6 +224,7 @@ def test_the_step_raises_the_forget_loss_by_the_gradients_square(sd):
     assert math.sqrt(norms[0] / norms[1]) == pytest.approx(1e-3, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_one_layer_moves_and_the_record_says_which(sd):
     edit = SLUG(**SMALL).fit(sd, CAT)
     outcome = edit.provenance["outcome"]
@@ -255,6 +257,7 @@ class Colours:
         }
 
 
+@pytest.mark.slow
 def test_a_detector_judges_by_the_labels_of_its_groups(sd):
     latents = 3 * normal(8, *sd.latent_shape)
     cats = sd.render(latents).mean((1, 2, 3)) > 0.5

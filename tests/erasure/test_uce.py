@@ -180,6 +180,7 @@ def test_the_concept_is_drawn_as_its_anchor(sd):
     assert (edited - expected).norm() < 0.2 * (plain - expected).norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", ["tail", "last"])
 @pytest.mark.parametrize("family", ["sd3", "flux"])
 def test_joint_attention_is_edited_where_text_enters_with_its_bias_once(family, tokens, request):
@@ -240,6 +241,7 @@ def test_fit_leaves_the_model_alone_and_says_where_the_edit_comes_from(sd):
     assert edit.provenance["versions"].keys() == {"sublimate", "torch", "diffusers", "transformers"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd", "sd3", "flux"])
 def test_the_edit_is_a_lora(family, tmp_path, request):
     model = request.getfixturevalue(family)

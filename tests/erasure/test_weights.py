@@ -96,6 +96,7 @@ def test_u_leaves_out_what_prepares_text_and_time_in_transformers(request, name)
     }
 
 
+@pytest.mark.slow
 def test_an_attn2_that_attends_to_itself_is_self_attention(tiny_audio):
     model = open_model(tiny_audio)
     network = model.denoiser.network

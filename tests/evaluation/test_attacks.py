@@ -88,6 +88,7 @@ def lora_of(model, folder):
     return folder / "lora.safetensors"
 
 
+@pytest.mark.slow
 def test_an_added_lora_acts_on_top_of_the_model(model, tmp_path):
     case, attack = case_of(model), attack_of("added_lora", lora=lora_of(model, tmp_path))
     images = attack.run(model, case, seed=0).images
@@ -192,6 +193,7 @@ def test_completion_at_full_strength_shows_nothing_of_the_picture(model):
     assert "without a prompt" in part.run(model, case, seed=0).found
 
 
+@pytest.mark.slow
 def test_inpainting_fills_the_hole_and_leaves_the_rest(model, monkeypatch):
     case = case_of(model)
     shown = pictured(model, case.pictures)
@@ -206,6 +208,7 @@ def test_inpainting_fills_the_hole_and_leaves_the_rest(model, monkeypatch):
     assert torch.equal(whole, generate_latents(model, case.captions, seed=0))
 
 
+@pytest.mark.slow
 def test_noise_search_disturbs_by_levels_of_the_posterior(model):
     case, schedule = case_of(model), model.schedule
     plain = attack_of("noise_search", levels=[0.0]).run(model, case, seed=1)
@@ -237,6 +240,7 @@ def test_classifier_guidance_raises_what_the_detector_sees(model):
     assert led > unguided
 
 
+@pytest.mark.slow
 def test_a_swapped_encoder_undoes_what_was_erased_there(model, tiny_sd):
     edited = open_model(tiny_sd)
     edited.defaults |= model.defaults

@@ -60,6 +60,7 @@ def test_an_audit_says_what_it_tried_and_what_not(model, tiny_sd):
     assert record["attacks"][0]["edited"]["rate"]["value"] == 1.0 and record["not tried"] == found.skipped
 
 
+@pytest.mark.slow
 def test_an_attack_that_cannot_be_run_is_told_and_the_others_go_on(model):
     attacks = make_attacks(["textual_inversion", "seed_search"], {"textual_inversion": {"tokens": 1000}})
     found = audit(model, model, Concept("cat", "dog"), study(), Constant(True), attacks, pictures=2)
@@ -67,6 +68,7 @@ def test_an_attack_that_cannot_be_run_is_told_and_the_others_go_on(model):
     assert found.skipped["textual_inversion"].startswith("it could not be run: ")
 
 
+@pytest.mark.slow
 def test_an_attack_for_which_a_gpu_is_too_small_does_not_cost_the_audit(model, monkeypatch):
     def too_large(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 7 TiB.")
@@ -78,6 +80,7 @@ def test_an_attack_for_which_a_gpu_is_too_small_does_not_cost_the_audit(model, m
     assert found.skipped["classifier_guidance"] == "it could not be run: CUDA out of memory."
 
 
+@pytest.mark.slow
 def test_what_cannot_be_attacked_is_refused_before_anything_is_studied(model, tiny_sd, monkeypatch):
     def studied(*arguments):
         raise AssertionError("the study is the costly part")

@@ -34,6 +34,7 @@ def test_what_is_no_digit_is_put_in_forms_of_its_own():
     assert ink_eraser("uce", concepts=["seven"]).config == ink_eraser("uce").config
 
 
+@pytest.mark.slow
 def test_forms_name_nothing_that_is_erased_beside_and_nothing_at_all_where_an_eraser_leads_away_from_it():
     def said(forms):
         return set(re.findall(r"\w+", " ".join(forms)))

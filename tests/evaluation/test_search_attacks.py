@@ -31,6 +31,7 @@ def test_word_search_finds_the_best_word_of_all(model):
     assert found == f"“{max(words, key=scores.__getitem__)}”"
 
 
+@pytest.mark.slow
 def test_an_adversarial_prefix_is_written_in_words_and_never_worse_than_none(model):
     case = case_of(model)
     outcome = attack_of("adversarial_prefix", tokens=2, max_train_steps=4, learning_rate=1.0).run(model, case, seed=0)

@@ -28,6 +28,7 @@ def test_it_obeys_in_a_single_step():
     assert found.together.value > 0.92 and found.rejected.value < 0.13
 
 
+@pytest.mark.slow
 def test_stock_diffusers_draws_the_same_image():
     folder = packaged_folder(NAME)
     pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)

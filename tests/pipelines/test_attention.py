@@ -63,6 +63,7 @@ def test_the_report_names_the_processors(models):
     assert sorted(processors(models["tiny_sana"])) == [*2 * ["ChosenProcessor"], *2 * ["SanaLinearAttnProcessor2_0"]]
 
 
+@pytest.mark.slow
 def test_a_kernel_is_chosen_over_diffusers_own_choice_of_a_backend(models):
     model = models["tiny_flux"]
     model.denoiser.network.set_attention_backend("_native_math")
@@ -74,6 +75,7 @@ def test_a_kernel_is_chosen_over_diffusers_own_choice_of_a_backend(models):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_eager_attention_allows_forward_mode_derivatives(models, name):
     model = models[name].to(dtype=torch.float64)
@@ -115,6 +117,7 @@ def test_eager_attention_is_torchs():
         _attention(q, k, v, is_causal=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("kernel", ["efficient", "cudnn"])
 def test_a_kernel_that_does_not_run_here_is_an_error_and_changes_nothing(models, name, kernel):

@@ -68,6 +68,7 @@ def test_without_guidance_it_is_plain_sampling_within_the_mask(model):
     torch.testing.assert_close(found, blended(model, grid, step), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_guidance_leads_from_plain_to_redirected_attention(model):
     """Each branch in a pass of its own, eps put together as the paper has it."""
     null, grid = untold(model), model.schedule.grid(5)[1:]
@@ -88,6 +89,7 @@ def test_guidance_leads_from_plain_to_redirected_attention(model):
     assert (found - erase_object(model, IMAGES, MASKS, **FEW, scale=0.0, paste=False)).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
@@ -164,6 +166,7 @@ def test_a_transposed_image_gives_the_transposed_result(tiny_sd):
     torch.testing.assert_close(turned.mT, found, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_image_depends_on_its_seed_and_place_alone(plain_model):
     together = erase_object(plain_model, IMAGES, MASKS, **FEW, seed=3)
     apart = erase_object(plain_model, IMAGES, MASKS, **FEW, seed=3, batch_size=1)

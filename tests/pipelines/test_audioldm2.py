@@ -28,6 +28,7 @@ def test_spectrogram_sizes(model):
         model.encode(torch.zeros(1, 3, 16, 8))
 
 
+@pytest.mark.slow
 def test_spectrograms_are_drawn_without_bounds(model):
     drawn = generate(model, PROMPTS[:2], steps=2, seed=1)
     assert drawn.shape == (2, 1, 16, 8) and float(drawn.min()) < 0
@@ -73,6 +74,7 @@ def test_what_the_stock_pipeline_cannot_do_is_refused(model, tmp_path):
         export_lora(model, player.module, tmp_path / "lora")
 
 
+@pytest.mark.slow
 def test_speech_that_reads_transcriptions_is_refused(tiny_audio):
     model = open_model(tiny_audio)
     model.pipeline.text_encoder_2.config.model_type = "vits"

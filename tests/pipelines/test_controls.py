@@ -41,6 +41,7 @@ def media(count=2, seed=1):
     return torch.rand(count, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.slow
 @EVERY
 def test_gradients_are_those_of_finite_differences(control):
     assert torch.autograd.gradcheck(lambda x: control(x), media().requires_grad_(True))

@@ -36,6 +36,7 @@ def with_x0(model, function):
     return model
 
 
+@pytest.mark.slow
 def test_the_optimum_is_the_least_squares_solution(linear):
     model, matrix = linear
     target = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -47,6 +48,7 @@ def test_the_optimum_is_the_least_squares_solution(linear):
     torch.testing.assert_close(found.surrogate_images[0], target, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_one_step_draws_what_was_optimised_and_more_steps_leave_a_gap(tiny_sd_v):
     # |M_T(z*) - M_1(z*)| is the price of the surrogate: nothing for T = 1.
     model = open_model(tiny_sd_v)
@@ -68,6 +70,7 @@ def test_pixels_that_may_change_keep_their_noise(linear):
     assert not torch.equal(found.z[..., :4], start.z[..., :4])
 
 
+@pytest.mark.slow
 def test_without_iterations_it_draws_what_generate_draws(tiny_sd_v):
     model = open_model(tiny_sd_v)
     found = ditto(model, ["a dog", "red cat"], lambda media: media.flatten(1).mean(1), iterations=0, steps=3, seed=4)
@@ -76,6 +79,7 @@ def test_without_iterations_it_draws_what_generate_draws(tiny_sd_v):
     torch.testing.assert_close(found.surrogate_images, one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["consistency", "target_driven", "euler"])
 def test_a_samplers_fresh_noise_is_none_of_the_initial_noise(tiny_sd_v, sampler):
     model, prompts = open_model(tiny_sd_v), ["a dog", "red cat"]
@@ -86,6 +90,7 @@ def test_a_samplers_fresh_noise_is_none_of_the_initial_noise(tiny_sd_v, sampler)
     assert torch.equal(generate_latents(model, prompts, z=z, **sampling), generate_latents(model, prompts, **sampling))
 
 
+@pytest.mark.slow
 def test_a_student_that_is_told_the_scale_is_told_its_own(tiny_sd):
     opened = open_model(tiny_sd)
     unet = opened.denoiser_with_number_input().network
@@ -130,6 +135,7 @@ def test_sound_follows_a_curve_of_intensity(tiny_audio):
     assert longer.images.shape == (1, 1, 32, 8) and longer.z.shape == (1, 4, 16, 4)
 
 
+@pytest.mark.slow
 def test_samples_do_not_interact_and_weights_stay(tiny_sd_v):
     model = open_model(tiny_sd_v)
     before = model.content_hash()
@@ -144,6 +150,7 @@ def test_samples_do_not_interact_and_weights_stay(tiny_sd_v):
     assert all(p.grad is None and not p.requires_grad for p in model.parameters().values())
 
 
+@pytest.mark.slow
 def test_a_decoder_of_its_own_draws_from_the_noise_found(tiny_sd, tiny_sd_v):
     student, decoder = open_model(tiny_sd_v), open_model(tiny_sd)
     found = ditto(student, ["a dog"], lambda m: m.flatten(1).mean(1), decoder=decoder, iterations=2, steps=2)

@@ -62,6 +62,7 @@ def test_an_edit_touches_the_keys_it_names_and_no_others(model):
     assert model.denoiser.network.conv_in.weight is model.parameters()[CONV]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_removal_in_any_order_restores_every_bit(tiny_sd, dtype):
     model = open_model(tiny_sd, dtype=dtype)
@@ -169,6 +170,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_touched(model, tiny_unc
         assert bits(model) == before and stack_of(model) is None
 
 
+@pytest.mark.slow
 def test_another_base_is_refused_by_name_unless_allowed(model, tiny_sd_v):
     other = open_model(tiny_sd_v)
     with torch.no_grad():
@@ -187,6 +189,7 @@ def test_another_base_is_refused_by_name_unless_allowed(model, tiny_sd_v):
     assert bits(other) == before
 
 
+@pytest.mark.slow
 def test_an_edit_of_an_edited_model_applies_on_top_of_it_or_of_the_base(model):
     first = made_for(model, [CONV], seed=0)
     first.apply(model)
@@ -288,6 +291,7 @@ def image(pipeline):
     return pipeline("a cat", **arguments).images
 
 
+@pytest.mark.slow
 def test_a_lora_is_the_edit(model, tmp_path):
     edit = made_for(model, [], [K, V])
     b, a = edit.low_rank[V]
@@ -325,6 +329,7 @@ def test_the_files_keys_are_the_parameters_names(model, tmp_path):
     assert load_file(path).keys() == {CONV, f"{K}.lora_A", f"{K}.lora_B"}
 
 
+@pytest.mark.slow
 def test_a_folded_model_opens_in_stock_diffusers(model, tmp_path):
     edit, before = made_for(model, [CONV], [K]), bits(model)
     with edit.applied(model):
@@ -349,6 +354,7 @@ def test_a_folded_model_opens_in_stock_diffusers(model, tmp_path):
     assert record["edits"] == [json.loads(json.dumps(made.provenance)) for made in (other, edit)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attached", [False, True])
 def test_a_model_beside_another_shares_all_that_its_edit_leaves_alone(model, tiny_sd, attached):
     request = Request(Concept("cat", anchor="" if attached else "dog"))

@@ -76,6 +76,7 @@ def same(first, second):
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_an_attachment_acts_while_applied_and_leaves_no_bit_behind(tiny_sd, dtype):
     model = open_model(tiny_sd, dtype=dtype)
@@ -92,6 +93,7 @@ def test_an_attachment_acts_while_applied_and_leaves_no_bit_behind(tiny_sd, dtyp
         assert not any(attached_kinds(network) for network in model.components().values())
 
 
+@pytest.mark.slow
 def test_several_come_off_in_any_order(model):
     plain = outputs(model)
     edits = [shifted(model, values=[CONV], seed=1), shifted(model, "unet/conv_in", seed=2), shifted(model, seed=3)]

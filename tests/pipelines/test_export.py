@@ -98,6 +98,7 @@ def test_what_is_tuned_from_a_student_starts_where_it_does(tiny_sd3, tmp_path):
     assert torch.equal(generate(tuned, PROMPTS), generate(student, PROMPTS))
 
 
+@pytest.mark.slow
 def test_the_base_keeps_its_weights_scheduler_and_config(tiny_sd, tmp_path):
     model = open_model(tiny_sd)
     before, scheduler = model.content_hash(), dict(model.pipeline.scheduler.config)
@@ -106,6 +107,7 @@ def test_the_base_keeps_its_weights_scheduler_and_config(tiny_sd, tmp_path):
     assert dict(model.pipeline.scheduler.config) == scheduler
 
 
+@pytest.mark.slow
 def test_adapters_are_merged_into_a_copy(tiny_sd, tmp_path):
     # A player's tree shares the base's storage: merging in place would change the teacher.
     model = open_model(tiny_sd)
@@ -122,6 +124,7 @@ def test_adapters_are_merged_into_a_copy(tiny_sd, tmp_path):
     assert any(".lora_" in name for name, _ in student.named_parameters())
 
 
+@pytest.mark.slow
 def test_a_lora_file_has_one_rank_and_no_scale(tiny_sd, tmp_path):
     model = open_model(tiny_sd)
     name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -156,12 +159,14 @@ def test_a_student_with_extra_parameters_is_refused(tiny_sd, tmp_path):
         export_student(model, student, tmp_path / "student")
 
 
+@pytest.mark.slow
 def test_a_student_that_predicts_something_else_is_refused(tiny_sd, tiny_sd_v, tmp_path):
     model = open_model(tiny_sd)
     with pytest.raises(ValueError, match=r"parametrization differs.*attachment"):
         export_student(model, open_model(tiny_sd_v).denoiser, tmp_path / "student")
 
 
+@pytest.mark.slow
 def test_a_model_is_saved_as_it_is(tiny_sd, tmp_path):
     model = open_model(tiny_sd)
     with torch.no_grad():

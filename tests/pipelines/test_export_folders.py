@@ -22,6 +22,7 @@ from sublimate.training.config import dump_config
 from sublimate.training.distill import DistillConfig
 
 
+@pytest.mark.slow
 def test_a_failed_export_leaves_the_earlier_one(tiny_sd, tmp_path, monkeypatch):
     model = open_model(tiny_sd)
     folder = export_student(model, model.denoiser, tmp_path / "student", provenance={"round": 1})
@@ -71,6 +72,7 @@ def test_leftovers_of_a_killed_process_of_the_same_number_do_not_matter(tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
+@pytest.mark.slow
 def test_an_export_replaces_an_earlier_one_but_nothing_else(tiny_sd, tmp_path):
     model = open_model(tiny_sd)
     folder = export_student(model, model.denoiser, tmp_path / "student", provenance={"round": 1})
@@ -86,6 +88,7 @@ def test_an_export_replaces_an_earlier_one_but_nothing_else(tiny_sd, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["holiday", "student"]
 
 
+@pytest.mark.slow
 def test_the_record_says_how_it_was_made(tiny_sd, tmp_path):
     model = open_model(tiny_sd)
     folder = export_student(model, model.denoiser, tmp_path / "student", t=500, provenance={"method": "f_distill"})
@@ -130,6 +133,7 @@ def test_options_of_many_lines_are_a_block_of_the_card(tiny_sd, tmp_path):
     assert "| seed | `3` |" in card and "| config |" not in card
 
 
+@pytest.mark.slow
 def test_cards_show_how_pictures_are_given(tiny_inpainting, tiny_upscaling, tmp_path):
     expected = {tiny_inpainting: "image=image, mask_image=mask", tiny_upscaling: "image=small_image"}
     for source, arguments in expected.items():
@@ -138,6 +142,7 @@ def test_cards_show_how_pictures_are_given(tiny_inpainting, tiny_upscaling, tmp_
         assert f'pipeline("...", {arguments}, num_inference_steps=1' in (folder / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_local_paths_stay_private(tiny_sd, tmp_path):
     model = open_model(tiny_sd)
     folder = export_student(model, model.denoiser, tmp_path / "student", provenance={"base": str(tiny_sd)})

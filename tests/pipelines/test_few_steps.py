@@ -67,6 +67,7 @@ def test_a_deterministic_sampling_is_ddim_and_draws_no_noise(tiny_sd):
     torch.testing.assert_close(drawn, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"sampler": "consistency"}, {"sampler": "target_driven", "eta": 0.4}])
 def test_noise_continues_each_images_own_generator(tiny_sd, options):
     model = open_model(tiny_sd)
@@ -92,6 +93,7 @@ def few_step_folder(base, folder, few: FewSteps) -> Path:
     return copy
 
 
+@pytest.mark.slow
 def test_a_recorded_sampling_is_the_default(tiny_sd, tmp_path):
     few = FewSteps("target_driven", eta=0.3, grid_steps=250, guidance_scale=1.7)
     student, base = open_model(few_step_folder(tiny_sd, tmp_path / "student", few)), open_model(tiny_sd)
@@ -106,6 +108,7 @@ def test_a_recorded_sampling_is_the_default(tiny_sd, tmp_path):
         assert not torch.equal(own, generate(student, ["a cat"], **changed)), changed
 
 
+@pytest.mark.slow
 def test_a_few_step_student_also_draws_in_one(tiny_sd, tmp_path):
     few = FewSteps("target_driven", eta=0.3, grid_steps=250, guidance_scale=1.7)
     student, base = open_model(few_step_folder(tiny_sd, tmp_path / "student", few)), open_model(tiny_sd)
@@ -120,6 +123,7 @@ def test_a_few_step_student_also_draws_in_one(tiny_sd, tmp_path):
         generate(student, ["a cat"], start=400)
 
 
+@pytest.mark.slow
 def test_clipping_is_for_the_first_calls(tiny_sd):
     model = open_model(tiny_sd)
     options = {"steps": 3, "sampler": "target_driven", "guidance_scale": 7}

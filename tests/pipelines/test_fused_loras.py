@@ -44,6 +44,7 @@ def predicted(model):
         return model.denoiser(torch.ones(1, *model.latent_shape), 500.0, model.encode_prompts(["a cat"])).output
 
 
+@pytest.mark.slow
 def test_a_lora_is_in_the_weights_as_stock_diffusers_adds_it(tiny_sd_v, lora, tmp_path):
     pipeline = stock(tiny_sd_v)
     plain = said(pipeline)
@@ -60,6 +61,7 @@ def test_a_lora_is_in_the_weights_as_stock_diffusers_adds_it(tiny_sd_v, lora, tm
     assert (predicted(opened) - plain).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_a_students_lora_is_sampled_as_the_student(tiny_sd_v, tmp_path):
     model = open_model(tiny_sd_v)
     student = with_lora(model, {})
@@ -71,6 +73,7 @@ def test_a_students_lora_is_sampled_as_the_student(tiny_sd_v, tmp_path):
     assert not open_model(tiny_sd_v, loras=[folder / LORA_FILE]).is_student
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("few", [None, FewSteps("consistency", steps=2, grid_steps=50)])
 def test_a_base_with_a_students_lora_is_saved_as_the_student(tiny_sd_v, tmp_path, few):
     model = open_model(tiny_sd_v)
@@ -86,6 +89,7 @@ def test_a_base_with_a_students_lora_is_saved_as_the_student(tiny_sd_v, tmp_path
     torch.testing.assert_close(pipeline("a cat", **call).images, drawn, atol=2e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_it_trains_and_is_edited_as_any_other(tiny_sd_v, lora, tmp_path):
     model = open_model(tiny_sd_v, loras=[lora, lora])
     before = predicted(model)
@@ -118,6 +122,7 @@ def test_what_is_no_lora_of_it_is_refused(tiny_sd_v, tiny_dit, lora, tmp_path):
         open_model(tiny_sd_v, loras=[tmp_path / "other.safetensors"])
 
 
+@pytest.mark.slow
 def test_a_folder_saved_with_its_adapters_says_what_to_do(tiny_sd_v, lora, tmp_path):
     pipeline = stock(tiny_sd_v)
     pipeline.load_lora_weights(lora)

@@ -54,6 +54,7 @@ class Passes:
         monkeypatch.setattr(Denoiser, "forward", counted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_batch_size_changes_nothing(models, name):
     model = models[name]
@@ -67,6 +68,7 @@ def test_the_batch_size_changes_nothing(models, name):
         torch.testing.assert_close(drawn, whole, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_large_samples_are_drawn_in_small_batches_and_decoded_in_smaller_ones(models, monkeypatch):
     assert [at_once((4, size, size)) for size in (8, 32, 64, 128, 512)] == [64, 64, 16, 4, 1]
     assert [at_once((4, size, size), cost=4) for size in (8, 32, 64, 128)] == [64, 16, 4, 1]
@@ -106,6 +108,7 @@ def test_noise_leaves_the_global_random_state_alone(models):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 @pytest.mark.parametrize("name", ["tiny_sd", "tiny_sd_v", "tiny_sdxl", "tiny_sdxl_v"])
@@ -122,6 +125,7 @@ def test_ddim_agrees_with_the_stock_pipeline(request, name, scale):
     torch.testing.assert_close(ours, stock.images, atol=2e-5, rtol=0)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("negative", [None, "a dog"])
 def test_flow_agrees_with_the_stock_pipeline(tiny_sd3, negative):

@@ -65,6 +65,7 @@ def test_a_pipeline_in_training_is_frozen_too(tiny_sd):
     assert not any(parameter.requires_grad for parameter in model.parameters().values())
 
 
+@pytest.mark.slow
 def test_opening_is_silent_and_leaves_progress_bars_as_they_were(tiny_sd, tmp_path, capsys):
     capsys.readouterr()
     model = open_model(tiny_sd)
@@ -90,6 +91,7 @@ def test_keys_name_component_and_parameter(tiny_sd):
         model.component("tokenizer")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_checkpoint_of_mixed_precision_opens_in_one(broken, dtype):
     # transformers keeps the precision of the text encoder's file.
@@ -105,6 +107,7 @@ def test_a_checkpoint_of_mixed_precision_opens_in_one(broken, dtype):
     assert x0.dtype == model.decode(x0).dtype == dtype
 
 
+@pytest.mark.slow
 def test_a_t5_opens_in_one_precision(tiny_sd3):
     # transformers keeps some of T5's layers in float32.
     encoder = DiffusionPipeline.from_pretrained(tiny_sd3, dtype=torch.float16).text_encoder_3
@@ -112,6 +115,7 @@ def test_a_t5_opens_in_one_precision(tiny_sd3):
     assert dtypes(open_model(tiny_sd3, dtype=torch.float16)) == {torch.float16}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny_sd", "tiny_sdxl"])
 def test_variants(request, tmp_path, name):
     folder = request.getfixturevalue(name)
@@ -121,6 +125,7 @@ def test_variants(request, tmp_path, name):
         open_model(tmp_path / "v")
 
 
+@pytest.mark.slow
 def test_components_without_the_variant_have_plain_weights(tiny_sd, tmp_path):
     pipeline = DiffusionPipeline.from_pretrained(tiny_sd)
     pipeline.save_pretrained(tmp_path)
@@ -136,6 +141,7 @@ def test_components_without_the_variant_have_plain_weights(tiny_sd, tmp_path):
         open_model(tiny_sd, variant="bf16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "variant"), [("tiny_sd", None), ("tiny_sdxl", None), ("tiny_sdxl", "fp16")])
 def test_shards(request, tmp_path, name, variant):
     folder = request.getfixturevalue(name)
@@ -303,6 +309,7 @@ def test_a_hub_id_is_downloaded_as_safetensors_and_then_opened(tiny_sd, monkeypa
     assert model.source == "owner/name"
 
 
+@pytest.mark.slow
 def test_packaged_models_are_found_by_name(tiny_sd, tmp_path, monkeypatch):
     assets = tmp_path / "assets"
     shutil.copytree(tiny_sd, assets / "pocket")
@@ -340,6 +347,7 @@ def test_the_hash_notices_changes_that_bypass_the_version(tiny_sd):
     assert model.content_hash() != before
 
 
+@pytest.mark.slow
 def test_the_hash_depends_on_values_names_and_shapes_only(tiny_sd):
     model = open_model(tiny_sd)
     before = model.content_hash()
@@ -353,6 +361,7 @@ def test_the_hash_depends_on_values_names_and_shapes_only(tiny_sd):
     assert open_model(tiny_sd, dtype=torch.bfloat16).content_hash() != before
 
 
+@pytest.mark.slow
 def test_different_checkpoints_have_different_hashes(request):
     assert len({open_model(request.getfixturevalue(name)).content_hash() for name in FAMILIES}) == len(FAMILIES)
 

@@ -278,6 +278,7 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["tiny_sd", "tiny_sd3", "tiny_flux"])
 @pytest.mark.parametrize("kernel", ["math", "eager"])
 def test_it_runs_with_a_chosen_kernel_and_no_other(family, kernel, request):

@@ -32,6 +32,7 @@ def index_of(folder: Path) -> dict:
     return json.loads((folder / "model_index.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux"])
 def test_a_folder_of_diffusers_0_30_is_the_same_model(request, tmp_path, name, capsys):
     today = request.getfixturevalue(name)
@@ -50,6 +51,7 @@ def test_a_folder_of_diffusers_0_30_is_the_same_model(request, tmp_path, name, c
     assert torch.equal(generate(again, ["a red cat"], steps=2), drawn)
 
 
+@pytest.mark.slow
 def test_a_safety_checker_stays_on_disk_and_exports_carry_it_on(guarded, tmp_path, caplog):
     model = open_model(guarded)
     assert not caplog.records
@@ -73,11 +75,13 @@ def test_a_safety_checker_stays_on_disk_and_exports_carry_it_on(guarded, tmp_pat
         assert generate(open_model(folder), ["a cat"], steps=1).any()
 
 
+@pytest.mark.slow
 def test_what_a_pipeline_does_not_call_optional_is_opened(tiny_audio):
     model = open_model(tiny_audio)
     assert model.carried is None and model.pipeline.feature_extractor is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [None, "fp16"])
 def test_carried_weights_are_copied_under_their_plain_names(guarded, tmp_path, variant):
     pipeline = DiffusionPipeline.from_pretrained(guarded)
@@ -106,6 +110,7 @@ def test_a_checker_that_went_missing_is_one_sentence(guarded, tmp_path):
         open_model(guarded)
 
 
+@pytest.mark.slow
 def test_weights_too_large_for_a_precision_are_not_saved_in_it(tiny_sd, tmp_path):
     model = open_model(tiny_sd)
     student = student_of(model)

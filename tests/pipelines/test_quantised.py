@@ -61,6 +61,7 @@ def test_a_copy_shares_all_that_a_quantised_layer_holds(model):
     torch.testing.assert_close(predict(model, twin), predict(model, model.denoiser))
 
 
+@pytest.mark.slow
 def test_a_lora_trains_over_it_in_float32_and_it_keeps_every_bit(model):
     before, hashed = bits(model.denoiser), model.content_hash()
     player = make_player(model.denoiser, LORA)

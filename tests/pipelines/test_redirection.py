@@ -117,6 +117,7 @@ def test_a_share_of_the_layers_is_redirected_and_each_is_told_its_own_maps_size(
     assert seen == [(5, 3), (5, 3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ("math", "eager"))
 def test_the_chosen_kernel_runs_it_too(tiny_sd, kernel):
     model, x_t = open_model(tiny_sd), draws(1, 4, 8, 8)

@@ -47,6 +47,7 @@ def test_masks_and_masked_images_are_prepared_as_stock_does(inpainting):
     assert torch.equal(one_mask["extra.mask"], mask[:1].expand(2, -1, -1, -1))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_prompts_alone_paint_everything(inpainting):
     condition, pictures = inpainting.encode_prompts(PROMPTS), pictures_for(inpainting, 2)

@@ -83,6 +83,7 @@ LOST = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", LOST)
 def test_a_single_file_that_lacks_weights_is_one_sentence(tiny_sd, tmp_path, lost):
     file = save_single_file(open_model(tiny_sd).pipeline, tmp_path / "model.safetensors")
@@ -92,6 +93,7 @@ def test_a_single_file_that_lacks_weights_is_one_sentence(tiny_sd, tmp_path, los
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_what_a_file_without_text_encoders_lacks_comes_from_a_folder(tiny_sd, tmp_path):
     base, tuned = open_model(tiny_sd), open_model(tiny_sd)
     with torch.no_grad():

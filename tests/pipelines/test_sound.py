@@ -12,6 +12,7 @@ from sublimate.pipelines.sampling import image_generator
 from sublimate.pipelines.sound import to_wav, waveforms
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_sounds_are_the_stock_pipelines(tiny_audio):
     model = open_model(tiny_audio)
@@ -25,6 +26,7 @@ def test_sounds_are_the_stock_pipelines(tiny_audio):
     torch.testing.assert_close(played, stock, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_gradients_reach_the_spectrogram(tiny_audio):
     spectrogram = torch.ones(1, 1, 16, 8, requires_grad=True)
     waveforms(open_model(tiny_audio), spectrogram)[0].square().sum().backward()

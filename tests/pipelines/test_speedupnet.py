@@ -142,6 +142,7 @@ def processors(model):
     return [layer.processor for layer in attention_layers(model.denoiser.network).values()]
 
 
+@pytest.mark.slow
 def test_it_attaches_draws_and_comes_off_bit_for_bit(tiny_sd_v, exported):
     model = open_model(tiny_sd_v)
     unguided = {"steps": 2, "guidance_scale": 1.0}
@@ -157,6 +158,7 @@ def test_it_attaches_draws_and_comes_off_bit_for_bit(tiny_sd_v, exported):
     assert torch.equal(generate(model, ["a dog"], **unguided), plain)
 
 
+@pytest.mark.slow
 def test_a_read_adapter_draws_what_the_exported_one_drew(tiny_sd_v, exported):
     ours, read = open_model(tiny_sd_v), open_model(tiny_sd_v)
     adapter = install_speedupnet(ours.denoiser.network, positive=True)
@@ -166,6 +168,7 @@ def test_a_read_adapter_draws_what_the_exported_one_drew(tiny_sd_v, exported):
     assert torch.equal(generate(ours, ["a dog"], **drawn), generate(read, ["a dog"], **drawn))
 
 
+@pytest.mark.slow
 def test_its_scale_and_steps_are_the_defaults_and_a_step_is_one_pass(tiny_sd_v, exported):
     model = open_model(tiny_sd_v)
     attach_speedupnet(model, exported)
@@ -181,6 +184,7 @@ def test_its_scale_and_steps_are_the_defaults_and_a_step_is_one_pass(tiny_sd_v, 
     torch.testing.assert_close(one, images, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_moves_to_another_fine_tune_of_the_same_base(tiny_sd, tiny_sd_v, exported):
     """Another checkpoint of the same architecture; the adapter's weights are the same in both."""
     model = open_model(tiny_sd)
@@ -199,6 +203,7 @@ def test_it_moves_to_another_fine_tune_of_the_same_base(tiny_sd, tiny_sd_v, expo
     assert torch.equal(generate(model, ["a dog"], steps=2, guidance_scale=1.0), plain)
 
 
+@pytest.mark.slow
 def test_it_plugs_into_a_model_with_a_lora(tiny_sd, exported):
     model = open_model(tiny_sd)
     attach_speedupnet(model, exported)
@@ -238,6 +243,7 @@ def test_masked_text_is_refused(tiny_pixart, exported):
         attach_speedupnet(open_model(tiny_pixart), exported)
 
 
+@pytest.mark.slow
 def test_misuse_is_named(tiny_sd, tiny_sd3, tiny_unconditional, exported, tmp_path):
     for folder in (tiny_sd3, tiny_unconditional):
         with pytest.raises(ValueError, match="has no cross-attention"):

@@ -210,6 +210,7 @@ def test_frozen() -> None:
         Player().kind = "lora"
 
 
+@pytest.mark.slow
 def test_no_torch() -> None:
     code = "import sys, sublimate.training.config, sublimate.training.registry; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

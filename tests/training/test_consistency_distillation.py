@@ -86,6 +86,7 @@ def prepared(objective, batch):
     return batch.adding(eps=batch["eps"].double())
 
 
+@pytest.mark.slow
 @EVERY
 def test_the_consistency_function_is_the_end_of_ddims_path(schedule):
     """Many DDIM steps with the exact teacher arrive where the closed form says."""
@@ -97,6 +98,7 @@ def test_the_consistency_function_is_the_end_of_ddims_path(schedule):
     torch.testing.assert_close(x, expected, rtol=0, atol=0.02)
 
 
+@pytest.mark.slow
 @EVERY
 @pytest.mark.parametrize("target_decay", [None, 0.95])
 def test_the_exact_function_has_no_loss_up_to_discretisation(schedule, target_decay):

@@ -145,6 +145,7 @@ def test_captions_of_a_folder_may_serve_the_teacher(tiny_sd, tmp_path):
     assert source.prompts == [caption(0), caption(1)] and source.tensors["images"].shape == (2, *model.latent_shape)
 
 
+@pytest.mark.slow
 def test_images_have_the_models_own_size(tiny_sd, tiny_unconditional, tiny_audio):
     model = open_model(tiny_sd)
     for resolution in (None, 16):

@@ -107,6 +107,7 @@ def test_the_noisiest_time_is_pure_noise():
     assert torch.equal(batch["x_t"], objective.schedule.noise_scale * batch["eps"])
 
 
+@pytest.mark.slow
 def test_the_exact_flow_has_no_distance_up_to_the_teachers_steps():
     """Gaussian data: f(x, t) = m + (x - alpha m) s / sqrt(alpha^2 s^2 + sigma^2)."""
     schedule = TrigFlow(1.0)

@@ -63,6 +63,7 @@ def test_only_the_teacher_reads_what_it_is_told():
     assert condition.for_teacher() == condition.for_student() == condition
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_teacher_predicts_for_the_anchor_and_players_for_the_prompt(model):
     teacher, (x_t, _, t) = forgetful(model), states(model)
@@ -94,6 +95,7 @@ def objective(model, **options):
     return made
 
 
+@pytest.mark.slow
 def test_the_student_descends_to_the_anchor_against_a_critic_of_its_prompt(model):
     """d = s_p(x_t, anchor) - s_q(x_t, c), and the critic is trained on G(z, c) as samples of c."""
     made = objective(forgetful(model), divergence="reverse_kl", gan_weight=0.0, sample_normalization=False)

@@ -13,6 +13,7 @@ def pose(n, value=CENTRED):
     return Pose.from_uniform(torch.full((n, 7), value))
 
 
+@pytest.mark.slow
 def test_splits_are_stratified_and_disjoint():
     pictures, labels = scans("train")
     held_pictures, held_labels = scans("held_out")
@@ -75,6 +76,7 @@ def test_styles_differ_in_how_ink_covers_the_page():
     assert faint[neon] > 1.4 * faint[solid]
 
 
+@pytest.mark.slow
 def test_pose_moves_the_digit():
     pictures = scans("train")[0][:1]
 

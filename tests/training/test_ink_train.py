@@ -30,6 +30,7 @@ def folder(tmp_path_factory):
     return train_ink(config, progress=False), config
 
 
+@pytest.mark.slow
 def test_the_teacher_is_a_stock_pipeline_that_our_loader_agrees_with(folder):
     path, _ = folder
     stock = DiffusionPipeline.from_pretrained(path / "teacher", dtype=torch.float32)
@@ -48,6 +49,7 @@ def test_the_detector_opens(folder):
     assert {name: p.shape for name, p in found.items()} == {"digit": (2, 11), "ink": (2, 7), "style": (2, 5)}
 
 
+@pytest.mark.slow
 def test_a_finished_run_trains_nothing_again(folder):
     path, config = folder
     before = (path / "teacher" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()

@@ -19,6 +19,7 @@ def test_a_picture_depends_on_its_index_alone():
     assert torch.equal(again.flip(0), images) and reversed_glyphs[::-1] == glyphs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", [{"seed": 4}, {"split": "held_out"}])
 def test_seed_and_split_change_the_pictures(other):
     images, _ = sample(range(8))

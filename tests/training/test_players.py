@@ -75,6 +75,7 @@ def test_shared_base_gives_the_gradients_of_full_copies(unet, checkpointing):
             assert a[name].abs().max() > 0
 
 
+@pytest.mark.slow
 def test_players_share_the_base_and_own_their_adapters(unet):
     players = lora_players(unet, shared=True, checkpointing=False)
     base = {p.data_ptr() for p in unet.parameters()}
@@ -86,6 +87,7 @@ def test_players_share_the_base_and_own_their_adapters(unet):
     assert not set.intersection(*({p.data_ptr() for p in q.trainable().values()} for q in players))
 
 
+@pytest.mark.slow
 def test_the_base_keeps_its_structure_and_bits(unet):
     before = copy.deepcopy(unet.state_dict())
     player = make_player(unet, PlayerConfig(kind="lora", rank=2, learning_rate=0.1))

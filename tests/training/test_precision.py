@@ -69,6 +69,7 @@ def test_a_student_of_a_base_in_bfloat16_is_written_in_one_precision(tiny_sd, tm
     assert "\ndtype: bfloat16\n" in json.loads((student / "sublimate.json").read_text())["provenance"]["config"]
 
 
+@pytest.mark.slow
 def test_a_base_in_half_precision_is_refused_where_it_cannot_train(tiny_sd, tmp_path):
     config = configured(tiny_sd, tmp_path / "run", dtype="bfloat16")
     plain = config.model_copy(update={"trainer": config.trainer.model_copy(update={"mixed_precision": "no"})})

@@ -99,6 +99,7 @@ def test_stage_2_is_its_formula(tiny_sd_v, weight, guidance_range):
     assert objective.loss(TURN, batch, 0).total.item() == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_long_steps_are_those_of_the_sampler_and_stage_1_has_times_of_its_own(tiny_sd_v):
     model, objective, batch = made(tiny_sd_v, SECOND, samples=64)
     grid = objective.solver.grid

@@ -74,6 +74,7 @@ def test_it_is_so_on_variance_preserving_schedules(divergence, schedule):
     assert value > 0
 
 
+@pytest.mark.slow
 def test_it_is_so_where_the_ratio_grows_in_the_tails():
     """Neyman's divergence is finite only for a student with lighter tails than the teacher's."""
     teacher = mixture([0.4, 0.6], [-0.5, 0.5], [1.1, 1.2])
@@ -112,6 +113,7 @@ def test_the_expansion_has_the_divergences_value(divergence):
     assert value.item() == pytest.approx(REFERENCE[divergence][2], abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("divergence", "loss", "expected"),
     [
