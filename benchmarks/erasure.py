@@ -76,10 +76,8 @@ UNEDITED = "unedited"
 SURVIVING = (
     UNEDITED,
     "uce",
-    "speed",
     "esd",
     "concept_ablation",
-    "salun",
     "few_shot",
     "receler",
     "interpret_then_deactivate",
@@ -189,7 +187,7 @@ def attack_cell(method: str, name: str) -> dict[str, Any]:
 
 
 def fitted_once(method: str, concepts: Sequence[str]) -> Model:
-    """Ink's teacher after an eraser, whose edit is kept for the other attacks on it."""
+    """Ink's teacher after an eraser, whose edit is kept for other cells."""
     base = open_model("ink")
     options = ink_eraser(method, concepts=concepts).config.model_dump_json()
     known = hashlib.sha256(f"{base.content_hash()} {options} {concepts}".encode()).hexdigest()[:16]
@@ -203,8 +201,8 @@ def fitted_once(method: str, concepts: Sequence[str]) -> Model:
 def survival_cell(method: str, student: str, before: Generate, folder: Path) -> dict[str, Any]:
     """The concept's rate in a student distilled from an eraser's teacher.
 
-    The student starts as the edited teacher's network and reads the edited text encoder: of uce, speed, esd,
-    concept_ablation and salun that is the base's, few_shot moved it. What receler attaches to the network and
+    The student starts as the edited teacher's network and reads the edited text encoder: of uce, esd and
+    concept_ablation that is the base's, few_shot moved it. What receler attaches to the network and
     interpret_then_deactivate to the text encoder stays with the teacher: their students start as the base's network,
     read the base's text encoder, and learn what the attachment makes of the prompt.
 
@@ -212,7 +210,7 @@ def survival_cell(method: str, student: str, before: Generate, folder: Path) -> 
     them as if the anchor stood there, at a tenth more passes than are counted.
     """
     (concept,) = CONCEPTS["digit"]
-    model, _, cost = (open_model("ink"), None, None) if method == UNEDITED else erased(method, CONCEPTS["digit"])
+    model = open_model("ink") if method == UNEDITED else fitted_once(method, CONCEPTS["digit"])
     name, *changes = STUDENTS[student]
     folder.mkdir(parents=True, exist_ok=True)
     words = SYNONYMS[concept]
@@ -229,7 +227,7 @@ def survival_cell(method: str, student: str, before: Generate, folder: Path) -> 
     study = replace(ink_study(concept, n=TARGETS), synonyms=PromptSet(), unrelated=PromptSet())
     result = run(study, before, drawing(trained), open_detector("ink"), examples=0)
     updates = config.trainer.max_train_steps
-    return {"rates": rates_of(result), "eraser": cost, "seconds": seconds, "updates": updates, "passes": passes}
+    return {"rates": rates_of(result), "seconds": seconds, "updates": updates, "passes": passes}
 
 
 def kept(draw: Generate, folder: Path) -> Generate:
