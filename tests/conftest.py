@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 from checkpoints import modules, save
 
-QUICK = frozenset(
-    f"tiny_{name}" for name in ("sd", "unconditional")
-)
+QUICK = frozenset(f"tiny_{name}" for name in ("sd", "unconditional"))
 """The checkpoints of the quick suite: tests of any other are slow."""
 
 

@@ -311,6 +311,23 @@ def test_the_student_starts_at_the_noisiest_level_it_was_trained_at():
     assert few.call_times(RectifiedFlow()) == pytest.approx((80 / 81, 0.5))
 
 
+def test_the_students_later_calls_are_at_the_noise_levels_that_are_asked_for():
+    levels = (1.6, 0.8, 0.45)
+    for schedule in (VP, RectifiedFlow(), EDM()):
+        few = oracle_objective(schedule, sampling_steps=4, sampling_noise=levels).exports().few_steps
+        first, *rest = few.call_times(schedule)
+        assert first == oracle_objective(schedule).exports().start_time
+        # A table's times are whole, so its levels are the nearest ones.
+        assert [noise_at(schedule, t) for t in rest] == pytest.approx(levels, rel=1e-2 if schedule is VP else 1e-6)
+    with pytest.raises(ValueError, match="4 steps have 3, not 2"):
+        ConsistencyTrainingConfig(sampling_steps=4, sampling_noise=(1.6, 0.8))
+    for unordered in ((0.8, 1.6), (1.6, 0.001), (1.6, -1.0)):
+        with pytest.raises(ValueError, match="descends and stays above noise_range"):
+            ConsistencyTrainingConfig(sampling_steps=3, sampling_noise=unordered)
+    with pytest.raises(ValueError, match="lower it"):
+        oracle_objective(VP, sampling_steps=2, sampling_noise=(1000.0,))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
