@@ -41,6 +41,9 @@ def command(
     file_config: FileConfig = None,
     edited_revision: Annotated[str | None, typer.Option(help="As --revision, of an EDITED that is no edit.")] = None,
     edited_variant: Annotated[str | None, typer.Option(help="As --variant, of an EDITED that is no edit.")] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Recompute activations to save attacks memory.")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Measure an erasure, then try to undo it; the report says what was tried, with which budget, and what was not."""
@@ -95,7 +98,18 @@ def command(
             bar.total, bar.n = total, done
             bar.set_postfix_str(what)
 
-        found = audit(before, after, asked, study, judge, attacks, pictures=pictures, seed=seed, progress=show)
+        found = audit(
+            before,
+            after,
+            asked,
+            study,
+            judge,
+            attacks,
+            pictures=pictures,
+            seed=seed,
+            gradient_checkpointing=gradient_checkpointing,
+            progress=show,
+        )
     for row in attack_table(found).rows:
         typer.echo(f"{row[0]}: base {row[2]}, edited {row[3]}")
     for name in names:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from sublimate.evaluation.intervals import plain
 from sublimate.evaluation.studies import ErasureStudy
 from sublimate.pipelines.detector import Detector
 from sublimate.pipelines.generate import generate
+from sublimate.pipelines.gradient_checkpointing import checkpointed
 from sublimate.pipelines.locations import first_line
 from sublimate.pipelines.model import Model
 from sublimate.training import registry
@@ -129,6 +131,7 @@ def audit(
     *,
     pictures: int = 32,
     seed: int = 0,
+    gradient_checkpointing: bool = False,
     progress: Progress | None = None,
 ) -> Audit:
     """Judges an erasure and attacks it; both models stay as they are.
@@ -142,6 +145,7 @@ def audit(
         attacks: what to try; each gets the same prompts.
         pictures: of the concept that attackers have, drawn by the base.
         seed: all randomness of the attacks derives from it.
+        gradient_checkpointing: recompute activations in backward passes to save memory.
         progress: called before each part, and once at the end.
 
     Returns:
@@ -160,6 +164,7 @@ def audit(
     atoms = mapped(seen["before"], seen["after"], seed=seed) if hasattr(detector, "features") else ()
     asked_for = {attack.name() for attack in attacks}
     skipped = {name: "not asked for" for name in registry.available(ATTACKS) if name not in asked_for}
+    saving = checkpointed if gradient_checkpointing else nullcontext
     trials = []
     for i, attack in enumerate(attacks):
         name = attack.name()
@@ -168,10 +173,11 @@ def audit(
             continue
         try:
             tell(2 * i, 2 * len(attacks), f"{name}, base")
-            on_base = attack.run(base, case, seed=key(seed, "attack", name))
+            with saving(base):
+                on_base = attack.run(base, case, seed=key(seed, "attack", name))
             tell(2 * i + 1, 2 * len(attacks), f"{name}, edited")
             began = time.perf_counter()
-            with counting(edited) as passes:
+            with saving(edited), counting(edited) as passes:
                 on_edited = attack.run(edited, case, seed=key(seed, "attack", name))
             seconds = time.perf_counter() - began
         # What the others find is not lost to one that cannot be run, or for which a GPU is too small.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from sublimate.diffusion.conditions import Condition
 from sublimate.pipelines.controls import Control
 from sublimate.pipelines.generate import choose_sampling, generate_latents
-from sublimate.pipelines.gradient_checkpointing import enable_gradient_checkpointing
+from sublimate.pipelines.gradient_checkpointing import checkpointed
 from sublimate.pipelines.model import Model
 from sublimate.pipelines.sampling import initial_noise
 
@@ -98,7 +98,7 @@ def ditto(
     choose_sampling(decoder, **how, height=height, width=width)  # refused now rather than after all updates
     noise = initial_noise(shape, seed, range(len(texts)))
     scale = guidance_scale if decoder is model else None
-    saving = _checkpointed(model) if gradient_checkpointing else nullcontext()
+    saving = checkpointed(model) if gradient_checkpointing else nullcontext()
     found, losses, surrogates = [], [], []
     with saving, tqdm(total=len(texts) * iterations, unit="update", desc="ditto", disable=not progress) as bar:
         for first in range(0, len(texts), batch_size):
@@ -168,14 +168,3 @@ def _optimised(
         media = _media(model, z, condition)
         history.append(control(media).float())
     return z.detach(), torch.stack(history), model.bounded(media)
-
-
-@contextmanager
-def _checkpointed(model: Model) -> Iterator[None]:
-    """Gradient checkpointing in every network that has it and does not use it yet; undone afterwards."""
-    changed = [network for part in model.components().values() for network in enable_gradient_checkpointing(part)]
-    try:
-        yield
-    finally:
-        for network in changed:
-            network.disable_gradient_checkpointing()

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from diffusers import ModelMixin
 from torch import nn
+
+from sublimate.pipelines.model import Model
 
 
 def enable_gradient_checkpointing(module: nn.Module) -> list[ModelMixin]:
@@ -13,3 +18,14 @@ def enable_gradient_checkpointing(module: nn.Module) -> list[ModelMixin]:
     for network in changed:
         network.enable_gradient_checkpointing()
     return changed
+
+
+@contextmanager
+def checkpointed(model: Model) -> Iterator[None]:
+    """Enables it in every network of a model that has it and does not use it yet, and undoes that afterwards."""
+    changed = [network for part in model.components().values() for network in enable_gradient_checkpointing(part)]
+    try:
+        yield
+    finally:
+        for network in changed:
+            network.disable_gradient_checkpointing()

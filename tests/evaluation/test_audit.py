@@ -4,6 +4,8 @@ from typing import ClassVar
 
 import pytest
 import torch
+from attacked import attack_of, case_of
+from memory import most_allocated
 
 from sublimate.erasure.request import Concept
 from sublimate.evaluation import audit as module
@@ -91,6 +93,29 @@ def test_what_cannot_be_attacked_is_refused_before_anything_is_studied(model, ti
     half = open_model(tiny_sd, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="open both models in float32"):
         audit(model, half, Concept("cat"), study(), Constant(True), [], pictures=2)
+
+
+@pytest.mark.slow
+def test_checkpointing_changes_the_memory_of_attacks_alone_and_is_undone(model, monkeypatch):
+    case = case_of(model)
+    monkeypatch.setattr(module, "make_case", lambda *given, **options: case)
+    attack = attack_of("latent_search", surrogate_steps=2, max_train_steps=1, learning_rate=0.2)
+
+    def attacked_with(saving):
+        found = []
+        size = most_allocated(
+            lambda: found.append(
+                audit(model, model, case.concept, study(), case.detector, [attack], gradient_checkpointing=saving)
+            )
+        )
+        return found[0].trials[0], size
+
+    (plain, larger), (saved, smaller) = attacked_with(False), attacked_with(True)
+    torch.testing.assert_close(saved.edited.images, plain.edited.images, atol=1e-5, rtol=0)
+    torch.testing.assert_close(saved.base.images, plain.base.images, atol=1e-5, rtol=0)
+    assert saved.passes == plain.passes
+    assert smaller < 0.8 * larger
+    assert not any(model.component(name).is_gradient_checkpointing for name in ("unet", "vae"))
 
 
 def test_what_the_base_does_not_draw_cannot_be_audited(model):
