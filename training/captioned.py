@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from sublimate.training.ahead import ahead
 from sublimate.training.randomness import key
 
 
@@ -29,7 +30,7 @@ class Captioned(Protocol):
     def __len__(self) -> int: ...
 
     def picture(self, row: int) -> Image.Image:
-        """One picture in RGB.
+        """One picture in RGB; threads ask for several at once.
 
         Raises:
             ValueError: when it is missing or damaged, naming file or row.
@@ -195,7 +196,7 @@ class Images:
         return self.framing(self.rows.picture(row), row, mirrored=copy == 1)
 
     def __getitem__(self, indices: Tensor) -> Tensor:
-        return torch.stack([self.image(index) for index in indices.tolist()])
+        return torch.stack([*ahead(self.image, indices.tolist())])
 
     def identity(self) -> dict[str, object]:
         """What the images depend on, as JSON."""

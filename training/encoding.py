@@ -18,7 +18,7 @@ import hashlib
 import json
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -31,8 +31,9 @@ from sublimate.pipelines.edit_attachment import detached
 from sublimate.pipelines.finite import finite
 from sublimate.pipelines.model import Model, weights_hash
 from sublimate.pipelines.tokens import cut_to_fit
+from sublimate.training.ahead import ahead
 from sublimate.training.captioned import Images
-from sublimate.training.shards import INDEX, Shards, table
+from sublimate.training.shards import INDEX, Compute, Shards, table
 from sublimate.training.together import everywhere
 
 REMEMBERED_BYTES = 2**30
@@ -52,7 +53,7 @@ class Cache:
     shard_bytes: int
     progress: bool = True
 
-    def table(self, what: str, rows: int, compute: Callable[[int], dict[str, Tensor]], **key: Any) -> Shards:
+    def table(self, what: str, rows: int, compute: Compute, **key: Any) -> Shards:
         """A table for what its rows depend on."""
         key = {"format": FORMAT, "rows": rows, **key}
         folder = self._folder(what, key)
@@ -68,7 +69,7 @@ class Cache:
                 raise ValueError(f"{stored} was deleted while it was read: run the same command again.")
             return {what: new[place]}
 
-        found = self.table(what, rows, row, **key)
+        found = self.table(what, rows, lambda places: map(row, places), **key)
         return found.rows(range(rows))[what] if new is None else new
 
     def _folder(self, what: str, key: dict[str, Any]) -> Path:
@@ -79,28 +80,32 @@ class Remembered(Generic[Key]):
     """Tensors by key; the most recently used are kept in memory.
 
     Args:
-        compute: what belongs to one key, on the CPU.
+        compute: what belongs to each of several keys, on the CPU.
         limit: bytes to keep.
     """
 
-    def __init__(self, compute: Callable[[Key], dict[str, Tensor]], limit: int = REMEMBERED_BYTES) -> None:
+    def __init__(
+        self, compute: Callable[[Sequence[Key]], Iterable[dict[str, Tensor]]], limit: int = REMEMBERED_BYTES
+    ) -> None:
         self.compute, self.limit, self.held = compute, limit, 0
         self._kept: OrderedDict[Key, dict[str, Tensor]] = OrderedDict()
 
     def rows(self, keys: Sequence[Key]) -> dict[str, Tensor]:
         """Every entry of the keys, stacked."""
-        found = [self._one(key) for key in keys]
-        return {name: torch.stack([row[name] for row in found]) for name in found[0]}
+        missing = [key for key in dict.fromkeys(keys) if key not in self._kept]
+        found = {key: self._kept[key] for key in keys if key in self._kept}
+        found |= zip(missing, self.compute(missing), strict=True)
+        for key in keys:
+            self._keep(key, found[key])
+        return {name: torch.stack([found[key][name] for key in keys]) for name in found[keys[0]]}
 
-    def _one(self, key: Key) -> dict[str, Tensor]:
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key]
-        row = self._kept[key] = self.compute(key)
-        self.held += _bytes(row)
+    def _keep(self, key: Key, row: dict[str, Tensor]) -> None:
+        if key not in self._kept:
+            self._kept[key] = row
+            self.held += _bytes(row)
+        self._kept.move_to_end(key)
         while self.held > self.limit and len(self._kept) > 1:
             self.held -= _bytes(self._kept.popitem(last=False)[1])
-        return row
 
 
 class Prompts:
@@ -119,14 +124,14 @@ class Prompts:
         self.table: Shards | None = None
         encode = _Cutting(model) if truncate else lambda text: encode_prompt(model, text)
         if cache is None:
-            self.memory: Remembered[str] = Remembered(encode)
+            self.memory: Remembered[str] = Remembered(lambda prompts: map(encode, prompts))
             return
         different = list(dict.fromkeys(texts))
         self.places = {text: row for row, text in enumerate(different)}
         self.table = cache.table(
             "prompts",
             len(different),
-            lambda row: encode(different[row]),
+            lambda rows: (encode(different[row]) for row in rows),
             prompts=digest(different),
             encoders=encoders_hash(model),
             precision=str(model.dtype),
@@ -190,8 +195,8 @@ class Latents:
         self.count = len(images)
         self.source: Remembered[int] | Shards
 
-        def compute(row: int) -> dict[str, Tensor]:
-            return {"latents": encode_image(model, images.image(row))}
+        def compute(rows: Sequence[int]) -> Iterator[dict[str, Tensor]]:
+            return ({"latents": encode_image(model, image)} for image in ahead(images.image, rows))
 
         if cache is None:
             self.source = Remembered(compute)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ class DatasetRows:
 
     def __init__(self, data: DataConfig) -> None:
         self.name, self.dataset = _name(data), load(data)
-        self.image_column = data.image_column
+        self.image_column, self._reading = data.image_column, threading.Lock()
         if not len(self.dataset):
             raise ValueError(f"{self.name} has no rows: give another data set.")
         self.captions: list[str] = []
@@ -89,7 +90,10 @@ class DatasetRows:
         return len(self.dataset)
 
     def picture(self, row: int) -> Image.Image:
-        return _picture(self.dataset[row], self.image_column, f"in row {row} of {self.name}")
+        # Pictures are decoded by several threads, and `datasets` does not say that several may read.
+        with self._reading:
+            found = self.dataset[row]
+        return _picture(found, self.image_column, f"in row {row} of {self.name}")
 
     def identity(self) -> str:
         """The fingerprint that `datasets` gives the data's files and what was done to them."""

@@ -13,7 +13,8 @@ unfinished, and the shards that are there are where the next run continues. Read
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from tqdm.auto import tqdm
 from sublimate.pipelines.folders import file_written_aside
 
 INDEX = "index.json"
-Compute = Callable[[int], Mapping[str, Tensor]]
+Compute = Callable[[Sequence[int]], Iterable[Mapping[str, Tensor]]]
 
 
 class Shards:
@@ -88,7 +89,7 @@ def table(
     Args:
         folder: the table's own folder, whose name says what the key is.
         rows: how many the table has.
-        compute: one row: a tensor for every column, of the same shapes for each row.
+        compute: rows in the order that is asked for: of each a tensor for every column, of the same shapes as others'.
         key: what the rows depend on, as JSON; written to the index.
         shard_bytes: the most that a shard's tensors measure, if one row is not larger.
         progress: show a bar while computing.
@@ -128,10 +129,11 @@ def _write(
     while (file := folder / _name(len(shards))).is_file():
         shards.append(_entry(file))
     done = sum(shard["rows"] for shard in shards)
+    missing = iter(compute(range(done, rows)))
     with tqdm(total=rows, initial=done, desc=folder.name.partition("-")[0], disable=not progress) as bar:
         while done < rows:
             file = folder / _name(len(shards))
-            columns = _computed(range(done, rows), compute, shard_bytes, bar)
+            columns = _next_columns(missing, rows - done, shard_bytes, bar)
             with file_written_aside(file) as aside:
                 save_file(columns, aside)
             shards.append(_entry(file))
@@ -140,13 +142,13 @@ def _write(
         aside.write_text(json.dumps({"key": key, "shards": shards}, indent=1))
 
 
-def _computed(rows: range, compute: Compute, shard_bytes: int, bar: tqdm) -> dict[str, Tensor]:
-    """One shard's columns, filled in place: a shard is in memory once."""
-    first = compute(rows[0])
-    count = min(len(rows), max(1, shard_bytes // sum(value.nbytes for value in first.values())))
+def _next_columns(rows: Iterator[Mapping[str, Tensor]], left: int, shard_bytes: int, bar: tqdm) -> dict[str, Tensor]:
+    """The next shard's columns, filled in place: a shard is in memory once."""
+    first = next(rows)
+    count = min(left, max(1, shard_bytes // sum(value.nbytes for value in first.values())))
     columns = {name: torch.empty((count, *value.shape), dtype=value.dtype) for name, value in first.items()}
-    for place, row in enumerate(rows[:count]):
-        for name, value in (first if place == 0 else compute(row)).items():
+    for place, row in enumerate(chain([first], islice(rows, count - 1))):
+        for name, value in row.items():
             columns[name][place] = value
         bar.update()
     return columns

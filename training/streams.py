@@ -19,8 +19,10 @@ from typing import Any, Protocol
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from sublimate.pipelines.model import Model
+from sublimate.training.ahead import ahead
 from sublimate.training.captioned import Framing
 from sublimate.training.data import Encode, condition_of, shown_of
 from sublimate.training.encoding import Prompts, encode_image
@@ -48,7 +50,9 @@ class Stream(Protocol):
 
     def part(self, index: int, of: int) -> Part: ...
 
-    def picture(self, row: Mapping[str, Any]) -> Image.Image: ...
+    def picture(self, row: Mapping[str, Any]) -> Image.Image:
+        """A row's picture in RGB; threads ask for several at once."""
+        ...
 
     def caption(self, row: Mapping[str, Any]) -> str: ...
 
@@ -173,10 +177,12 @@ class StreamSource:
         if not self.images:
             return Batch(condition, random)
         mirrored = random.integers(1 + self.mirrored).bool().tolist()
-        images = [
-            self.framing(self.stream.picture(row), number, mirrored=mirror)
-            for number, row, mirror in zip(numbers, rows, mirrored, strict=True)
-        ]
+
+        def framed(place: int) -> Tensor:
+            picture = self.stream.picture(rows[place])
+            return self.framing(picture, numbers[place], mirrored=mirrored[place])
+
+        images = [*ahead(framed, range(len(rows)))]
         if self.model.backbone.shown:
             condition = shown_of(self.model, condition, torch.stack(images), random)
         latents = torch.stack([encode_image(self.model, image) for image in images])

@@ -18,7 +18,8 @@ def compute(row):
 
 
 def make(folder, rows=10, function=compute, key=None, shard_bytes=3 * ROW_BYTES):
-    return table(folder, rows, function, key or {"a": 1}, shard_bytes=shard_bytes, progress=False)
+    options = {"shard_bytes": shard_bytes, "progress": False}
+    return table(folder, rows, lambda missing: map(function, missing), key or {"a": 1}, **options)
 
 
 def assert_whole(found, rows=10):
@@ -119,7 +120,9 @@ def started(code, *arguments):
 
 @pytest.mark.slow
 def test_of_two_processes_one_writes_and_when_it_is_killed_the_other_goes_on(tmp_path):
-    code = PRELUDE + 'table(folder, 40, compute, {"a": 1}, shard_bytes=96, progress=False)'
+    code = (
+        PRELUDE + 'table(folder, 40, lambda missing: map(compute, missing), {"a": 1}, shard_bytes=96, progress=False)'
+    )
     workers = [started(code, tmp_path / "t", tmp_path / f"log{i}") for i in range(2)]
     logs = [tmp_path / "log0", tmp_path / "log1"]
     while not any(log.exists() and len(log.read_text().split()) > 8 for log in logs):
@@ -151,7 +154,7 @@ def compute(row):
 compute(0)
 torch.zeros(2**22).clone()
 start = anonymous()
-found = table(Path(sys.argv[1]), rows, compute, {}, shard_bytes=8 * size, progress=False)
+found = table(Path(sys.argv[1]), rows, lambda missing: map(compute, missing), {}, shard_bytes=8 * size, progress=False)
 written = peak - start
 for row in range(rows):
     found.rows([row])
