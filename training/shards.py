@@ -4,22 +4,23 @@ Layout of a table's folder:
 
     00000.safetensors, 00001.safetensors, ...   consecutive rows; every column is one tensor (rows, ...)
     index.json                                  {"key": ..., "shards": [{"file", "rows", "bytes"}, ...]}
-    .lock                                       held by the process that writes
+    .lock                                       held while index.json is written
 
 Each file is written aside, synced to the disk and renamed. `index.json` comes last: without it the table is
-unfinished, and the shards that are there are where the next run continues. Readers take no lock.
+unfinished, and the shards that are there need not be computed again. How many rows each has lies in `layout.json`
+until then, so that processes can share the work: who wants a shard that is not there takes the lock of its name.
+Readers take no lock.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain, islice
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,7 +28,7 @@ from tqdm.auto import tqdm
 
 from sublimate.pipelines.folders import file_written_aside
 
-INDEX = "index.json"
+INDEX, LAYOUT = "index.json", "layout.json"
 Compute = Callable[[Sequence[int]], Iterable[Mapping[str, Tensor]]]
 
 
@@ -83,8 +84,7 @@ def table(
 ) -> Shards:
     """The table that lies in `folder`; what is missing is computed and written first, in row order.
 
-    Of several processes that ask for one table, one writes and the others wait for it; when it is killed, another
-    continues.
+    Of several processes that ask for one table, each computes some shards; when one is killed, others take over its.
 
     Args:
         folder: the table's own folder, whose name says what the key is.
@@ -99,9 +99,7 @@ def table(
     """
     if not (folder / INDEX).is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):
-            if not (folder / INDEX).is_file():
-                _write(folder, rows, compute, key, shard_bytes, progress)
+        _fill(folder, rows, compute, key, shard_bytes, progress)
     found = Shards(folder)
     if found.index["key"] != json.loads(json.dumps(key)) or len(found) != rows:
         raise ValueError(f"The cache {folder} holds something else: delete it to have it made again.")
@@ -120,35 +118,65 @@ def read_mapped(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} is damaged ({error}): delete its folder to have it made again.") from error
 
 
-def _write(
-    folder: Path, rows: int, compute: Compute, key: Mapping[str, Any], shard_bytes: int, progress: bool
-) -> None:
-    for half in folder.glob(".*.partial"):
-        half.unlink()
-    shards: list[dict[str, Any]] = []
-    while (file := folder / _name(len(shards))).is_file():
-        shards.append(_entry(file))
-    done = sum(shard["rows"] for shard in shards)
-    missing = iter(compute(range(done, rows)))
-    with tqdm(total=rows, initial=done, desc=folder.name.partition("-")[0], disable=not progress) as bar:
-        while done < rows:
-            file = folder / _name(len(shards))
-            columns = _next_columns(missing, rows - done, shard_bytes, bar)
-            with file_written_aside(file) as aside:
-                save_file(columns, aside)
-            shards.append(_entry(file))
-            done += shards[-1]["rows"]
-    with file_written_aside(folder / INDEX) as aside:
-        aside.write_text(json.dumps({"key": key, "shards": shards}, indent=1))
+def _fill(folder: Path, rows: int, compute: Compute, key: Mapping[str, Any], shard_bytes: int, progress: bool) -> None:
+    """Computes the shards that are missing and that no other process is at, then waits for those."""
+    if (size := _rows_per_shard(folder, rows, compute, shard_bytes)) is None:
+        return
+    parts = [range(start, min(start + size, rows)) for start in range(0, rows, size)]
+    shards = {folder / _name(place): part for place, part in enumerate(parts)}
+    with tqdm(total=rows, desc=folder.name.partition("-")[0], disable=not progress) as bar:
+        elsewhere = [file for file, part in shards.items() if not _written(file, part, compute, bar, wait=False)]
+        for file in elsewhere:
+            _written(file, shards[file], compute, bar, wait=True)
+    with FileLock(folder / ".lock"):
+        if not (folder / INDEX).is_file():
+            entries = [_entry(file, part) for file, part in shards.items()]
+            with file_written_aside(folder / INDEX) as aside:
+                aside.write_text(json.dumps({"key": key, "shards": entries}, indent=1))
+            for done in (folder / LAYOUT, *map(_lock_of, shards)):
+                done.unlink(missing_ok=True)
 
 
-def _next_columns(rows: Iterator[Mapping[str, Tensor]], left: int, shard_bytes: int, bar: tqdm) -> dict[str, Tensor]:
-    """The next shard's columns, filled in place: a shard is in memory once."""
-    first = next(rows)
-    count = min(left, max(1, shard_bytes // sum(value.nbytes for value in first.values())))
-    columns = {name: torch.empty((count, *value.shape), dtype=value.dtype) for name, value in first.items()}
-    for place, row in enumerate(chain([first], islice(rows, count - 1))):
+def _rows_per_shard(folder: Path, rows: int, compute: Compute, shard_bytes: int) -> int | None:
+    """As many as measure `shard_bytes`, which the first process finds from the first row; None when all is done."""
+    with FileLock(folder / ".lock"):
+        if (folder / INDEX).is_file():
+            return None
+        if not (folder / LAYOUT).is_file():
+            one = sum(value.nbytes for row in compute(range(min(1, rows))) for value in row.values())
+            with file_written_aside(folder / LAYOUT) as aside:
+                aside.write_text(json.dumps({"rows": max(1, shard_bytes // max(1, one))}))
+        return int(json.loads((folder / LAYOUT).read_text())["rows"])
+
+
+def _written(file: Path, part: range, compute: Compute, bar: tqdm, *, wait: bool) -> bool:
+    """Whether a shard is there, computed by this process unless it is or, without waiting, another is at it."""
+    lock = FileLock(_lock_of(file))
+    if not file.is_file():
+        try:
+            lock.acquire(blocking=wait)
+        except Timeout:
+            return False
+    try:
+        if file.is_file():
+            bar.update(len(part))
+            return True
+        for half in file.parent.glob(f".{file.name}.*.partial"):
+            half.unlink()
+        with file_written_aside(file) as aside:
+            save_file(_columns(compute(part), len(part), bar), aside)
+        return True
+    finally:
+        lock.release()
+
+
+def _columns(rows: Iterable[Mapping[str, Tensor]], count: int, bar: tqdm) -> dict[str, Tensor]:
+    """The columns of so many rows, filled in place: a shard is in memory once."""
+    columns: dict[str, Tensor] = {}
+    for place, row in enumerate(rows):
         for name, value in row.items():
+            if place == 0:
+                columns[name] = torch.empty((count, *value.shape), dtype=value.dtype)
             columns[name][place] = value
         bar.update()
     return columns
@@ -158,6 +186,12 @@ def _name(shard: int) -> str:
     return f"{shard:05d}.safetensors"
 
 
-def _entry(file: Path) -> dict[str, Any]:
-    column = next(iter(read_mapped(file).values()))
-    return {"file": file.name, "rows": len(column), "bytes": file.stat().st_size}
+def _lock_of(file: Path) -> Path:
+    return file.parent / f".{file.name}.lock"
+
+
+def _entry(file: Path, part: range) -> dict[str, Any]:
+    rows = len(next(iter(read_mapped(file).values())))
+    if rows != len(part):
+        raise ValueError(f"{file} holds {rows} rows instead of {len(part)}: delete its folder to have it made again.")
+    return {"file": file.name, "rows": rows, "bytes": file.stat().st_size}
