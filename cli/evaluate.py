@@ -1,13 +1,16 @@
-"""Measure how well a model draws: prompt agreement and, on Ink, distance to real handwriting."""
+"""Measure how well a model draws: prompt agreement, and distance to pictures, Ink's handwriting or one's own."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sublimate.cli.opening import BatchSize, FileConfig, Precision, Revision, Variant, opened_as_asked
+
+if TYPE_CHECKING:
+    from sublimate.pipelines.model import Model
 
 
 def command(
@@ -16,14 +19,29 @@ def command(
         list[str] | None, typer.Option(help="A LoRA to add to the model's weights first; repeatable.")
     ] = None,
     edit: Annotated[list[Path] | None, typer.Option(help="An edit to apply first; repeatable.")] = None,
-    n: Annotated[int | None, typer.Option(min=2, help="Images for the distances (on Ink); 5000 by default.")] = None,
+    n: Annotated[
+        int | None, typer.Option(min=2, help="Images for the distances: 5000 on Ink, or all that --reference has.")
+    ] = None,
     judged: Annotated[
         int | None, typer.Option(min=1, help="Prompts judged for agreement; min(2000, n) by default.")
     ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help='JSON lines with "text" and one label per group, instead of Ink\'s grammar.')
     ] = None,
-    detector: Annotated[str, typer.Option(help="ink, or an image classifier's folder or hub id.")] = "ink",
+    detector: Annotated[
+        str | None, typer.Option(help="ink (the default), or an image classifier's folder or hub id.")
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="Folder of captioned pictures, as data.train_data_dir: draw their captions and compare."),
+    ] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(help="With --reference: a folder or hub id (DINOv2, CLIP, ...), whose features to compare."),
+    ] = None,
+    caption_column: Annotated[
+        str | None, typer.Option(help='Of --reference, "text" by default; "" for an unconditional model.')
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; the checkpoint's own by default.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(min=0, help="1 is no guidance.")] = None,
     sampler: Annotated[str | None, typer.Option(help="As in `generate`; the model's own by default.")] = None,
@@ -39,49 +57,44 @@ def command(
 ) -> None:
     """Draw prompts with known answers and count what a detector sees; on Ink, also FID, KID, precision and recall.
 
+    With --reference, draw the captions of pictures: FID, KID, precision and recall of an encoder's features, and how
+    well images fit their captions where the encoder reads texts.
+
     On several processes, each of which draws its share: accelerate launch -m sublimate.cli evaluate MODEL
     """
     import json
 
-    from sublimate.evaluation.agreement import agreement, check_judge
-    from sublimate.evaluation.detectors import open_detector
-    from sublimate.evaluation.drawing import drawing
     from sublimate.evaluation.hardware import hardware_line
-    from sublimate.evaluation.ink_study import ink_quality
-    from sublimate.evaluation.studies import read_prompt_set
     from sublimate.pipelines.cards import public_values
     from sublimate.training.together import accelerator
 
+    if (reference is None) != (encoder is None):
+        raise ValueError("--reference and --encoder go together: say whose features tell pictures apart.")
+    if reference is not None and (prompts, judged, detector) != (None, None, None):
+        raise ValueError("--prompts, --judged and --detector are about what images show: leave out --reference.")
+    if reference is None and caption_column is not None:
+        raise ValueError("--caption-column is of --reference: give that too.")
     if prompts is not None and (n is not None or judged is not None):
         raise ValueError("--n and --judged are for Ink's grammar: your own prompts are all drawn and judged.")
     launched = accelerator()  # chooses the process's own device, which is then "cuda"
     where = {"revision": revision, "variant": variant, "config": file_config, "device": device}
     opened = opened_as_asked(model, dtype, fuse_lora, edit, **where)
-    judge = open_detector(detector, device=device)
-
     options = {"steps": steps, "guidance_scale": guidance_scale, "sampler": sampler, "eta": eta}
-    draw = drawing(opened, progress=True, batch_size=batch_size, **options)
-    if prompts is not None:
-        asked = read_prompt_set(prompts)
-        check_judge(opened, judge, asked.expected)
-        found = agreement(judge, draw(asked.texts, seed), asked.expected)
-        measured = {"agreement": found.to_dict()}
+    drawn: dict[str, Any] = {"seed": seed, "batch_size": batch_size, **options}
+    if reference is not None and encoder is not None:
+        lines, measured = _near(opened, reference, caption_column, encoder, n, **drawn)
     else:
-        check_judge(opened, judge)
-        n = 5000 if n is None else n
-        quality = ink_quality(draw, judge, n=n, judged=min(2000, n) if judged is None else judged, seed=seed)
-        found, measured = quality.agreement, quality.to_dict()
-        if launched.is_main_process:
-            typer.echo(f"fidelity: {quality.fidelity}\nfloor (real against real): {quality.floor}")
+        lines, measured = _obedient(opened, detector or "ink", prompts, n, judged, **drawn)
     if launched.is_main_process:
-        for name, rate in {**found.groups, "all that was asked": found.together, "rejected": found.rejected}.items():
-            typer.echo(f"{name}: {rate}")
+        typer.echo("\n".join(lines))
         if out is not None:
             how = {
                 **options,
                 "dtype": dtype,
-                "detector": detector,
+                "detector": detector or ("ink" if reference is None else None),
                 "prompts": None if prompts is None else str(prompts),
+                "reference": None if reference is None else str(reference),
+                "encoder": encoder,
                 "edits": [str(path) for path in edit or ()],
                 "loras": list(opened.loras),
             }
@@ -91,3 +104,59 @@ def command(
             out.write_text(json.dumps({**record, "hardware": hardware_line()}, indent=2) + "\n")
     # A process that leaves while the group's threads run may be aborted by them.
     launched.end_training()
+
+
+def _obedient(
+    model: Model, detector: str, prompts: Path | None, n: int | None, judged: int | None, *, seed: int, **options: Any
+) -> tuple[list[str], dict[str, Any]]:
+    """Whether images show what was asked for, as lines and as a record."""
+    from sublimate.evaluation.agreement import agreement, check_judge
+    from sublimate.evaluation.detectors import open_detector
+    from sublimate.evaluation.drawing import drawing
+    from sublimate.evaluation.ink_study import ink_quality
+    from sublimate.evaluation.studies import read_prompt_set
+
+    judge, lines = open_detector(detector, device=model.device), []
+    draw = drawing(model, progress=True, **options)
+    if prompts is not None:
+        asked = read_prompt_set(prompts)
+        check_judge(model, judge, asked.expected)
+        found = agreement(judge, draw(asked.texts, seed), asked.expected)
+        measured = {"agreement": found.to_dict()}
+    else:
+        check_judge(model, judge)
+        n = 5000 if n is None else n
+        quality = ink_quality(draw, judge, n=n, judged=min(2000, n) if judged is None else judged, seed=seed)
+        found, measured = quality.agreement, quality.to_dict()
+        lines = [f"fidelity: {quality.fidelity}", f"floor (real against real): {quality.floor}"]
+    rates = {**found.groups, "all that was asked": found.together, "rejected": found.rejected}
+    return [*lines, *(f"{name}: {rate}" for name, rate in rates.items())], measured
+
+
+def _near(
+    model: Model, reference: Path, caption_column: str | None, encoder: str, n: int | None, **options: Any
+) -> tuple[list[str], dict[str, Any]]:
+    """How near images come to pictures, as lines and as a record."""
+    from sublimate.evaluation.encoders import open_encoder
+    from sublimate.evaluation.reference import measure_closeness
+    from sublimate.pipelines.tokens import cut_to_fit
+    from sublimate.training.captioned import Images
+    from sublimate.training.data_config import DataConfig
+    from sublimate.training.sources import captioned_rows, framing_of
+    from sublimate.training.together import everywhere
+
+    column = "text" if caption_column is None else caption_column or None
+    data = DataConfig(train_data_dir=reference, caption_column=column, center_crop=True)
+    framing = framing_of(model, data)
+    pictures = Images(captioned_rows(data), framing)
+    with cut_to_fit() as cut:
+        seen_by = open_encoder(encoder, device=model.device)
+        found = measure_closeness(model, pictures, seen_by, n=n, progress=True, **options)
+    lines = [f"fidelity: {found.fidelity}"]
+    if found.floor is not None:
+        lines.append(f"floor (pictures against pictures): {found.floor}")
+    if found.similarity is not None:
+        lines.append(f"similarity to captions: {found.similarity}; of the pictures: {found.picture_similarity}")
+    if was_cut := not everywhere(not cut):
+        lines.append("Captions that are longer than the text encoder reads were cut.")
+    return lines, {**found.to_dict(), "captions_cut": was_cut}

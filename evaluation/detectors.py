@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from sublimate.evaluation.encoders import directions
 from sublimate.pipelines.detector import Detector
 from sublimate.pipelines.preprocessing import Preprocessing
 from sublimate.training.ink.detector import InkDetector
@@ -142,11 +143,11 @@ class ZeroShotDetector(nn.Module):
                 raise ValueError(f"the prompt {prompt!r} has {length} tokens and this model reads {limit}; shorten it")
         tokens = tokenizer(prompts, padding="max_length", max_length=limit, return_tensors="pt")
         device = next(self.model.parameters()).device
-        return _directions(self.model.get_text_features(**tokens.to(device)))
+        return directions(self.model.get_text_features(**tokens.to(device)))
 
     def features(self, images: Tensor) -> Tensor:
         """Image embeddings of unit length, (B, D), for FID and drift."""
-        return _directions(self.model.get_image_features(pixel_values=self.preprocessing(images)))
+        return directions(self.model.get_image_features(pixel_values=self.preprocessing(images)))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Per group, probabilities (B, labels + 1) of images (B, 3, H, W) in [0, 1]; differentiable."""
@@ -211,11 +212,6 @@ def _check_threshold(threshold: float) -> None:
 
 def _described(labels: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
     return dict(labels) if isinstance(labels, Mapping) else {label: f"a photo of a {label}" for label in labels}
-
-
-def _directions(output: Any) -> Tensor:
-    embedding: Tensor = output.pooler_output
-    return embedding / embedding.norm(dim=-1, keepdim=True)
 
 
 def _unique(id2label: Mapping[Any, str]) -> tuple[str, ...]:

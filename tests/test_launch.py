@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import vision
 import yaml
+from captioned_sets import image_folder
 from processes import launch
 from safetensors.torch import load_file
 
@@ -85,6 +87,21 @@ def test_evaluation_is_shared_and_written_once(tmp_path):
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert one["agreement"] == two["agreement"] and one["agreement"]["ink"]
     assert said.count("rejected") == 1
+
+
+def test_a_model_is_compared_with_pictures_by_all_processes_together(tmp_path):
+    pictures, encoder = image_folder(tmp_path / "pictures", 21), vision.clip(tmp_path / "clip")
+    lines = [{"file_name": f"{i}.png", "text": f"a {('red', 'green', 'blue')[i % 3]} seven"} for i in range(21)]
+    (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    command = ["evaluate", "ink_one_step", "--reference", pictures, "--encoder", encoder, "--out"]
+    said = launched("ddp", *command, tmp_path / "two.json")
+    with pytest.raises(SystemExit) as stop:
+        run(list(map(str, [*command, tmp_path / "one.json"])))
+    assert stop.value.code == 0
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert two["fidelity"]["fid"] == pytest.approx(one["fidelity"]["fid"], rel=1e-3)
+    assert two["similarity"] == pytest.approx(one["similarity"], rel=1e-4) and one["fidelity"]["n"] == 21
+    assert said.count("similarity to captions") == 1
 
 
 DRAWN = """

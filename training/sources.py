@@ -137,6 +137,13 @@ def make_source(
     return ModelSource(model, prompts, latents, negatives, samples, pictures, encode)
 
 
+def captioned_rows(data: DataConfig) -> Captioned:
+    """The captioned pictures that `data` names, by row."""
+    if _is_image_folder(data) and data.train_data_dir is not None:
+        return ImageFolder(data.train_data_dir, data.caption_column)
+    return DatasetRows(data)
+
+
 def unread_networks(model: Model, data: DataConfig) -> list[str]:
     """The networks that no batch needs once the source is made: what they would say is stored."""
     if data.cache_dir is None:
@@ -228,11 +235,7 @@ def _prompts_of(file: str | None) -> list[str]:
 
 def _prompts_and_images(model: Model, data: DataConfig) -> tuple[Sequence[str], Images | Tensor | None]:
     if data.captioned:
-        rows: Captioned
-        if _is_image_folder(data) and data.train_data_dir is not None:
-            rows = ImageFolder(data.train_data_dir, data.caption_column)
-        else:
-            rows = DatasetRows(data)
+        rows = captioned_rows(data)
         # Mirrored images are images of their own; the teacher's samples are not mirrored.
         if data.images == "teacher":
             return rows.captions, None

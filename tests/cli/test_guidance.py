@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+import vision
+from captioned_sets import image_folder
 from commands import failed, sublimate
 from transformers import ViTConfig, ViTForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -81,3 +83,35 @@ def test_what_cannot_be_judged_is_refused_before_it_is_drawn(capsys, tmp_path, c
     assert "knows no class 'lion'; it knows cat, dog" in failed(capsys, *evaluate, "--detector", classifier)
     asked.write_text('{"text": "a cat", "digit": "seven"}\n')
     assert "reads pictures (B, 3, 32, 32), not (1, 3, 16, 16): choose another" in failed(capsys, *evaluate)
+
+
+@pytest.mark.parametrize(("name", "column"), [("tiny_sd", None), ("tiny_unconditional", "")])
+def test_a_model_is_compared_with_pictures(capsys, request, tmp_path, name, column):
+    model, encoder = request.getfixturevalue(name), vision.clip(tmp_path / "clip")
+    pictures, out = image_folder(tmp_path / "pictures", 20), tmp_path / "found.json"
+    asked = ["evaluate", model, "--steps", "1", "--guidance-scale", "1", "--n", "10", "--out", out]
+    compared = [*asked, "--reference", pictures, "--encoder", encoder]
+    options = [] if column is None else ["--caption-column", column]
+    status, said, err = sublimate(capsys, *compared, *options)
+    assert status == 0, err
+    found = json.loads(out.read_text())
+    assert found["fidelity"]["n"] == found["floor"]["n"] == 10 and "agreement" not in found
+    assert (found["similarity"] is None) == (column == "") and not found["captions_cut"]
+    assert found["options"]["reference"] == "pictures" and found["options"]["detector"] is None
+    assert "floor (pictures against pictures)" in said and ("similarity to captions" in said) == (column is None)
+    for more, sentence in (
+        ([*asked, "--reference", pictures], "--reference and --encoder go together"),
+        ([*compared, "--judged", "2"], "leave out --reference"),
+        ([*asked, "--caption-column", "text"], "--caption-column is of --reference"),
+    ):
+        assert sentence in failed(capsys, *more)
+
+
+def test_captions_that_are_too_long_are_cut_and_that_is_said(capsys, tmp_path, tiny_sd):
+    pictures = image_folder(tmp_path / "pictures", 10)
+    lines = [{"file_name": f"{i}.png", "text": "cat " * 100} for i in range(10)]
+    (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    compared = ["--reference", pictures, "--encoder", vision.clip(tmp_path / "clip"), "--steps", "1"]
+    status, said, err = sublimate(capsys, "evaluate", tiny_sd, *compared, "--out", tmp_path / "found.json")
+    assert status == 0, err
+    assert "were cut" in said and json.loads((tmp_path / "found.json").read_text())["captions_cut"]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import vision
 from transformers import (
-    CLIPConfig,
     CLIPModel,
     CLIPTokenizer,
     ConvNextConfig,
     ConvNextForImageClassification,
-    ViTConfig,
     ViTForImageClassification,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -27,34 +26,15 @@ from sublimate.pipelines.preprocessing import Preprocessing
 from sublimate.training.ink.detector import InkDetector
 from sublimate.training.ink.vocabulary import GROUPS
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz,"
-TOKENS = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
-
 
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory):
-    torch.manual_seed(0)
-    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    config = ViTConfig(**size, image_size=16, patch_size=8, id2label={0: "crane", 1: "dog", 2: "crane"})
-    folder = tmp_path_factory.mktemp("vit")
-    model = ViTForImageClassification(config)
-    model.classifier.weight.data.mul_(20)  # decided answers, so that a threshold has something to cut
-    model.save_pretrained(folder)
-    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
-    return folder
+    return vision.vit(tmp_path_factory.mktemp("vit"))
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("clip")
-    tower = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    text = {**tower, "vocab_size": len(TOKENS), "max_position_embeddings": 24, "bos_token_id": 0, "eos_token_id": 1}
-    vision = {**tower, "image_size": 16, "patch_size": 8}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": 20}, crop_size=16).save_pretrained(folder)
-    CLIPTokenizer(vocab={token: index for index, token in enumerate(TOKENS)}, merges=[]).save_pretrained(folder)
-    return folder
+    return vision.clip(tmp_path_factory.mktemp("clip"))
 
 
 def images(n: int = 6, size: int = 24) -> torch.Tensor:
