@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers.utils.hub  # noqa: F401 (reads HfApi when it is imported, which must not be the stub)
 from huggingface_hub import ModelCard
 
 PAGE = Path(__file__).parent.parent / "docs" / "python.md"
