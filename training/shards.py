@@ -133,7 +133,8 @@ def _fill(folder: Path, rows: int, compute: Compute, key: Mapping[str, Any], sha
             entries = [_entry(file, part) for file, part in shards.items()]
             with file_written_aside(folder / INDEX) as aside:
                 aside.write_text(json.dumps({"key": key, "shards": entries}, indent=1))
-            for done in (folder / LAYOUT, *map(_lock_of, shards)):
+            # Nobody is at a shard any more.
+            for done in (folder / LAYOUT, *map(_lock_of, shards), *folder.glob(".*.partial")):
                 done.unlink(missing_ok=True)
 
 
