@@ -42,7 +42,8 @@ def command(
     edited_revision: Annotated[str | None, typer.Option(help="As --revision, of an EDITED that is no edit.")] = None,
     edited_variant: Annotated[str | None, typer.Option(help="As --variant, of an EDITED that is no edit.")] = None,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Recompute activations to save attacks memory.")
+        bool,
+        typer.Option("--gradient-checkpointing", help="Recompute activations of what draws, to save memory."),
     ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:

@@ -39,9 +39,8 @@ def command(
         str | None,
         typer.Option(help="With --reference: a folder or hub id (DINOv2, CLIP, ...), whose features to compare."),
     ] = None,
-    caption_column: Annotated[
-        str | None, typer.Option(help='Of --reference, "text" by default; "" for an unconditional model.')
-    ] = None,
+    image_column: Annotated[str | None, typer.Option(help='Of --reference, "image" by default.')] = None,
+    caption_column: Annotated[str | None, typer.Option(help='Of --reference, "text" by default.')] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; the checkpoint's own by default.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(min=0, help="1 is no guidance.")] = None,
     sampler: Annotated[str | None, typer.Option(help="As in `generate`; the model's own by default.")] = None,
@@ -72,8 +71,9 @@ def command(
         raise ValueError("--reference and --encoder go together: say whose features tell pictures apart.")
     if reference is not None and (prompts, judged, detector) != (None, None, None):
         raise ValueError("--prompts, --judged and --detector are about what images show: leave out --reference.")
-    if reference is None and caption_column is not None:
-        raise ValueError("--caption-column is of --reference: give that too.")
+    columns = {"image_column": image_column, "caption_column": caption_column}
+    if reference is None and any(columns.values()):
+        raise ValueError("--image-column and --caption-column are of --reference: give that too.")
     if prompts is not None and (n is not None or judged is not None):
         raise ValueError("--n and --judged are for Ink's grammar: your own prompts are all drawn and judged.")
     launched = accelerator()  # chooses the process's own device, which is then "cuda"
@@ -82,7 +82,7 @@ def command(
     options = {"steps": steps, "guidance_scale": guidance_scale, "sampler": sampler, "eta": eta}
     drawn: dict[str, Any] = {"seed": seed, "batch_size": batch_size, **options}
     if reference is not None and encoder is not None:
-        lines, measured = _near(opened, reference, caption_column, encoder, n, **drawn)
+        lines, measured = _near(opened, reference, columns, encoder, n, **drawn)
     else:
         lines, measured = _obedient(opened, detector or "ink", prompts, n, judged, **drawn)
     if launched.is_main_process:
@@ -95,6 +95,7 @@ def command(
                 "prompts": None if prompts is None else str(prompts),
                 "reference": None if reference is None else str(reference),
                 "encoder": encoder,
+                **columns,
                 "edits": [str(path) for path in edit or ()],
                 "loras": list(opened.loras),
             }
@@ -134,7 +135,7 @@ def _obedient(
 
 
 def _near(
-    model: Model, reference: Path, caption_column: str | None, encoder: str, n: int | None, **options: Any
+    model: Model, reference: Path, columns: dict[str, str | None], encoder: str, n: int | None, **options: Any
 ) -> tuple[list[str], dict[str, Any]]:
     """How near images come to pictures, as lines and as a record."""
     from sublimate.evaluation.encoders import open_encoder
@@ -145,18 +146,34 @@ def _near(
     from sublimate.training.sources import captioned_rows, framing_of
     from sublimate.training.together import everywhere
 
-    column = "text" if caption_column is None else caption_column or None
-    data = DataConfig(train_data_dir=reference, caption_column=column, center_crop=True)
-    framing = framing_of(model, data)
-    pictures = Images(captioned_rows(data), framing)
+    named: dict[str, Any] = {option: column for option, column in columns.items() if column}
+    if not _reads_prompts(model):
+        named["caption_column"] = None
+    data = DataConfig(train_data_dir=reference, center_crop=True, **named)
+    try:
+        pictures = Images(captioned_rows(data), framing_of(model, data))
+    except ValueError as error:
+        said = str(error)
+        for option in columns:
+            said = said.replace(f"data.{option}", "--" + option.replace("_", "-"))
+        raise ValueError(said) from error
+    seen_by = open_encoder(encoder, device=model.device)
     with cut_to_fit() as cut:
-        seen_by = open_encoder(encoder, device=model.device)
         found = measure_closeness(model, pictures, seen_by, n=n, progress=True, **options)
     lines = [f"fidelity: {found.fidelity}"]
     if found.floor is not None:
         lines.append(f"floor (pictures against pictures): {found.floor}")
     if found.similarity is not None:
         lines.append(f"similarity to captions: {found.similarity}; of the pictures: {found.picture_similarity}")
-    if was_cut := not everywhere(not cut):
-        lines.append("Captions that are longer than the text encoder reads were cut.")
-    return lines, {**found.to_dict(), "captions_cut": was_cut}
+    were_cut = {"model": not everywhere(not cut), "encoder": not everywhere(not getattr(seen_by, "cut", False))}
+    lines += [f"Captions that are longer than the {reader} reads were cut." for reader, yes in were_cut.items() if yes]
+    return lines, {**found.to_dict(), "captions_cut": were_cut}
+
+
+def _reads_prompts(model: Model) -> bool:
+    """Whether a model is told anything; "0" is a text, and the number of a class."""
+    try:
+        model.encode_prompts(["0"])
+    except ValueError:
+        return False
+    return True

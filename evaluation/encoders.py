@@ -58,7 +58,7 @@ class ImageTextEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model.requires_grad_(False).eval()
-        self.tokenizer, self.preprocessing = tokenizer, preprocessing
+        self.tokenizer, self.preprocessing, self.cut = tokenizer, preprocessing, False
         self.eval()
 
     def features(self, images: Tensor) -> Tensor:
@@ -67,14 +67,23 @@ class ImageTextEncoder(nn.Module):
 
     @torch.no_grad()
     def similarity(self, features: Tensor, texts: Sequence[str]) -> Tensor:
-        """The cosine of each image's embedding (B, D) with that of its text, (B,); long texts are cut.
+        """The cosine of each image's embedding (B, D) with that of its text, (B,).
 
-        CLIPScore (Hessel et al. 2021, arXiv 2104.08718) is 2.5 of it where it is positive.
+        Texts that are longer than the network reads are cut, and `cut` is then true. CLIPScore (Hessel et al. 2021,
+        arXiv 2104.08718) is 2.5 of it where it is positive.
         """
         limit = self.model.config.text_config.max_position_embeddings
+        self.cut |= any(len(ids) > limit for ids in self.tokenizer(list(texts))["input_ids"])
         tokens = self.tokenizer(
-            list(texts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
+            list(texts),
+            padding="max_length",
+            padding_side="right",
+            max_length=limit,
+            truncation=True,
+            return_tensors="pt",
         )
+        if self.model.config.model_type.startswith("siglip"):  # it was trained to read its padding
+            tokens.pop("attention_mask", None)
         told = directions(self.model.get_text_features(**tokens.to(next(self.model.parameters()).device)))
         return (features * told.to(features)).sum(dim=1)
 

@@ -152,9 +152,9 @@ def _covered(samples: Tensor, manifold: Tensor, k: int) -> float:
 
 
 def _distances(rows: Tensor, columns: Tensor) -> Iterator[Tensor]:
-    # Without matrix products: they lose the exact zero between a point and itself, and so the order of near ties.
-    exact = "donot_use_mm_for_euclid_dist"
-    return (torch.cdist(block, columns, compute_mode=exact) for block in rows.split(_BLOCK))
+    # By matrix products, ten times as fast; they lose small distances of points far from the origin.
+    products, middle = "use_mm_for_euclid_dist", columns.mean(dim=0)
+    return (torch.cdist(block - middle, columns - middle, compute_mode=products) for block in rows.split(_BLOCK))
 
 
 def fidelity(generated: Tensor, reference: Tensor, *, k: int = 3) -> Fidelity:

@@ -22,9 +22,11 @@ def enable_gradient_checkpointing(module: nn.Module) -> list[ModelMixin]:
 
 @contextmanager
 def checkpointed(model: Model) -> Iterator[None]:
-    """Enables it in every network of a model that has it and does not use it yet, and undoes that afterwards."""
-    changed = [network for part in model.components().values() for network in enable_gradient_checkpointing(part)]
+    """Enables it in every network of diffusers that a model has and that has it, and undoes that afterwards."""
+    changed: list[ModelMixin] = []
     try:
+        for part in model.components().values():
+            changed += enable_gradient_checkpointing(part)
         yield
     finally:
         for network in changed:

@@ -45,7 +45,7 @@ class DataConfig(Config):
         cache_dir: where what the text encoders and the autoencoder make of the data is stored, so that they leave the
             memory during training, and what the teacher draws, so that a resumed run does not draw it again; None
             stores nothing. It changes no result.
-        cache_shard_bytes: the largest file in there; about twice as much memory is needed to write one.
+        cache_shard_bytes: the largest file in there; each process needs about twice as much memory to write one.
     """
 
     prompts: str | None = "ink"

@@ -34,7 +34,7 @@ from sublimate.pipelines.tokens import cut_to_fit
 from sublimate.training.ahead import ahead
 from sublimate.training.captioned import Images
 from sublimate.training.shards import INDEX, Compute, Shards, table
-from sublimate.training.together import everywhere
+from sublimate.training.together import accelerator, everywhere
 
 REMEMBERED_BYTES = 2**30
 FORMAT = 1
@@ -57,7 +57,15 @@ class Cache:
         """A table for what its rows depend on."""
         key = {"format": FORMAT, "rows": rows, **key}
         folder = self._folder(what, key)
-        return table(folder, rows, compute, key, shard_bytes=self.shard_bytes, progress=self.progress)
+        return table(
+            folder,
+            rows,
+            compute,
+            key,
+            shard_bytes=self.shard_bytes,
+            processes=accelerator().num_processes,
+            progress=self.progress,
+        )
 
     def drawn(self, what: str, rows: int, draw: Callable[[], Tensor], **key: Any) -> Tensor:
         """What all processes draw together, (rows, ...) on the CPU; drawn, and stored, where it is not stored yet."""

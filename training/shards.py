@@ -80,6 +80,7 @@ def table(
     key: Mapping[str, Any],
     *,
     shard_bytes: int,
+    processes: int = 1,
     progress: bool = True,
 ) -> Shards:
     """The table that lies in `folder`; what is missing is computed and written first, in row order.
@@ -92,6 +93,7 @@ def table(
         compute: rows in the order that is asked for: of each a tensor for every column, of the same shapes as others'.
         key: what the rows depend on, as JSON; written to the index.
         shard_bytes: the most that a shard's tensors measure, if one row is not larger.
+        processes: that ask for it, each of which finds a few shards to compute.
         progress: show a bar while computing.
 
     Raises:
@@ -99,7 +101,7 @@ def table(
     """
     if not (folder / INDEX).is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        _fill(folder, rows, compute, key, shard_bytes, progress)
+        _fill(folder, rows, compute, key, shard_bytes, processes, progress)
     found = Shards(folder)
     if found.index["key"] != json.loads(json.dumps(key)) or len(found) != rows:
         raise ValueError(f"The cache {folder} holds something else: delete it to have it made again.")
@@ -118,9 +120,17 @@ def read_mapped(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} is damaged ({error}): delete its folder to have it made again.") from error
 
 
-def _fill(folder: Path, rows: int, compute: Compute, key: Mapping[str, Any], shard_bytes: int, progress: bool) -> None:
+def _fill(
+    folder: Path,
+    rows: int,
+    compute: Compute,
+    key: Mapping[str, Any],
+    shard_bytes: int,
+    processes: int,
+    progress: bool,
+) -> None:
     """Computes the shards that are missing and that no other process is at, then waits for those."""
-    if (size := _rows_per_shard(folder, rows, compute, shard_bytes)) is None:
+    if (size := _rows_per_shard(folder, rows, compute, shard_bytes, processes)) is None:
         return
     parts = [range(start, min(start + size, rows)) for start in range(0, rows, size)]
     shards = {folder / _name(place): part for place, part in enumerate(parts)}
@@ -133,20 +143,21 @@ def _fill(folder: Path, rows: int, compute: Compute, key: Mapping[str, Any], sha
             entries = [_entry(file, part) for file, part in shards.items()]
             with file_written_aside(folder / INDEX) as aside:
                 aside.write_text(json.dumps({"key": key, "shards": entries}, indent=1))
-            # Nobody is at a shard any more.
-            for done in (folder / LAYOUT, *map(_lock_of, shards), *folder.glob(".*.partial")):
-                done.unlink(missing_ok=True)
+        # Nobody is at a shard any more.
+        for done in (folder / LAYOUT, *map(_lock_of, shards), *folder.glob(".*.partial")):
+            done.unlink(missing_ok=True)
 
 
-def _rows_per_shard(folder: Path, rows: int, compute: Compute, shard_bytes: int) -> int | None:
+def _rows_per_shard(folder: Path, rows: int, compute: Compute, shard_bytes: int, processes: int) -> int | None:
     """As many as measure `shard_bytes`, which the first process finds from the first row; None when all is done."""
     with FileLock(folder / ".lock"):
         if (folder / INDEX).is_file():
             return None
         if not (folder / LAYOUT).is_file():
             one = sum(value.nbytes for row in compute(range(min(1, rows))) for value in row.values())
+            most = rows if processes == 1 else -(-rows // (4 * processes))
             with file_written_aside(folder / LAYOUT) as aside:
-                aside.write_text(json.dumps({"rows": max(1, shard_bytes // max(1, one))}))
+                aside.write_text(json.dumps({"rows": max(1, min(most, shard_bytes // max(1, one)))}))
         return int(json.loads((folder / LAYOUT).read_text())["rows"])
 
 
@@ -160,6 +171,7 @@ def _written(file: Path, part: range, compute: Compute, bar: tqdm, *, wait: bool
             return False
     try:
         if file.is_file():
+            _entry(file, part)
             bar.update(len(part))
             return True
         for half in file.parent.glob(f".{file.name}.*.partial"):
@@ -174,7 +186,7 @@ def _written(file: Path, part: range, compute: Compute, bar: tqdm, *, wait: bool
 def _columns(rows: Iterable[Mapping[str, Tensor]], count: int, bar: tqdm) -> dict[str, Tensor]:
     """The columns of so many rows, filled in place: a shard is in memory once."""
     columns: dict[str, Tensor] = {}
-    for place, row in enumerate(rows):
+    for place, row in zip(range(count), rows, strict=True):
         for name, value in row.items():
             if place == 0:
                 columns[name] = torch.empty((count, *value.shape), dtype=value.dtype)

@@ -160,7 +160,7 @@ def framing_of(model: Model, data: DataConfig) -> Framing:
         ValueError: when the model makes none, or `data.resolution` is another than its own.
     """
     if model.backbone.medium != "image":
-        raise ValueError(f"{model.source} makes no images: it cannot be trained on pictures.")
+        raise ValueError(f"{model.source} makes no images: captioned pictures are nothing to it.")
     own, pipe = model.latent_shape, model.pipeline
     factor = getattr(pipe, "vae_scale_factor", 1)
     size = (own[1] * factor, own[2] * factor) if data.resolution is None else (data.resolution, data.resolution)

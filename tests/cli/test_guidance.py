@@ -85,24 +85,24 @@ def test_what_cannot_be_judged_is_refused_before_it_is_drawn(capsys, tmp_path, c
     assert "reads pictures (B, 3, 32, 32), not (1, 3, 16, 16): choose another" in failed(capsys, *evaluate)
 
 
-@pytest.mark.parametrize(("name", "column"), [("tiny_sd", None), ("tiny_unconditional", "")])
-def test_a_model_is_compared_with_pictures(capsys, request, tmp_path, name, column):
+@pytest.mark.parametrize("name", ["tiny_sd", "tiny_unconditional"])
+def test_a_model_is_compared_with_pictures(capsys, request, tmp_path, name):
     model, encoder = request.getfixturevalue(name), vision.clip(tmp_path / "clip")
     pictures, out = image_folder(tmp_path / "pictures", 20), tmp_path / "found.json"
     asked = ["evaluate", model, "--steps", "1", "--guidance-scale", "1", "--n", "10", "--out", out]
     compared = [*asked, "--reference", pictures, "--encoder", encoder]
-    options = [] if column is None else ["--caption-column", column]
-    status, said, err = sublimate(capsys, *compared, *options)
+    status, said, err = sublimate(capsys, *compared)
     assert status == 0, err
     found = json.loads(out.read_text())
     assert found["fidelity"]["n"] == found["floor"]["n"] == 10 and "agreement" not in found
-    assert (found["similarity"] is None) == (column == "") and not found["captions_cut"]
+    assert (found["similarity"] is None) == (name == "tiny_unconditional")
+    assert found["captions_cut"] == {"model": False, "encoder": False}
     assert found["options"]["reference"] == "pictures" and found["options"]["detector"] is None
-    assert "floor (pictures against pictures)" in said and ("similarity to captions" in said) == (column is None)
+    assert "floor (pictures against pictures)" in said and ("similarity to captions" in said) == (name == "tiny_sd")
     for more, sentence in (
         ([*asked, "--reference", pictures], "--reference and --encoder go together"),
         ([*compared, "--judged", "2"], "leave out --reference"),
-        ([*asked, "--caption-column", "text"], "--caption-column is of --reference"),
+        ([*asked, "--caption-column", "text"], "are of --reference: give that too"),
     ):
         assert sentence in failed(capsys, *more)
 
@@ -114,4 +114,9 @@ def test_captions_that_are_too_long_are_cut_and_that_is_said(capsys, tmp_path, t
     compared = ["--reference", pictures, "--encoder", vision.clip(tmp_path / "clip"), "--steps", "1"]
     status, said, err = sublimate(capsys, "evaluate", tiny_sd, *compared, "--out", tmp_path / "found.json")
     assert status == 0, err
-    assert "were cut" in said and json.loads((tmp_path / "found.json").read_text())["captions_cut"]
+    assert said.count("were cut") == 2
+    assert json.loads((tmp_path / "found.json").read_text())["captions_cut"] == {"model": True, "encoder": True}
+    (pictures / "5.png").unlink()
+    assert "5.png" in failed(capsys, "evaluate", tiny_sd, *compared)
+    wrong = ["evaluate", tiny_sd, *compared, "--caption-column", "said"]
+    assert "has no caption column 'said', only file_name, text: set --caption-column" in failed(capsys, *wrong)

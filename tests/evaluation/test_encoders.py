@@ -4,10 +4,11 @@ import pytest
 import torch
 import vision
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, CLIPModel, ViTForImageClassification
+from transformers import AutoModel, CLIPModel, CLIPTokenizer, ViTForImageClassification
 
-from sublimate.evaluation.encoders import open_encoder
+from sublimate.evaluation.encoders import ImageEncoder, ImageTextEncoder, open_encoder
 from sublimate.evaluation.fidelity import extract
+from sublimate.pipelines.preprocessing import Preprocessing
 
 IMAGES = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 TEXTS = ["a cat", "a red dog", "cat"]
@@ -42,8 +43,32 @@ def test_similarity_is_clips_logit_without_its_scale(folder):
     theirs = model(**tokens, pixel_values=encoder.preprocessing(IMAGES)).logits_per_image.diag()
     ours = encoder.similarity(extract(encoder.features, IMAGES), TEXTS)
     torch.testing.assert_close(ours.float(), theirs / model.logit_scale.exp(), atol=1e-6, rtol=1e-5)
+    assert not encoder.cut
     long = encoder.similarity(extract(encoder.features, IMAGES[:1]), ["cat " * 20])
-    assert torch.equal(long, encoder.similarity(extract(encoder.features, IMAGES[:1]), ["cat " * 30]))
+    assert torch.equal(long, encoder.similarity(extract(encoder.features, IMAGES[:1]), ["cat " * 30])) and encoder.cut
+
+
+@torch.no_grad()
+def test_a_convolutional_networks_summary_is_one_vector(folder):
+    encoder = open_encoder(str(vision.convnext(folder / "convnext")))
+    assert extract(encoder.features, IMAGES.repeat(1, 1, 2, 2)).shape == (3, 6)
+    whole = ImageEncoder(encoder.model, encoder.preprocessing, pooled=False)
+    assert extract(whole.features, IMAGES.repeat(1, 1, 2, 2)).shape == (3, 6)
+
+
+@torch.no_grad()
+def test_siglip_reads_its_padding(folder):
+    tokenizer = CLIPTokenizer.from_pretrained(vision.clip(folder / "words"))
+    tokenizer.padding_side = "left"
+    model = vision.siglip()
+    encoder = ImageTextEncoder(model, tokenizer, Preprocessing(None))
+    ids = torch.full((3, 24), tokenizer.pad_token_id)
+    for row, text in zip(ids, TEXTS, strict=True):
+        words = torch.tensor(tokenizer(text)["input_ids"])
+        row[: len(words)] = words
+    theirs = (model(input_ids=ids, pixel_values=IMAGES).logits_per_image - model.logit_bias) / model.logit_scale.exp()
+    ours = encoder.similarity(extract(encoder.features, IMAGES), TEXTS)
+    torch.testing.assert_close(ours.float(), theirs.diag(), atol=1e-6, rtol=1e-5)
 
 
 def test_what_is_no_encoder_is_refused(folder, tmp_path):

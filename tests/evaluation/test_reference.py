@@ -73,6 +73,38 @@ def test_what_cannot_be_compared_is_not_drawn(tiny_sd, encoder, monkeypatch):
         measure_closeness(model, images(N), encoder, n=8)
 
 
+def test_pictures_are_read_before_anything_is_drawn(tiny_sd, encoder, monkeypatch):
+    monkeypatch.setattr(reference, "generate", lambda *_, **__: pytest.fail("drawn"))
+    model, damaged, twice = open_model(tiny_sd), images(N), images(N)
+    damaged.rows.pixels = damaged.rows.pixels[:-1].tolist()
+    with pytest.raises(AttributeError):
+        measure_closeness(model, damaged, encoder)
+    twice.rows.pixels[5] = twice.rows.pixels[2]
+    with pytest.raises(ValueError, match="1 of 12 pictures occur before"):
+        measure_closeness(model, twice, encoder)
+
+
+def test_features_that_differ_from_call_to_call_are_refused(tiny_sd):
+    class Random(torch.nn.Module):
+        def features(self, images):
+            return torch.rand(len(images), 4)
+
+    with pytest.raises(ValueError, match="differ from call to call: choose another"):
+        measure_closeness(open_model(tiny_sd), images(N), Random())
+
+
+def test_images_are_drawn_as_many_at_once_as_asked(tiny_sd, encoder, monkeypatch):
+    monkeypatch.setattr(reference, "PART", 2)
+    drawn = []
+    monkeypatch.setattr(
+        reference,
+        "generate",
+        lambda model, prompts, **options: drawn.append(len(prompts)) or generate(model, prompts, **options),
+    )
+    measure_closeness(open_model(tiny_sd), images(N), encoder, batch_size=5, **DRAWN)
+    assert drawn == [5, 5, 2]
+
+
 def test_a_mean_knows_how_far_it_would_move():
     mean = Mean.of(torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=torch.float64))
     assert mean.value == 3.0 and mean.error == pytest.approx((14 / 3) ** 0.5 / 2) and mean.n == 4

@@ -9,12 +9,17 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPTokenizer,
+    ConvNextConfig,
+    ConvNextModel,
     Dinov2Config,
     Dinov2Model,
+    SiglipConfig,
+    SiglipModel,
     ViTConfig,
     ViTForImageClassification,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz,"
@@ -47,4 +52,17 @@ def clip(folder: Path) -> Path:
     CLIPModel(CLIPConfig(text_config=text, vision_config={**TOWER, **SEES}, projection_dim=8)).save_pretrained(folder)
     CLIPImageProcessorPil(size={"shortest_edge": 20}, crop_size=16).save_pretrained(folder)
     CLIPTokenizer(vocab={token: index for index, token in enumerate(TOKENS)}, merges=[]).save_pretrained(folder)
+    return folder
+
+
+def siglip() -> SiglipModel:
+    torch.manual_seed(0)
+    text = {**TOWER, "vocab_size": len(TOKENS), "max_position_embeddings": 24}
+    return SiglipModel(SiglipConfig(text_config=text, vision_config={**TOWER, **SEES}))
+
+
+def convnext(folder: Path) -> Path:
+    torch.manual_seed(0)
+    ConvNextModel(ConvNextConfig(hidden_sizes=[4, 6], depths=[1, 1], num_stages=2)).save_pretrained(folder)
+    ConvNextImageProcessorPil(size={"shortest_edge": 32}).save_pretrained(folder)
     return folder

@@ -324,6 +324,10 @@ def test_the_students_later_calls_are_at_the_noise_levels_that_are_asked_for():
     for unordered in ((0.8, 1.6), (1.6, 0.001), (1.6, -1.0)):
         with pytest.raises(ValueError, match="descends and stays above noise_range"):
             ConsistencyTrainingConfig(sampling_steps=3, sampling_noise=unordered)
+    with pytest.raises(ValueError, match=r"ends at 0\.0021, below the schedule's .*: raise it"):
+        oracle_objective(VP, sampling_steps=2, sampling_noise=(0.0021,))
+    with pytest.raises(ValueError, match="descends and stays above"):
+        ConsistencyTrainingConfig(sampling_steps=2, sampling_noise=(math.nan,))
     with pytest.raises(ValueError, match="lower it"):
         oracle_objective(VP, sampling_steps=2, sampling_noise=(1000.0,))
 

@@ -139,6 +139,41 @@ def test_two_processes_share_the_work_and_when_one_is_killed_the_other_takes_ove
     assert not list((tmp_path / "t").glob(".*.partial")) and not list((tmp_path / "t").glob(".0*"))
 
 
+@pytest.mark.slow
+def test_processes_that_share_the_work_leave_nothing_behind(tmp_path):
+    code = PRELUDE + "table(folder, 40, lambda rows: map(compute, rows), {}, shard_bytes=96, progress=False)"
+    workers = [started(code, tmp_path / "t", tmp_path / f"log{i}") for i in range(3)]
+    for worker in workers:
+        _, errors = worker.communicate(timeout=120)
+        assert worker.returncode == 0, errors
+    hidden = {path.name for path in (tmp_path / "t").iterdir() if not path.name.endswith(".safetensors")}
+    assert hidden <= {INDEX, ".lock"}
+
+
+def test_each_of_several_processes_finds_some_shards(tmp_path):
+    found = table(
+        tmp_path / "t", 30, lambda rows: map(compute, rows), {}, shard_bytes=10**6, processes=3, progress=False
+    )
+    assert [rows for _, rows in found.files] == [3] * 10
+    assert_whole(found, rows=30)
+
+
+def test_rows_that_do_not_come_are_missed(tmp_path):
+    with pytest.raises(ValueError, match="shorter"):
+        table(tmp_path / "t", 9, lambda rows: map(compute, rows[:1]), {}, shard_bytes=96, progress=False)
+    assert not [*(tmp_path / "t").glob("*.safetensors")]
+
+
+def test_a_shard_of_another_size_is_refused_before_the_others_are_computed(tmp_path):
+    make(tmp_path / "t")
+    (tmp_path / "t" / INDEX).unlink()
+    (tmp_path / "t" / "00003.safetensors").unlink()
+    asked = []
+    with pytest.raises(ValueError, match="holds 3 rows instead of 5: delete its folder"):
+        make(tmp_path / "t", function=lambda row: asked.append(row) or compute(row), shard_bytes=5 * ROW_BYTES)
+    assert asked == [0]
+
+
 MEMORY = """
 import sys, re
 from pathlib import Path

@@ -76,7 +76,7 @@ class ConsistencyTrainingConfig(ObjectiveConfig):
                 f"sampling_noise is of the calls after the first: {self.sampling_steps} steps have "
                 f"{self.sampling_steps - 1}, not {len(self.sampling_noise)}."
             )
-        if any(high <= low for high, low in itertools.pairwise(levels)):
+        if not all(high > low for high, low in itertools.pairwise(levels)):
             raise ValueError(f"sampling_noise descends and stays above noise_range, unlike {self.sampling_noise}.")
         return self
 
@@ -170,6 +170,10 @@ class ConsistencyTraining(SoloObjective):
     def _below(self, count: int) -> list[float]:
         """The sampler's times after the first: the configured ones, or of the coarsest grid with so many below it."""
         if levels := self.config.sampling_noise:
+            if levels[-1] < self.low:
+                raise ValueError(
+                    f"sampling_noise ends at {levels[-1]:g}, below the schedule's {self.low:g}: raise it."
+                )
             times = [self.schedule.callable_time(-2 * math.log(level)) for level in levels]
             if times[0] < self.start:
                 return times
