@@ -157,6 +157,9 @@ def audit(
     """
     if {base.dtype, edited.dtype} != {torch.float32}:
         raise ValueError("Attacks train and differentiate: open both models in float32 to audit them.")
+    saving = checkpointed if gradient_checkpointing else nullcontext
+    with saving(base), saving(edited):
+        pass  # where no network has it, before the study
     tell: Progress = progress or (lambda done, total, what: None)
     case = make_case(base, concept, study, detector, pictures=pictures, seed=seed)
     seen = {"before": Noted(drawing(base), detector), "after": Noted(drawing(edited), detector)}
@@ -164,7 +167,6 @@ def audit(
     atoms = mapped(seen["before"], seen["after"], seed=seed) if hasattr(detector, "features") else ()
     asked_for = {attack.name() for attack in attacks}
     skipped = {name: "not asked for" for name in registry.available(ATTACKS) if name not in asked_for}
-    saving = checkpointed if gradient_checkpointing else nullcontext
     trials = []
     for i, attack in enumerate(attacks):
         name = attack.name()

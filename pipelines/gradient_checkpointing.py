@@ -22,11 +22,18 @@ def enable_gradient_checkpointing(module: nn.Module) -> list[ModelMixin]:
 
 @contextmanager
 def checkpointed(model: Model) -> Iterator[None]:
-    """Enables it in every network of diffusers that a model has and that has it, and undoes that afterwards."""
+    """Enables it in every network of diffusers that a model has and that has it, and undoes that afterwards.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    networks = [part for part in model.components().values() if isinstance(part, ModelMixin)]
+    if not any(network._supports_gradient_checkpointing for network in networks):
+        raise ValueError(f"No network of {model.source} has gradient checkpointing: leave that out.")
     changed: list[ModelMixin] = []
     try:
-        for part in model.components().values():
-            changed += enable_gradient_checkpointing(part)
+        for network in networks:
+            changed += enable_gradient_checkpointing(network)
         yield
     finally:
         for network in changed:

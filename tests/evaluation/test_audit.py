@@ -93,6 +93,10 @@ def test_what_cannot_be_attacked_is_refused_before_anything_is_studied(model, ti
     half = open_model(tiny_sd, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="open both models in float32"):
         audit(model, half, Concept("cat"), study(), Constant(True), [], pictures=2)
+    for name in ("unet", "vae"):
+        monkeypatch.setattr(type(model.component(name)), "_supports_gradient_checkpointing", False)
+    with pytest.raises(ValueError, match="has gradient checkpointing: leave that out"):
+        audit(model, model, Concept("cat"), study(), Constant(True), [], pictures=2, gradient_checkpointing=True)
 
 
 @pytest.mark.slow

@@ -120,6 +120,14 @@ def test_checkpointing_changes_memory_alone_and_is_undone(request, family):
     assert not any(model.component(name).is_gradient_checkpointing for name in ("unet", "vae"))
 
 
+def test_checkpointing_is_refused_where_no_network_has_it(tiny_sd, monkeypatch):
+    model = open_model(tiny_sd)
+    for name in ("unet", "vae"):
+        monkeypatch.setattr(type(model.component(name)), "_supports_gradient_checkpointing", False)
+    with pytest.raises(ValueError, match="has gradient checkpointing: leave that out"):
+        ditto(model, ["a dog"], brightness, gradient_checkpointing=True, iterations=1, steps=1)
+
+
 @pytest.mark.slow
 def test_sound_follows_a_curve_of_intensity(tiny_audio):
     model, curve = open_model(tiny_audio), intensity(torch.linspace(-2.5, 1.5, 4))
