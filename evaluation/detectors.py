@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from sublimate.evaluation.encoders import directions
+from sublimate.evaluation.encoders import directions, text_directions
 from sublimate.pipelines.detector import Detector
 from sublimate.pipelines.preprocessing import Preprocessing
 from sublimate.training.ink.detector import InkDetector
@@ -141,9 +141,7 @@ class ZeroShotDetector(nn.Module):
             length = len(tokenizer(prompt)["input_ids"])
             if length > limit:
                 raise ValueError(f"the prompt {prompt!r} has {length} tokens and this model reads {limit}; shorten it")
-        tokens = tokenizer(prompts, padding="max_length", max_length=limit, return_tensors="pt")
-        device = next(self.model.parameters()).device
-        return directions(self.model.get_text_features(**tokens.to(device)))
+        return text_directions(self.model, tokenizer, prompts)
 
     def features(self, images: Tensor) -> Tensor:
         """Image embeddings of unit length, (B, D), for FID and drift."""

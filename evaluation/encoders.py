@@ -74,17 +74,7 @@ class ImageTextEncoder(nn.Module):
         """
         limit = self.model.config.text_config.max_position_embeddings
         self.cut |= any(len(ids) > limit for ids in self.tokenizer(list(texts))["input_ids"])
-        tokens = self.tokenizer(
-            list(texts),
-            padding="max_length",
-            padding_side="right",
-            max_length=limit,
-            truncation=True,
-            return_tensors="pt",
-        )
-        if self.model.config.model_type.startswith("siglip"):  # it was trained to read its padding
-            tokens.pop("attention_mask", None)
-        told = directions(self.model.get_text_features(**tokens.to(next(self.model.parameters()).device)))
+        told = text_directions(self.model, self.tokenizer, texts)
         return (features * told.to(features)).sum(dim=1)
 
 
@@ -117,6 +107,17 @@ def open_encoder(source: str, *, revision: str | None = None, device: str | torc
         return ImageTextEncoder(model, tokenizer, preprocessing).to(device)
     # A classifier's checkpoint may have been made without the pooler, whose weights are then random.
     return ImageEncoder(model, preprocessing, pooled=not missing).to(device)
+
+
+@torch.no_grad()
+def text_directions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Tensor:
+    """Embeddings (texts, D) of unit length, of as much of each text as a model of images and texts reads."""
+    limit = model.config.text_config.max_position_embeddings
+    options = {"padding": "max_length", "padding_side": "right", "max_length": limit, "truncation": True}
+    tokens = tokenizer(list(texts), return_tensors="pt", **options)
+    if model.config.model_type.startswith("siglip"):  # it was trained to read its padding
+        tokens.pop("attention_mask", None)
+    return directions(model.get_text_features(**tokens.to(next(model.parameters()).device)))
 
 
 def directions(output: Any) -> Tensor:
