@@ -1,4 +1,4 @@
-"""Rates with their uncertainty: Wilson intervals, paired differences, and the spread over seeds."""
+"""Numbers with their uncertainty: Wilson intervals, paired differences, means, and the spread over seeds."""
 
 from __future__ import annotations
 
@@ -82,6 +82,29 @@ class Rate:
 
     def __str__(self) -> str:
         return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}], n={self.n}"
+
+
+@dataclass(frozen=True)
+class Mean:
+    """An average, and how far it would move from draw to draw.
+
+    Attributes:
+        value: the average of n values.
+        error: its standard error.
+        n: how many were averaged.
+    """
+
+    value: float
+    error: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean:
+        """The average of at least two values."""
+        return cls(statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)), len(values))
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f} +- {self.error:.4f} (n={self.n})"
 
 
 @dataclass(frozen=True)

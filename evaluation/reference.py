@@ -7,7 +7,6 @@ is too large for memory.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from tqdm.auto import tqdm
 
 from sublimate.evaluation.encoders import Encoder, ImageTextEncoder
 from sublimate.evaluation.fidelity import Fidelity, extract, fidelity, real_versus_real
+from sublimate.evaluation.intervals import Mean
 from sublimate.pipelines.generate import generate
 from sublimate.pipelines.model import Model
 from sublimate.training.ahead import ahead
@@ -26,29 +26,6 @@ from sublimate.training.together import accelerator, drawn_together
 
 PART = 64
 """Images that are held at once, unless more are drawn at once."""
-
-
-@dataclass(frozen=True)
-class Mean:
-    """An average, and how far it would move from draw to draw.
-
-    Attributes:
-        value: the average of n values.
-        error: its standard error.
-        n: how many were averaged.
-    """
-
-    value: float
-    error: float
-    n: int
-
-    @classmethod
-    def of(cls, values: Tensor) -> Mean:
-        """The average of values (n,), n at least 2."""
-        return cls(values.mean().item(), values.std().item() / math.sqrt(len(values)), len(values))
-
-    def __str__(self) -> str:
-        return f"{self.value:.4f} +- {self.error:.4f} (n={self.n})"
 
 
 @dataclass(frozen=True)
@@ -142,8 +119,8 @@ def measure_closeness(
     return Closeness(
         fidelity=fidelity(generated, reference[:n]),
         floor=real_versus_real(reference, n, seed=seed) if count == 2 * n else None,
-        similarity=None if drawn.fits is None else Mean.of(drawn.fits),
-        picture_similarity=None if shown.fits is None else Mean.of(shown.fits[:n]),
+        similarity=None if drawn.fits is None else Mean.of(drawn.fits.tolist()),
+        picture_similarity=None if shown.fits is None else Mean.of(shown.fits[:n].tolist()),
     )
 
 

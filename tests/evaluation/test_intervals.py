@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from sublimate.evaluation.intervals import Difference, Rate, paired_difference, wilson
+from sublimate.evaluation.intervals import Difference, Mean, Rate, paired_difference, wilson
 
 
 # Newcombe 1998, Statistics in Medicine 17, 857-872, table I, method 3 (Wilson without continuity correction).
@@ -95,3 +95,9 @@ def test_two_perfect_runs_still_have_a_width():
     perfect = Difference(both=250, only_first=0, only_second=0, neither=0)
     assert perfect.value == 0.0
     assert perfect.high == -perfect.low == pytest.approx(1 - Rate(250, 250).low)
+
+
+def test_a_mean_knows_how_far_it_would_move():
+    mean = Mean.of([1.0, 2.0, 3.0, 6.0])
+    assert mean.value == 3.0 and mean.error == pytest.approx((14 / 3) ** 0.5 / 2) and mean.n == 4
+    assert str(mean) == "3.0000 +- 1.0801 (n=4)"

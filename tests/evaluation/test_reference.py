@@ -9,7 +9,7 @@ from PIL import Image
 from sublimate.evaluation import reference
 from sublimate.evaluation.encoders import open_encoder
 from sublimate.evaluation.fidelity import extract, fidelity, real_versus_real
-from sublimate.evaluation.reference import Mean, measure_closeness
+from sublimate.evaluation.reference import measure_closeness
 from sublimate.pipelines.generate import generate
 from sublimate.pipelines.model import open_model
 from sublimate.training.captioned import Framing, Images
@@ -103,9 +103,3 @@ def test_images_are_drawn_as_many_at_once_as_asked(tiny_sd, encoder, monkeypatch
     )
     measure_closeness(open_model(tiny_sd), images(N), encoder, batch_size=5, **DRAWN)
     assert drawn == [5, 5, 2]
-
-
-def test_a_mean_knows_how_far_it_would_move():
-    mean = Mean.of(torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=torch.float64))
-    assert mean.value == 3.0 and mean.error == pytest.approx((14 / 3) ** 0.5 / 2) and mean.n == 4
-    assert str(mean) == "3.0000 +- 1.0801 (n=4)"
