@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from sublimate.erasure.request import Concept, Request
 from sublimate.evaluation.hardware import hardware_line
 from sublimate.pipelines.attention import Kernel, attention_chosen
 from sublimate.pipelines.generate import generate
+from sublimate.pipelines.memory_format import channels_last
 from sublimate.pipelines.model import Model, open_model
 from sublimate.pipelines.shapes import Shapes, open_shapes
 from sublimate.training import registry
@@ -103,6 +105,7 @@ def update(
     *,
     kernel: Kernel = "sdpa",
     compiled: bool = False,
+    last: bool = False,
     batch: int | None = None,
 ) -> dict[str, Any]:
     """A training step of f-distill, one critic's turn and one student's, and the student's alone; bf16 autocast."""
@@ -122,7 +125,7 @@ def update(
         counted = plan_distillation(config, shapes(size))
         model = opened(size, device)
         method = registry.load(OBJECTIVES, config.method, Objective)
-        with attention_chosen(model, kernel, autocast=True):
+        with attention_chosen(model, kernel, autocast=True), channels_last(model) if last else nullcontext():
             objective = method(model, validate_section(method.Config, config.objective))
             source = ModelSource(model, ["a"], torch.zeros(1, *model.latent_shape))
             trainer = Trainer(objective, source, config.trainer, progress=False)
@@ -183,6 +186,8 @@ def cells(device: torch.device) -> dict[str, Callable[[], dict[str, Any]]]:
             for kernel in KERNELS if size == "sd15" else ("sdpa",):
                 found[f"{size}-update-{kind}-{kernel}"] = partial(made, kernel=kernel)
             found[f"{size}-update-{kind}-compiled"] = partial(made, compiled=True)
+            if size != "pixart":
+                found[f"{size}-update-{kind}-channels_last"] = partial(made, last=True)
             for batch in OTHER_BATCHES if size == "sd15" else ():
                 found[f"{size}-update-{kind}-batch{batch}"] = partial(made, batch=batch)
         if size != "pixart":

@@ -116,7 +116,7 @@ def within_budget(config: DistillConfig, budget: int) -> tuple[DistillConfig, in
     batch = config.trainer.train_batch_size * config.trainer.gradient_accumulation_steps
     needs = method(open_model(config.model), options).needs
     draws = ("samples" in needs) + ("images" in needs and config.data.images == "teacher")
-    guided = 1 if options.sample_guidance == 1 else 2
+    guided = 1 if (config.data.teacher_guidance_scale or options.sample_guidance) == 1 else 2
     steps, spent = 0, float(draws * config.data.count * config.data.teacher_steps * guided)
     while spent + batch * options.passes(steps) <= budget:
         spent, steps = spent + batch * options.passes(steps), steps + 1

@@ -22,6 +22,7 @@ from sublimate.erasure.request import Concept, Request, Templates
 from sublimate.erasure.weights import Rule, select
 from sublimate.pipelines.attention import Kernel, attention_chosen
 from sublimate.pipelines.detector import Detector
+from sublimate.pipelines.memory_format import channels_last
 from sublimate.pipelines.model import Model
 from sublimate.training.checkpoints import fingerprint
 from sublimate.training.config import Config
@@ -63,6 +64,7 @@ class StudentConfig(RunConfig, ObjectiveConfig, ABC):
         templates: prompts with `{}` that concepts, erased and preserved, are put in; `Concept.prompts` are used too.
         retain: weight of the term that holds preserved concepts; without any there is none.
         attention: the attention kernel (`sublimate.pipelines.attention`); None leaves the model's own.
+        channels_last: store convolutions with channels last: faster for UNets in half precision on a GPU.
         mixed_precision: "bf16" runs networks under autocast; weights and losses stay float32.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
 
@@ -73,6 +75,7 @@ class StudentConfig(RunConfig, ObjectiveConfig, ABC):
     templates: Templates = ("{}",)
     retain: float = Field(default=1.0, ge=0)
     attention: Kernel | None = None
+    channels_last: bool = False
     mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
 
@@ -226,7 +229,10 @@ class FineTuningEraser(Eraser):
         # What an objective draws before training is drawn where it trains.
         model.to(accelerator().device)
         try:
-            with attention_chosen(model, config.attention, autocast=config.mixed_precision == "bf16"):
+            with (
+                attention_chosen(model, config.attention, autocast=config.mixed_precision == "bf16"),
+                channels_last(model) if config.channels_last else contextlib.nullcontext(),
+            ):
                 objective = self.objective(model, config, request, seed=seed)
                 if masks is not None:
                     keys = full_keys(model, objective.player)

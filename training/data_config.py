@@ -27,6 +27,7 @@ class DataConfig(Config):
         count: captions and images to draw when they come from "ink" or "teacher"; of a file with more prompts, as many
             are picked at random for the teacher to draw.
         teacher_steps: sampling steps of the teacher's own samples.
+        teacher_guidance_scale: their classifier-free guidance; None is the objective's own.
         seed: seed of those draws, of a stream's order, and of where pictures are cropped.
         train_data_dir: a folder of pictures with `metadata.jsonl`, of parquet files or of webdataset tar shards. All
             but the first need the extra `[data]`.
@@ -53,6 +54,7 @@ class DataConfig(Config):
     negatives: str | None = None
     count: int = Field(default=4096, ge=1)
     teacher_steps: int = Field(default=25, ge=1)
+    teacher_guidance_scale: float | None = Field(default=None, ge=1)
     seed: int = Field(default=0, ge=0)
     train_data_dir: Path | None = None
     dataset_name: str | None = None

@@ -21,6 +21,7 @@ from sublimate.pipelines.edit_attachment import detached, strip
 from sublimate.pipelines.edit_stack import differs_from_disk
 from sublimate.pipelines.export import export_lora, export_student, stock_sampling
 from sublimate.pipelines.few_steps import sample_few_steps
+from sublimate.pipelines.memory_format import channels_last
 from sublimate.pipelines.model import Model
 from sublimate.pipelines.pictures import image_grid, pictures_of, to_png
 from sublimate.pipelines.sampling import telling
@@ -55,6 +56,7 @@ class DistillConfig(Config):
             memory and needs `trainer.mixed_precision=bf16`; what trains is float32 either way.
         attention: the attention kernel of the teacher and its players (`sublimate.pipelines.attention`); None leaves
             the model's own.
+        channels_last: store convolutions with channels last: faster for UNets in half precision on a GPU.
         method: name of a file in `training/objectives/`.
         objective: that method's options.
         forget: concepts that the student shall not learn: for prompts that name one, the teacher is asked for its
@@ -73,6 +75,7 @@ class DistillConfig(Config):
     edits: tuple[Path, ...] = ()
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Kernel | None = None
+    channels_last: bool = False
     method: str = "f_distill"
     objective: dict[str, object] = Field(default_factory=dict)
     forget: tuple[Forget, ...] = ()
@@ -156,7 +159,10 @@ def distill(
     home = model.device
     model.to(accelerator().device)
     try:
-        with attention_chosen(model, config.attention, autocast=config.trainer.mixed_precision == "bf16"):
+        with (
+            attention_chosen(model, config.attention, autocast=config.trainer.mixed_precision == "bf16"),
+            channels_last(model) if config.channels_last else nullcontext(),
+        ):
             return _run(config, model, method, options, progress=bool(progress))
     finally:
         model.to(home)

@@ -66,6 +66,8 @@ def shard_players(objective: Objective, device: torch.device) -> list[ShardedTre
             raise ValueError(f"8-bit moments of {name} cannot be sharded: set its use_8bit_adam to false.")
         if player.masked:
             raise ValueError(f"Masked weights of {name} cannot be sharded: launch with configs/accelerate/ddp.yaml.")
+        if not all(p.is_contiguous() for p in player.trainable().values()):
+            raise ValueError(f"Convolutions of {name} with channels last cannot be sharded: leave out channels_last.")
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     return [ShardedTree(player, mesh) for player in full.values()]
 

@@ -50,7 +50,8 @@ def make_source(
     Args:
         model: the teacher, with its edits applied.
         data: prompts and images.
-        guidance_scale: guidance of the teacher's own samples, so that they follow the score being distilled.
+        guidance_scale: guidance of the teacher's own samples, so that they follow the score being distilled; where
+            `data.teacher_guidance_scale` is given, that.
         needs: what the objective reads: without "images" the teacher draws none; with "samples" it draws one of every
             prompt, for objectives that compare it with the image.
         forget: concepts in whose place a teacher is asked for anchors, and draws those.
@@ -62,6 +63,7 @@ def make_source(
         ValueError: when the data do not fit each other or the model.
     """
     _check(model, data, needs)
+    scale = guidance_scale if data.teacher_guidance_scale is None else data.teacher_guidance_scale
     reads_images = "images" in needs or bool(model.backbone.shown)
     if forget and reads_images and data.images != "teacher":
         raise ValueError(
@@ -102,7 +104,7 @@ def make_source(
                 model,
                 captions[places],
                 steps=data.teacher_steps,
-                guidance_scale=guidance_scale,
+                guidance_scale=scale,
                 seed=data.seed,
                 first=places.start,
                 progress=progress,
@@ -122,7 +124,7 @@ def make_source(
             prompts=digest(captions),
             weights=model.content_hash(),
             precision=str(model.dtype),
-            sampling=[dict(model.pipeline.scheduler.config), model.defaults, data.teacher_steps, guidance_scale],
+            sampling=[dict(model.pipeline.scheduler.config), model.defaults, data.teacher_steps, scale],
             seed=data.seed,
             truncate=data.truncate_prompts,
         )
@@ -193,6 +195,9 @@ def _check(model: Model, data: DataConfig, needs: frozenset[str]) -> None:
         raise ValueError(
             f"{model.source} is told that its pictures are not cropped at the side: set data.center_crop to true."
         )
+    draws = "samples" in needs or ("images" in needs and data.images == "teacher")
+    if data.teacher_guidance_scale is not None and not draws:
+        raise ValueError("teacher_guidance_scale is of the teacher's own samples, and it draws none: leave it out.")
     if model.backbone.shown and "samples" in needs:
         raise ValueError(
             f"This objective compares images with the teacher's own samples, which {model.source} draws of pictures "

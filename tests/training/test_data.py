@@ -60,6 +60,12 @@ def test_the_teachers_own_samples_are_the_real_class(tiny_sd, tmp_path):
     assert make_source(model, data, 2.0, needs=frozenset({"prompts"}), progress=False).provides == {"prompts"}
 
 
+def test_guidance_of_samples_that_no_teacher_draws_is_refused(tiny_sd):
+    data = DataConfig(images=None, teacher_guidance_scale=2.0)
+    with pytest.raises(ValueError, match="teacher_guidance_scale is of the teacher's own samples, and it draws none"):
+        make_source(open_model(tiny_sd), data, 1.0, needs=frozenset({"prompts"}), progress=False)
+
+
 def test_a_teacher_draws_no_more_than_it_is_asked_to(tiny_sd, tmp_path):
     prompts = [f"a {'red ' * i}cat" for i in range(9)]
     (tmp_path / "p.txt").write_text("\n".join(prompts))

@@ -177,7 +177,9 @@ def test_the_teachers_samples_are_drawn_once_for_all_that_they_depend_on(tiny_sd
     first = samples(model)
     assert torch.equal(samples(model), first) and torch.equal(samples(model, cache_dir=None), first)
     assert len(drawings) == 2  # the second without a cache
-    others = [samples(model, scale=2.0), samples(model, teacher_steps=2), samples(model, seed=1)]
+    guided = samples(model, scale=2.0)
+    assert torch.equal(samples(model, teacher_guidance_scale=2.0), guided)
+    others = [guided, samples(model, teacher_steps=2), samples(model, seed=1)]
     with torch.no_grad():
         model.pipeline.unet.conv_in.bias.add_(1)
     others.append(samples(model))

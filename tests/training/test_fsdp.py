@@ -6,12 +6,14 @@ from processes import launch
 from safetensors.torch import load_file
 from torch import nn
 
+from sublimate.pipelines.memory_format import channels_last
 from sublimate.pipelines.model import open_model
 from sublimate.training import registry
 from sublimate.training.distill import OBJECTIVES
 from sublimate.training.fsdp import shard_players, sharding_asked
 from sublimate.training.gradients import clip_gradients
 from sublimate.training.objective import Objective
+from sublimate.training.objectives.denoising import Denoising
 
 # Every objective of the list, unsharded and sharded, from the same start and at a rate at which weights move; then the
 # second of two steps again from the first one's checkpoint, and of the first objective with all players whole.
@@ -145,6 +147,12 @@ def test_what_cannot_be_sharded_is_refused(tiny_sd_v, method, options, masked, s
         player.restrict({name: torch.zeros_like(parameter, dtype=torch.bool)})
     with pytest.raises(ValueError, match=sentence):
         shard_players(objective, torch.device("cpu"))
+
+
+def test_strided_weights_are_refused(tiny_sd_v):
+    model = open_model(tiny_sd_v)
+    with channels_last(model), pytest.raises(ValueError, match="student with channels last cannot be sharded"):
+        shard_players(Denoising(model, Denoising.Config()), torch.device("cpu"))
 
 
 def test_clipping_is_by_the_norm_of_all_gradients():
