@@ -21,10 +21,11 @@ from sublimate.pipelines.edit_attachment import detached, strip
 from sublimate.pipelines.edit_stack import differs_from_disk
 from sublimate.pipelines.export import export_lora, export_student, stock_sampling
 from sublimate.pipelines.few_steps import sample_few_steps
+from sublimate.pipelines.gradient_checkpointing import checkpointed
 from sublimate.pipelines.memory_format import channels_last
 from sublimate.pipelines.model import Model
 from sublimate.pipelines.pictures import image_grid, pictures_of, to_png
-from sublimate.pipelines.sampling import telling
+from sublimate.pipelines.sampling import at_once, telling
 from sublimate.training import registry
 from sublimate.training.checkpoints import fingerprint, lasting
 from sublimate.training.config import Config, dump_config, validate_section
@@ -33,7 +34,7 @@ from sublimate.training.data_config import DataConfig
 from sublimate.training.forgetting import Forget, anchored, forgetful
 from sublimate.training.objective import Artefact, Objective, ObjectiveConfig
 from sublimate.training.parking import at_hand, park
-from sublimate.training.precision import check_precision
+from sublimate.training.precision import autocast, check_precision
 from sublimate.training.randomness import SampleRandom
 from sublimate.training.sources import make_source, unread_networks
 from sublimate.training.together import accelerator
@@ -162,6 +163,8 @@ def distill(
         with (
             attention_chosen(model, config.attention, autocast=config.trainer.mixed_precision == "bf16"),
             channels_last(model) if config.channels_last else nullcontext(),
+            # Gradients pass through the frozen teacher, too.
+            checkpointed(model) if config.trainer.gradient_checkpointing else nullcontext(),
         ):
             return _run(config, model, method, options, progress=bool(progress))
     finally:
@@ -213,7 +216,10 @@ def _run(
     if config.data.cache_dir is not None:
         unread = unread_networks(model, config.data)
         park(model, unread, config.data.cache_dir, file_bytes=config.data.cache_shard_bytes)
-    trainer = Trainer(objective, source, config.trainer, validate=validate, fingerprint=identity, progress=progress)
+    about = config.resolved().model_dump(mode="json")
+    trainer = Trainer(
+        objective, source, config.trainer, validate=validate, fingerprint=identity, about=about, progress=progress
+    )
     trainer.run()
     folder = config.trainer.output_dir / "student"
     if trainer.accelerator.is_main_process:
@@ -251,14 +257,20 @@ def _validator(
             source.seek(place)
 
     def validate(step: int) -> None:
-        x0 = _drawn(model, objective.exports(), condition, null, z, config.trainer.seed)
+        artefact, seed, size = objective.exports(), config.trainer.seed, at_once(model.latent_shape)
+        parts = [slice(first, first + size) for first in range(0, len(z), size)]
+        with autocast(model.device, config.trainer.mixed_precision):
+            drawn = [
+                _drawn(model, artefact, condition.index(part), null, z[part], seed + part.start) for part in parts
+            ]
         # Sharded players draw in all processes together.
         if not accelerator().is_main_process:
             return
         folder = config.trainer.output_dir / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         with at_hand(model, "vae"):
-            media = model.render(x0)
+            latents = torch.cat(drawn).split(at_once(model.latent_shape, cost=4))
+            media = torch.cat([model.render(part) for part in latents])
         picture = image_grid(pictures_of(media, model.backbone.medium), columns=8)
         (folder / f"{step:07d}.png").write_bytes(to_png(picture))
 

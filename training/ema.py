@@ -24,10 +24,16 @@ class Average:
         self.values: dict[str, Tensor] = {name: p.detach().float().clone() for name, p in parameters().items()}
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Moves the average one step towards the live parameters."""
-        for name, parameter in self._live().items():
-            self.values[name].lerp_(parameter.detach().float(), 1 - self.decay)
+    def update(self, count: int | None = None) -> None:
+        """Moves the average one step towards the live parameters.
+
+        Args:
+            count: how many updates this one makes; the decay is then at most count/(count + 9), so that a short run's
+                average forgets where it started (as in diffusers' `EMAModel`). None: it is `decay` from the first on.
+        """
+        decay = self.decay if count is None else min(self.decay, count / (count + 9))
+        live = {name: parameter.detach().float() for name, parameter in self._live().items()}
+        torch._foreach_lerp_([self.values[name] for name in live], list(live.values()), 1 - decay)
 
     def load(self, values: Mapping[str, Tensor]) -> None:
         """Restores saved averages, matched by name."""

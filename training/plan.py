@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import pairwise
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
 from sublimate.pipelines.attention import attention_chosen
+from sublimate.pipelines.gradient_checkpointing import checkpointed
 from sublimate.pipelines.model import Model
 from sublimate.pipelines.shapes import open_shapes
 from sublimate.training import registry
@@ -223,7 +225,8 @@ def plan_distillation(config: DistillConfig, model: Model | None = None) -> Plan
     check_precision(model, config.trainer.mixed_precision)
     kernel = config.attention if config.attention in WRITTEN_OUT else None
     parked = [p for name in unread_networks(model, config.data) for p in model.component(name).parameters()]
-    with attention_chosen(model, kernel):
+    saving = checkpointed(model) if config.trainer.gradient_checkpointing else nullcontext()
+    with attention_chosen(model, kernel), saving:
         options = validate_section(method.Config, config.objective)
         found = plan(
             lambda: _trainer(config, method, model),

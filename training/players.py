@@ -9,18 +9,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from functools import cached_property, partial
+from typing import Any, Literal, Self
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from sublimate.pipelines.quantised import check_unquantised, held_tensors
 from sublimate.training.adam_8bit import adam_8bit
 from sublimate.training.config import Config
 
+_OF_A_LORA = ("rank", "lora_alpha", "target_modules")
 HALF = (torch.float16, torch.bfloat16)
 # The linear layers of attention in diffusers' UNets and transformers.
 ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -50,6 +51,20 @@ class PlayerConfig(Config):
     adam_weight_decay: float = Field(default=0.01, ge=0)
     use_8bit_adam: bool = False
 
+    def completing(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        merged = super().completing(given)
+        if given.get("kind") == "full":  # what a default says of a LoRA is not asked for
+            return {name: value for name, value in merged.items() if name in given or name not in _OF_A_LORA}
+        return merged
+
+    @model_validator(mode="after")
+    def _reads_what_is_given(self) -> Self:
+        for name in _OF_A_LORA if self.kind == "full" else ():
+            default = type(self).model_fields[name].default
+            if getattr(self, name) != default:
+                raise ValueError(f"{name} is a LoRA's: set kind to lora, or leave it at its default, {default}.")
+        return self
+
     @property
     def artefact(self) -> Literal["weights", "lora"]:
         """What a player of this kind is exported as."""
@@ -77,16 +92,29 @@ class Player:
         for name, parameter in self.trainable().items():
             if parameter.dtype in HALF:
                 raise ValueError(f"{name} would train in {parameter.dtype}, which rounds small steps away.")
-        self.set_trainable(False)
+        self.module.requires_grad_(False)
+        self.module.eval()
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[nn.Module, str]]:
+        # Walking a tree of thousands of modules takes longer than some of a GPU's work.
+        paths = {name: name.rpartition(".") for name, _ in self.module.named_parameters() if name in self.names}
+        return {name: (self.module.get_submodule(path), last) for name, (path, _, last) in paths.items()}
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that train, by name, in the module's order."""
-        return {name: p for name, p in self.module.named_parameters() if name in self.names}
+        return {name: getattr(module, last) for name, (module, last) in self._places.items()}
 
     def set_trainable(self, on: bool) -> None:
-        """Lets gradients reach the trainable parameters, or not; every other parameter stays frozen."""
-        for name, parameter in self.module.named_parameters():
-            parameter.requires_grad_(on and name in self.names)
+        """Lets gradients reach the trainable parameters, or not; every other parameter is frozen."""
+        for parameter in self.trainable().values():
+            parameter.requires_grad_(on)
+
+    def take_part(self, on: bool) -> None:
+        """Whether the player trains now: its parameters take gradients, and its dropout drops."""
+        self.set_trainable(on)
+        if self.module.training != on:
+            self.module.train(on)
 
     def restrict(self, masks: Mapping[str, torch.Tensor]) -> None:
         """Lets only a part of the parameters train: where a mask is False the gradient is 0 from the first step on.

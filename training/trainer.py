@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -47,11 +47,13 @@ class TrainerConfig(Config):
         mixed_precision: "bf16" runs networks under autocast; weights and losses stay float32.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         lr_scheduler, lr_warmup_steps: learning-rate schedule by training step, as in diffusers.
-        ema_decay: decay per step of the moving average of players that ask for one; None keeps none.
+        ema_decay: decay per step of the moving average of players that ask for one, which after n steps is at most
+            n/(n + 9), as in diffusers' EMAModel; None keeps none.
         checkpointing_steps: steps between checkpoints, the last step included; None saves only when stopped early.
         checkpoints_total_limit: how many checkpoints to keep.
         resume_from_checkpoint: "latest", a checkpoint's folder, or None to start afresh.
         report_to: an accelerate tracker ("tensorboard", "wandb", ...); `log.jsonl` is always written.
+        tracker_project_name: the tracker's project.
         logging_steps: steps between log lines.
         validation_steps: steps between sample pictures; None makes none.
     """
@@ -71,6 +73,7 @@ class TrainerConfig(Config):
     checkpoints_total_limit: int | None = Field(default=2, ge=1)
     resume_from_checkpoint: str | None = "latest"
     report_to: str | None = None
+    tracker_project_name: str = "sublimate"
     logging_steps: int = Field(default=10, ge=1)
     validation_steps: int | None = Field(default=None, ge=1)
 
@@ -125,6 +128,7 @@ class Trainer:
         config: options.
         validate: called in every process with the step every `validation_steps`, with averaged weights in place.
         fingerprint: of all else that a checkpoint must agree with to be resumed from (`checkpoints.fingerprint`).
+        about: what a tracker shows of the run beside its method; None shows `config`.
         progress: show a progress bar.
     """
 
@@ -136,6 +140,7 @@ class Trainer:
         *,
         validate: Callable[[int], None] | None = None,
         fingerprint: str = "",
+        about: Mapping[str, Any] | None = None,
         progress: bool = True,
     ) -> None:
         if missing := objective.needs - source.provides:
@@ -162,7 +167,8 @@ class Trainer:
             for name, player in self.players.items()
             if player.ema and config.ema_decay is not None
         }
-        self.log = Log(config.output_dir)
+        self.log = Log(config.output_dir, self.accelerator)
+        self.about = config.model_dump(mode="json") if about is None else about
         self.step = 0
 
     def run(self) -> None:
@@ -179,26 +185,21 @@ class Trainer:
         if found := checkpoints.find_checkpoint(config.output_dir, config.resume_from_checkpoint):
             self.load(found)
         checkpoints.refuse_later(config.output_dir, self.step)
-        if self.accelerator.is_main_process:
-            self.log.rewind(self.step)
-        if config.report_to:
-            self.accelerator.init_trackers("sublimate", config=config.model_dump(mode="json"))
-        bar = tqdm(
-            total=config.max_train_steps,
-            initial=self.step,
-            disable=not (self.progress and self.accelerator.is_main_process),
-            desc=self.objective.describe()["method"],
-        )
-        with bar, stop_requests() as stop:
+        method = self.objective.describe()["method"]
+        self.log.start(self.step, config.tracker_project_name, {"method": method, **self.about})
+        shown = self.progress and self.accelerator.is_main_process
+        bar = tqdm(total=config.max_train_steps, initial=self.step, disable=not shown, desc=method)
+        with contextlib.closing(self.log), bar, stop_requests() as stop:
             while self.step < config.max_train_steps:
                 taken = [self._take(turn) for turn in self.objective.turns(self.step)]
+                self._check_gradients(taken)
                 # What several turns log under one name is averaged.
                 named = {name: [logs[name] for logs in taken if name in logs] for logs in taken for name in logs}
                 logs = {name: torch.stack(values).mean() for name, values in named.items()}
                 self.objective.after_step(self.step)
-                for average in self.averages.values():
-                    average.update()
                 self.step += 1
+                for average in self.averages.values():
+                    average.update(self.step)
                 bar.update()
                 self._report(logs, bar)
                 finished, every = self.step == config.max_train_steps, config.checkpointing_steps
@@ -211,21 +212,18 @@ class Trainer:
             tree.end()
         for average in self.averages.values():
             average.gather()
-        if config.report_to:
-            self.accelerator.end_training()
 
     def _take(self, turn: Turn) -> dict[str, Tensor]:
         """One optimiser step of the players that `turn` trains."""
         logs = self.accumulate(turn)
-        self._clip(turn)
+        norm = clip_gradients(self._training(turn), self.config.max_grad_norm)
         self.update(turn)
-        return logs
+        return {**logs, f"{turn.name}/gradient_norm": norm}
 
     def accumulate(self, turn: Turn) -> dict[str, Tensor]:
         """Gives the turn's players the gradients of its loss, over micro-batches and processes; returns the logs."""
         for name, player in self.players.items():
-            player.set_trainable(name in turn.trains)
-            player.module.train(name in turn.trains)
+            player.take_part(name in turn.trains)
         torch.manual_seed(key(self.config.seed, self.step, turn.name, "preparing", self._first_index))
         with torch.no_grad():
             drawn = self._batch(turn)  # frozen encoders make it, in their own precision
@@ -248,11 +246,14 @@ class Trainer:
         average_gradients(self._training(turn), self.accelerator)
         return logs
 
-    def _clip(self, turn: Turn) -> None:
-        norm = clip_gradients(self._training(turn), self.config.max_grad_norm)
-        if not torch.isfinite(norm):
+    def _check_gradients(self, taken: Sequence[Mapping[str, Tensor]]) -> None:
+        """Asks about all turns of a step at once: an accelerator is waited for once."""
+        norms = {name: value for logs in taken for name, value in logs.items() if name.endswith("/gradient_norm")}
+        finite = torch.stack([norm.float() for norm in norms.values()]).isfinite().tolist()
+        if not all(finite):
+            turn, _, _ = list(norms)[finite.index(False)].rpartition("/")
             raise Diverged(
-                f"The gradient of turn {turn.name!r} is not finite at step {self.step}: "
+                f"The gradient of turn {turn!r} is not finite at step {self.step}: "
                 "lower the learning rate or resume from an earlier checkpoint."
             )
 
@@ -305,10 +306,8 @@ class Trainer:
             bar.set_postfix({name.split("/")[-1]: f"{v:.3g}" for name, v in list(values.items())[:4]})
             if any(not math.isfinite(v) for v in values.values()):
                 raise Diverged(f"A logged value is not finite at step {self.step}: {values}.")
-            if config.report_to:
-                self.accelerator.log(values, step=self.step)
-            if self.accelerator.is_main_process:
-                self.log.write(self.step, values)
+            rates = {f"{name}/learning_rate": o.param_groups[0]["lr"] for name, o in self.optimizers.items()}
+            self.log.write(self.step, {**values, **rates})
         if self.validate is not None and config.validation_steps and self.step % config.validation_steps == 0:
             with torch.no_grad(), self.averaged():
                 self.validate(self.step)

@@ -14,6 +14,7 @@ from sublimate.diffusion.predictions import Parametrization, Prediction, add_noi
 from sublimate.diffusion.schedules import EDM, DiscreteVP, RectifiedFlow
 from sublimate.pipelines.model import open_model
 from sublimate.training.consistency import GuidedSolver, jump
+from sublimate.training.distill import check_export
 from sublimate.training.losses import pseudo_huber_loss
 from sublimate.training.objective import Batch, Turn
 from sublimate.training.objectives.consistency_distillation import (
@@ -318,6 +319,16 @@ def test_a_fixed_scale_equals_a_range_of_that_scale(told):
         drawn = drawn.adding(s=drawn["t"] - 20, eps=torch.ones(3, *told.latent_shape))
         losses.append(objective.loss(TURN, drawn, 0).total)
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["tiny_lcm", "tiny_flux"])
+def test_a_network_that_is_told_guidance_already_carries_a_lora(request, name):
+    model = open_model(request.getfixturevalue(name))
+    objective = ConsistencyDistillation(
+        model, ConsistencyDistillationConfig(student=PlayerConfig(kind="lora", rank=2))
+    )
+    assert objective.exports().kind == "lora"
+    check_export(model, objective.exports())
 
 
 def test_what_does_not_fit_is_refused(told, request):

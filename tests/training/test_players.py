@@ -7,6 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from sublimate.training import checkpoints
+from sublimate.training.objectives.flash import FlashConfig
 from sublimate.training.players import Player, PlayerConfig, make_player, shared_copy
 
 
@@ -155,3 +156,15 @@ def test_an_optimiser_of_one_kernel_resumes_as_if_it_had_gone_on():
     for _ in range(2):
         stepped(halves, second)
     assert torch.equal(halves, whole)
+
+
+@pytest.mark.parametrize("option", [{"rank": 8}, {"lora_alpha": 4}, {"target_modules": ("to_q",)}])
+def test_a_full_player_has_no_options_of_a_lora(option):
+    with pytest.raises(ValueError, match=f"{next(iter(option))} is a LoRA's: set kind to lora, or leave it at"):
+        PlayerConfig(**option)
+    assert PlayerConfig(kind="lora", **option).artefact == "lora"
+    # A default's LoRA leaves nothing behind where a full player is asked for.
+    student = FlashConfig(student={"kind": "full"}).student
+    assert student == FlashConfig().student.model_copy(update={"kind": "full", "rank": 64})
+    with pytest.raises(ValueError, match="is a LoRA's"):
+        FlashConfig(student={"kind": "full", **option})

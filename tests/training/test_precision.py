@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from grid import matrix
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -26,11 +27,11 @@ LORA = {"kind": "lora", "rank": 2}
 pytestmark = pytest.mark.filterwarnings("ignore:This CPU has no bf16")
 
 
-def configured(folder, out, **options):
-    small = {"critic_updates": 1, "discriminator_width": 8, "student": LORA, "critic": LORA}
+def configured(folder, out, player=LORA, run=None, **options):
+    small = {"critic_updates": 1, "discriminator_width": 8, "student": player, "critic": player}
     data = {"prompts": str(out.parent / "prompts.txt"), "images": "teacher", "count": 2, "teacher_steps": 2}
     (out.parent / "prompts.txt").write_text("red cat\na dog\n")
-    run = {"output_dir": out, "max_train_steps": 2, "train_batch_size": 2, "mixed_precision": "bf16"}
+    run = {"output_dir": out, "max_train_steps": 2, "train_batch_size": 2, "mixed_precision": "bf16", **(run or {})}
     return DistillConfig(model=str(folder), objective=small, data=data, trainer=run, **options)
 
 
@@ -67,6 +68,22 @@ def test_a_student_of_a_base_in_bfloat16_is_written_in_one_precision(tiny_sd, tm
         torch.float32
     }
     assert "\ndtype: bfloat16\n" in json.loads((student / "sublimate.json").read_text())["provenance"]["config"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("player", [LORA, {"kind": "full"}], ids=["lora", "full"])
+def test_students_over_a_base_in_bfloat16_are_drawn_during_training(tiny_sd, tmp_path, monkeypatch, player):
+    monkeypatch.setattr("sublimate.training.distill.at_once", lambda shape, cost=1: 2)
+    prompts, data = ("red cat", "a dog", "red cat"), {"run": {"validation_steps": 1}, "player": player}
+    plain = configured(tiny_sd, tmp_path / "plain", **data, validation_prompts=prompts, dtype="float32")
+    half = configured(tiny_sd, tmp_path / "half", **data, validation_prompts=prompts, dtype="bfloat16")
+    for config in (plain, half):
+        distill(config, progress=False)
+    first, second = (Image.open(tmp_path / name / "samples" / "0000002.png") for name in ("plain", "half"))
+    (width, height), pixels = first.size, first.tobytes()
+    assert second.size == (width, height) and len(set(pixels)) > 20
+    apart = [abs(a - b) for a, b in zip(pixels, second.tobytes(), strict=True)]
+    assert max(apart) < 16  # of 255
 
 
 @pytest.mark.slow

@@ -137,8 +137,9 @@ def test_the_average_is_the_recurrence_over_steps(tmp_path):
     objective.on_step = lambda step: history.append({k: p.detach().clone() for k, p in student.trainable().items()})
     trainer = train(tmp_path, objective)
     for name, average in start.items():
-        for values in history:
-            average = 0.9 * average + 0.1 * values[name]
+        for count, values in enumerate(history, 1):
+            decay = min(0.9, count / (count + 9))
+            average = decay * average + (1 - decay) * values[name]
         torch.testing.assert_close(trainer.averages["student"].values[name], average)
     live = weights(trainer)
     with trainer.averaged():
@@ -270,15 +271,19 @@ def test_learning_rates_follow_their_schedule(tmp_path):
 
 
 @pytest.mark.parametrize("most", [1e-3, 1e3])
-def test_gradients_are_clipped_by_their_norm_over_all_weights(tmp_path, most):
+def test_gradients_are_clipped_by_their_norm_over_all_weights(tmp_path, monkeypatch, most):
     trainer = Trainer(Duel(), Noise(), TrainerConfig(output_dir=tmp_path, max_grad_norm=most), progress=False)
     turn = trainer.objective.turns(0)[0]
     trainer.accumulate(turn)
     weights = trainer.players["critic"].trainable().values()
     whole = torch.cat([p.grad.flatten() for p in weights])
-    trainer._clip(turn)
-    clipped = torch.cat([p.grad.flatten() for p in weights])
-    torch.testing.assert_close(clipped, whole * min(1.0, most / float(whole.norm())), rtol=1e-4, atol=0)
+    for weight in weights:
+        weight.grad = None
+    seen = []
+    monkeypatch.setattr(trainer, "update", lambda turn: seen.extend(p.grad.flatten() for p in weights))
+    logs = trainer._take(turn)
+    torch.testing.assert_close(torch.cat(seen), whole * min(1.0, most / float(whole.norm())), rtol=1e-4, atol=0)
+    torch.testing.assert_close(logs["critic/gradient_norm"], whole.norm())
 
 
 def test_a_run_in_another_thread_takes_no_signals(tmp_path):
@@ -307,7 +312,9 @@ def test_the_log_is_json_lines(tmp_path):
     train(tmp_path, logging_steps=2)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 6]
-    assert {"critic/loss", "student/loss"} <= lines[0].keys()
+    told = ("loss", "gradient_norm", "learning_rate")
+    assert {f"{name}/{what}" for name in ("critic", "student") for what in told} <= lines[0].keys()
+    assert lines[0]["student/learning_rate"] > lines[1]["student/learning_rate"]  # a cosine's
 
 
 def test_a_resumed_runs_log_is_that_of_an_uninterrupted_one(tmp_path):

@@ -98,12 +98,12 @@ class ConsistencyDistillation(SoloObjective):
     paper: ClassVar[str] = "2310.04378"
 
     def __init__(self, model: Teacher, config: ConsistencyDistillationConfig) -> None:
-        if config.guidance_input and config.student.kind != "full":
+        network = model.denoiser_with_number_input() if config.guidance_input else model.denoiser
+        if config.guidance_input and config.student.kind != "full" and not model.denoiser.reads_guidance:
             raise ValueError(
                 "A student that is told the guidance scale has a new layer, which no LoRA holds: set "
                 "objective.student.kind to full, or objective.guidance_input to false."
             )
-        network = model.denoiser_with_number_input() if config.guidance_input else model.denoiser
         super().__init__(model, config, "student", make_player(network, config.student, ema=True))
         self.solver = GuidedSolver(model, config.grid_steps)
         self.schedule, self.shape = self.solver.schedule, tuple(model.latent_shape)
