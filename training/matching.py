@@ -141,7 +141,8 @@ class Matching(Objective):
         batch = self.draw(batch)
         if turn.name == STUDENT:
             return self.prepare_student(batch, step)
-        return batch.adding(x0=self.sample(batch))
+        (x0,) = self.in_parts(lambda part: (self.sample(part),), batch)
+        return batch.adding(x0=x0)
 
     def loss(self, turn: Turn, batch: Batch, step: int) -> Loss:
         return self.student_loss(batch, step) if turn.name == STUDENT else self.critic_loss(batch)

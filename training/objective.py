@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self
 
+import torch
 from pydantic import PrivateAttr
 from torch import Tensor, nn
 
@@ -157,6 +158,7 @@ class Objective(ABC):
         denoiser = getattr(model, "denoiser", None)  # not all that trains is one
         self.config = config.told() if isinstance(denoiser, Denoiser) and denoiser.reads_guidance else config
         self.mean_over_processes: Callable[[Tensor], Tensor] = lambda tensor: tensor
+        self.micro_batch: int | None = None
 
     @property
     @abstractmethod
@@ -180,6 +182,14 @@ class Objective(ABC):
     def prepare(self, turn: Turn, batch: Batch, step: int) -> Batch:
         """Decides on the whole batch, without gradients, what `loss` needs beyond the data."""
         return batch
+
+    def in_parts(self, compute: Callable[[Batch], Sequence[Tensor]], batch: Batch) -> list[Tensor]:
+        """What networks make of a whole batch, a micro-batch at a time: they need no more memory than in `loss`."""
+        if self.micro_batch is None or len(batch) <= self.micro_batch:
+            return list(compute(batch))
+        firsts = range(0, len(batch), self.micro_batch)
+        parts = [compute(batch.part(first, first + self.micro_batch)) for first in firsts]
+        return [torch.cat(found) for found in zip(*parts, strict=True)]
 
     @abstractmethod
     def loss(self, turn: Turn, batch: Batch, step: int) -> Loss:

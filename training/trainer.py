@@ -150,6 +150,7 @@ class Trainer:
         # Autocast is torch's own: accelerate's belongs to the whole Python process, which may hold several runs.
         self.accelerator = accelerator(log_with=config.report_to, project_dir=config.output_dir)
         objective.mean_over_processes = lambda tensor: self.accelerator.reduce(tensor, "mean")
+        objective.micro_batch = config.train_batch_size
         warn_of_launchers_precision(self.accelerator.mixed_precision, config.mixed_precision)
         self.players = objective.players()
         trees = [player.module for player in self.players.values()]

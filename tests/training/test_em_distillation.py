@@ -76,7 +76,7 @@ def test_one_step_without_z_is_variational_score_distillation_per_sample(normali
         found = em.prepare(STUDENT, Batch(Condition(), SampleRandom(0, 0, "x", range(192))), 0)
         plain = vsd.prepare(STUDENT, drawn(vsd, times, z, eps), 0)
         x0 = vsd.generate(plain["z"], Condition())
-        expected = 0.3 * vsd._direction(x0, plain)
+        expected = 0.3 * vsd._compared(x0, plain)[0]
     # w(t) gamma_eps = gamma_eps in units of mu_q - mu_p.
     torch.testing.assert_close(found["direction"].float(), expected, rtol=1e-6, atol=1e-6)
     assert torch.equal(found["z"], plain["z"])

@@ -175,9 +175,8 @@ def test_ratio_normalisation_pools_by_noise_level():
         divergence="forward_kl", ratio_bounds=None, weight_normalization=False, ratio_bins=4, guidance_scale=1.0
     )
     t = torch.tensor([0.3] * 8 + [1.3] * 8, dtype=torch.float64)
-    logit = torch.where(t > 1, 2.0, -1.0)[:, None]
-    objective._players["discriminator"] = SimpleNamespace(module=lambda prediction, t: logit)
-    torch.testing.assert_close(objective._weight(None, t), torch.ones(16))
+    ratio = torch.where(t > 1, 2.0, -1.0).exp()
+    torch.testing.assert_close(objective._weight(ratio, t), torch.ones(16))
     saved = objective.state()["bin_means"]
     assert sorted(saved.tolist()) == pytest.approx(sorted([1.0, 1.0, math.exp(2.0), math.exp(-1.0)]))
 

@@ -1,6 +1,5 @@
 """One property matrix over all objectives, on tiny checkpoints of real classes of every family."""
 
-import contextlib
 import copy
 import json
 
@@ -8,10 +7,10 @@ import pytest
 import torch
 from diffusers import ModelMixin
 from grid import called, opened, refusals, rows
+from passes import counted
 from processes import launch
 from safetensors.torch import load_file
 
-from sublimate.diffusion.denoisers import Denoiser
 from sublimate.erasure.methods.uce import UCE
 from sublimate.erasure.request import Concept, Request
 from sublimate.pipelines.gradient_checkpointing import checkpointed
@@ -290,7 +289,10 @@ class TestObjective:
             for trainer in (whole, parts):
                 disturb_critic(trainer)
         for turn in whole.objective.turns(0):
-            found, expected = gradients(parts, turn), gradients(whole, turn)
+            with counted(parts, model) as passes:
+                found = gradients(parts, turn)
+            assert max(passes) <= 2  # guidance doubles a micro-batch, and so does the backward pass
+            expected = gradients(whole, turn)
             # Some gradients are zero but for the rounding of larger ones, as of a bias before a softmax.
             floor = 1e-9 + 1e-8 * max(float(a.abs().max()) for a in expected)
             for a, b in zip(expected, found, strict=True):
@@ -350,34 +352,6 @@ class TestObjective:
             assert b.dtype == torch.float32
             if a.any() or b.any():  # without guidance, a critic that still is the teacher gives no gradient
                 assert not torch.equal(a, b) and torch.cosine_similarity(a, b, 0) > 0.6
-
-
-@contextlib.contextmanager
-def counted(trainer, model):
-    """Samples through every network: forward 1; backward 2 if weights train, 1 if inputs alone need gradients."""
-    passes = []
-
-    def trains(network):
-        return any(p.requires_grad for p in network.parameters())
-
-    def start(network, inputs, keywords):  # a pass may end with its features: then there is no output
-        x_in = inputs[0] if inputs else keywords["hidden_states"]
-        passes.append(len(x_in))
-        if x_in.requires_grad and not trains(network):
-            x_in.register_hook(lambda gradient: passes.append(len(gradient)))
-
-    def finish(network, _inputs, output):
-        if trains(network) and torch.is_grad_enabled():
-            output.sample.register_hook(lambda gradient: passes.append(2 * len(gradient)))
-
-    held = getattr(trainer.objective, "target", None)  # a tree that only gives targets
-    trees = [model.denoiser, held, *(player.module for player in trainer.players.values())]
-    networks = {id(d.network): d.network for d in trees if isinstance(d, Denoiser)}
-    hooks = [network.register_forward_pre_hook(start, with_kwargs=True) for network in networks.values()]
-    hooks += [network.register_forward_hook(finish) for network in networks.values()]
-    yield passes
-    for hook in hooks:
-        hook.remove()
 
 
 def gradients(trainer, turn):

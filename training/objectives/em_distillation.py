@@ -83,11 +83,12 @@ class EMDistillation(Matching):
         player = self._players[STUDENT]
         player.set_trainable(False)
         try:
-            return self._langevin(batch)
+            z, direction = self.in_parts(self._langevin, batch)
         finally:
             player.set_trainable(True)
+        return batch.adding(z=z, direction=direction)
 
-    def _langevin(self, batch: Batch) -> Batch:
+    def _langevin(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The E-step: z^K, and the direction in which x0(z^K) descends."""
         c, device = self.config, batch["z"].device
         at = self.schedule.at(batch["t"])
@@ -115,7 +116,7 @@ class EMDistillation(Matching):
         direction = -per_sample(at.sigma / at.alpha, residual).float() * residual
         if c.sample_normalization:
             direction = direction / per_sample(distance_to_teacher(x0, p), direction)
-        return batch.adding(z=z, direction=direction)
+        return z, direction
 
     def _sampled(self, z: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """z and x0 = g(z), differentiable in z where z moves."""

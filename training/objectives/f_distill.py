@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sublimate.diffusion.predictions import Prediction, per_sample
+from sublimate.diffusion.predictions import per_sample
 from sublimate.training.losses import (
     F_DIVERGENCES,
     Divergence,
@@ -102,11 +102,12 @@ class FDistill(Matching):
         # Means over bins and over the batch couple the samples, so weighted directions are decided here.
         if not self.config.weighted:
             return batch
-        return batch.adding(direction=self._direction(self.sample(batch), batch))
+        difference, ratio = self.in_parts(lambda part: self._compared(self.sample(part), part), batch)
+        return batch.adding(direction=per_sample(self._weight(ratio, batch["t"]), difference) * difference)
 
     def student_loss(self, batch: Batch, step: int) -> Loss:
         x0 = self.sample(batch)
-        direction = batch["direction"] if self.config.weighted else self._direction(x0.detach(), batch)
+        direction = batch["direction"] if self.config.weighted else self._compared(x0.detach(), batch)[0]
         divergence = pseudo_target_loss(x0, direction).mean()
         if self.config.gan_weight == 0:
             return Loss(divergence)
@@ -115,20 +116,19 @@ class FDistill(Matching):
         return Loss(divergence + self.config.gan_weight * gan, {"student/divergence": divergence, "student/gan": gan})
 
     @torch.no_grad()
-    def _direction(self, x0: Tensor, batch: Batch) -> Tensor:
-        """h(r) (mu_q - mu_p), normalised per sample; shaped like x0."""
+    def _compared(self, x0: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+        """mu_q - mu_p, normalised per sample and shaped like x0; where h is not 1, beside it r, float32 (batch,)."""
         x_t = self.noised(x0, batch)
         q = self.critic(x_t, batch["t"], batch.condition)
         p = self.teach(x_t, batch, features=self.taps)
         difference = score_difference(x0, p, q, normalized=self.config.sample_normalization)
-        return per_sample(self._weight(p, batch["t"]), x0) * difference
+        if not self.config.weighted:
+            return (difference,)
+        return difference, density_ratio(self.discriminator(p, batch["t"]), self.config.ratio_bounds)
 
-    def _weight(self, prediction: Prediction, t: Tensor) -> Tensor:
-        """h(r) per sample, float32 (batch,)."""
+    def _weight(self, ratio: Tensor, t: Tensor) -> Tensor:
+        """h(r) of the whole batch, float32 (batch,)."""
         config = self.config
-        if not config.weighted:
-            return torch.ones(len(t), device=t.device)
-        ratio = density_ratio(self.discriminator(prediction, t), config.ratio_bounds)
         if config.ratio_normalization:
             ratio = ratio / self._level_means(ratio, t)
         weight = F_DIVERGENCES[config.divergence](ratio)

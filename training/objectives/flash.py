@@ -191,9 +191,14 @@ class Flash(Objective):
         matched = self.schedule.uniform_time(batch.random.uniform(device))
         batch = Scales(*c.guidance_range).drawn(batch.adding(x_t=x_t, judged=judged, matched=matched), device)
         if turn.name == "discriminator":
-            return batch.adding(x0=self.student(x_t, t, batch.condition).x0)
-        target = ddim(lambda x, at: self._teach(x, at, batch), x_t, self.schedule, self.grid[place:])
+            (x0,) = self.in_parts(lambda part: (self.student(part["x_t"], part["t"], part.condition).x0,), batch)
+            return batch.adding(x0=x0)
+        (target,) = self.in_parts(lambda part: (self._sampled(part, self.grid[place:]),), batch)
         return batch.adding(target=target)
+
+    def _sampled(self, batch: Batch, times: Tensor) -> Tensor:
+        """What the guided teacher makes of the batch's x_t in the steps between times."""
+        return ddim(lambda x_t, t: self._teach(x_t, t, batch), batch["x_t"], self.schedule, times)
 
     def loss(self, turn: Turn, batch: Batch, step: int) -> Loss:
         weights = self.config.weight(self.config.adversarial_weights, step)
