@@ -34,7 +34,7 @@ from sublimate.training.data_config import DataConfig
 from sublimate.training.forgetting import Forget, anchored, forgetful
 from sublimate.training.objective import Artefact, Objective, ObjectiveConfig
 from sublimate.training.parking import at_hand, park
-from sublimate.training.precision import autocast, check_precision
+from sublimate.training.precision import autocast, check_precision, tf32
 from sublimate.training.randomness import SampleRandom
 from sublimate.training.sources import make_source, unread_networks
 from sublimate.training.together import accelerator
@@ -57,6 +57,7 @@ class DistillConfig(Config):
             memory and needs `trainer.mixed_precision=bf16`; what trains is float32 either way.
         attention: the attention kernel of the teacher and its players (`sublimate.pipelines.attention`); None leaves
             the model's own.
+        allow_tf32: multiply float32 matrices, an encoder's say, in TF32 on GPUs that have it.
         channels_last: store convolutions with channels last: faster for UNets in half precision on a GPU.
         method: name of a file in `training/objectives/`.
         objective: that method's options.
@@ -76,6 +77,7 @@ class DistillConfig(Config):
     edits: tuple[Path, ...] = ()
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Kernel | None = None
+    allow_tf32: bool = False
     channels_last: bool = False
     method: str = "f_distill"
     objective: dict[str, object] = Field(default_factory=dict)
@@ -162,6 +164,7 @@ def distill(
     try:
         with (
             attention_chosen(model, config.attention, autocast=config.trainer.mixed_precision == "bf16"),
+            tf32(config.allow_tf32),
             channels_last(model) if config.channels_last else nullcontext(),
             # Gradients pass through the frozen teacher, too.
             checkpointed(model) if config.trainer.gradient_checkpointing else nullcontext(),
@@ -201,6 +204,7 @@ def _run(
         forget=config.forget,
         unattached=unattached,
         global_batch=config.trainer.local_batch * launched.num_processes,
+        mixed_precision=config.trainer.mixed_precision,
         progress=progress and launched.is_main_process,
     )
     with detached(model) if unattached else nullcontext():

@@ -142,9 +142,9 @@ class Objective(ABC):
     """A training objective: who plays, whose turn it is, and what the turn minimises.
 
     The trainer owns everything else (devices, accumulation, optimisers, EMA, checkpoints). `prepare` runs without
-    gradients on the process's whole batch: whatever couples samples is decided there, with `mean_over_processes`
-    where the coupling reaches further. `loss` then treats samples independently, so that micro-batches and processes
-    change nothing but rounding, and never changes weights.
+    gradients on the process's whole batch, networks `in_parts` of it: whatever couples samples is decided there, with
+    `mean_over_processes` where the coupling reaches further. `loss` then treats samples independently, so that
+    micro-batches and processes change nothing but rounding, and never changes weights.
 
     Args:
         model: what is trained, or the frozen teacher.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,6 +44,18 @@ def autocast(device: torch.device, mixed_precision: str) -> torch.autocast:
     serve one with gradients, and those of sharded players would outlive their sharding.
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision == "bf16", cache_enabled=False)
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Within this context, products of float32 matrices may be rounded to TF32 on GPUs that have it."""
+    before = torch.get_float32_matmul_precision()
+    if allowed:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def warn_of_slow_bf16(device: torch.device) -> None:

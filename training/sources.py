@@ -28,6 +28,7 @@ from sublimate.training.forgetting import Forget, anchored, anchoring
 from sublimate.training.hub_rows import DatasetRows, DatasetStream
 from sublimate.training.ink.sources import captioned
 from sublimate.training.ink.vocabulary import SYNONYMS
+from sublimate.training.precision import autocast
 from sublimate.training.streams import StreamSource
 from sublimate.training.together import drawn_together
 
@@ -43,6 +44,7 @@ def make_source(
     forget: Sequence[Forget] = (),
     unattached: bool = False,
     global_batch: int = 1,
+    mixed_precision: str = "no",
     progress: bool = True,
 ) -> Named:
     """The source that `data` describes. With `data.cache_dir`, what the encoders make of it is stored first.
@@ -57,6 +59,7 @@ def make_source(
         forget: concepts in whose place a teacher is asked for anchors, and draws those.
         unattached: whether the student reads text encoders without what edits attached to them, as the teacher does.
         global_batch: samples that all processes draw together at a time; a stream is shared among them.
+        mixed_precision: of the run, "no" or "bf16"; the teacher draws its samples in it.
         progress: show bars while sampling and storing.
 
     Raises:
@@ -110,7 +113,8 @@ def make_source(
                 progress=progress,
             )
 
-        with cut_to_fit() if data.truncate_prompts else nullcontext():
+        cutting = cut_to_fit() if data.truncate_prompts else nullcontext()
+        with cutting, autocast(model.device, mixed_precision):
             return drawn_together(len(captions), share).cpu()
 
     def drawn() -> Tensor:
@@ -123,7 +127,7 @@ def make_source(
             lambda: draw(captions),
             prompts=digest(captions),
             weights=model.content_hash(),
-            precision=str(model.dtype),
+            precision=[str(model.dtype), mixed_precision],
             sampling=[dict(model.pipeline.scheduler.config), model.defaults, data.teacher_steps, scale],
             seed=data.seed,
             truncate=data.truncate_prompts,

@@ -169,9 +169,10 @@ def test_the_teachers_samples_are_drawn_once_for_all_that_they_depend_on(tiny_sd
     draw = sources.generate_latents
     monkeypatch.setattr(sources, "generate_latents", lambda *a, **k: drawings.append(1) or draw(*a, **k))
 
-    def samples(model, scale=1.5, **data):
+    def samples(model, scale=1.5, precision="no", **data):
         options = {"prompts": str(tmp_path / "prompts.txt"), "teacher_steps": 1, "cache_dir": tmp_path / "cache"}
-        return make_source(model, DataConfig(**options | data), scale, progress=False).tensors["images"]
+        config = DataConfig(**options | data)
+        return make_source(model, config, scale, mixed_precision=precision, progress=False).tensors["images"]
 
     model = open_model(tiny_sd)
     first = samples(model)
@@ -179,8 +180,9 @@ def test_the_teachers_samples_are_drawn_once_for_all_that_they_depend_on(tiny_sd
     assert len(drawings) == 2  # the second without a cache
     guided = samples(model, scale=2.0)
     assert torch.equal(samples(model, teacher_guidance_scale=2.0), guided)
-    others = [guided, samples(model, teacher_steps=2), samples(model, seed=1)]
+    others = [guided, samples(model, teacher_steps=2), samples(model, seed=1), samples(model, precision="bf16")]
+    assert torch.cosine_similarity(others[-1].flatten(), first.flatten(), 0) > 0.999
     with torch.no_grad():
         model.pipeline.unet.conv_in.bias.add_(1)
     others.append(samples(model))
-    assert len(drawings) == 6 and not any(torch.equal(x0, first) for x0 in others)
+    assert len(drawings) == 7 and not any(torch.equal(x0, first) for x0 in others)

@@ -125,6 +125,16 @@ def test_an_edit_made_in_bfloat16_fits_the_same_checkpoint_in_either_precision(t
         Edit(edit.values, edit.low_rank, {**edit.provenance, "base": unsaid}).apply(open_model(tiny_sd))
 
 
+@pytest.mark.parametrize("allowed", [False, True])
+def test_float32_is_rounded_to_tf32_where_the_run_allows_it(tiny_sd, tmp_path, monkeypatch, allowed):
+    def run(*_, **__):
+        return torch.get_float32_matmul_precision()
+
+    monkeypatch.setattr("sublimate.training.distill._run", run)
+    assert distill(configured(tiny_sd, tmp_path / "run", allow_tf32=allowed)) == ("high" if allowed else "highest")
+    assert run() == "highest"
+
+
 def test_bf16_that_a_cpu_does_not_have_is_warned_of():
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         with warnings.catch_warnings():
