@@ -82,6 +82,11 @@ CELLS: dict[str, Cell] = {
     "teacher-in-4-guided": Cell(None, steps=4),
     # In float32, as all the others.
     **_seeds("f_distill", Cell("ink_f_distill", ("trainer.mixed_precision=no", "attention=null")), (0, 1)),
+    **_seeds(
+        "f_distill-in-4",
+        Cell("ink_f_distill", ("trainer.mixed_precision=no", "attention=null", "objective.sampling_steps=4"), steps=4),
+        (0,),
+    ),
     **_seeds("em_distillation", Cell("ink_em_distillation"), (0, 1)),
     **_seeds("uni_instruct", Cell("ink_uni_instruct"), (0, 1)),
     **_seeds("consistency_distillation", Cell("ink_consistency_distillation", steps=4), (0, 1)),

@@ -41,6 +41,7 @@ CASES = {
         "f_distill",
         {"critic_updates": 1, "gan_weight": 0.1, "discriminator_width": 8, "student": LORA, "critic": LORA},
     ),
+    "f_distill-few-steps": ("f_distill", {"critic_updates": 2, "sampling_steps": 2, "discriminator_width": 8}),
     "f_distill-data-free": ("f_distill", {"critic_updates": 2, "divergence": "reverse_kl", "gan_weight": 0.0}),
     "consistency_distillation": ("consistency_distillation", BAKED),
     "consistency_distillation-lora": ("consistency_distillation", {**BAKED, "student": LORA}),

@@ -61,7 +61,7 @@ class DisBackConfig(MatchingConfig):
         return tuple(sorted({0, self.degradation_steps, self.degradation_steps + walk}))
 
     def passes(self, step: int = 0) -> float:
-        return 1 + 3 if step < self.degradation_steps else super().passes(step)
+        return 1 + 3 + self.place(step, "critic0") if step < self.degradation_steps else super().passes(step)
 
     def student_passes(self, step: int = 0) -> float:
         return 3 + 1 + self.teacher_passes

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from sublimate.diffusion.predictions import per_sample, weighted_sum
@@ -34,6 +34,12 @@ class EMDistillationConfig(MatchingConfig):
     step_z: float = Field(default=1.6e-5, ge=0, lt=2)
     noise_cancellation: bool = True
     sample_normalization: bool = False
+
+    @model_validator(mode="after")
+    def _has_one_latent(self) -> Self:
+        if self.sampling_steps > 1:
+            raise ValueError("The chains move the noise of a student of one step: set sampling_steps to 1.")
+        return self
 
     def student_passes(self, step: int = 0) -> float:
         scores = 1 + self.teacher_passes

@@ -7,8 +7,8 @@ from typing import ClassVar, Self
 
 import torch
 from pydantic import model_validator
-from torch import Tensor
 
+from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.guidance import extrapolated, guided
 from sublimate.pipelines.negative_attention import (
     NEGATIVE,
@@ -122,11 +122,10 @@ class SwiftBrush(Matching):
             batch = replace(batch.adding(**told), condition=without_negative(batch.condition))
         return super().prepare(turn, batch, step)
 
-    def sample(self, batch: Batch) -> Tensor:
-        condition = batch.condition
-        if self.config.negative_attention:
-            condition = condition.replace(**negative_part(batch.tensors), **{STRENGTH: batch["strength"]})
-        return self.generate(batch["z"], condition)
+    def told(self, batch: Batch) -> Condition:
+        if not self.config.negative_attention:
+            return batch.condition
+        return batch.condition.replace(**negative_part(batch.tensors), **{STRENGTH: batch["strength"]})
 
     def student_loss(self, batch: Batch, step: int) -> Loss:
         x0, scale = self.sample(batch), self.config.scales.in_batch(batch)
