@@ -37,6 +37,7 @@ from sublimate.training.parking import at_hand, park
 from sublimate.training.precision import autocast, check_precision, tf32
 from sublimate.training.randomness import SampleRandom
 from sublimate.training.sources import make_source, unread_networks
+from sublimate.training.start import start_from
 from sublimate.training.together import accelerator
 from sublimate.training.trainer import Trainer, TrainerConfig
 
@@ -61,6 +62,8 @@ class DistillConfig(Config):
         channels_last: store convolutions with channels last: faster for UNets in half precision on a GPU.
         method: name of a file in `training/objectives/`.
         objective: that method's options.
+        student_from: what the student starts as, where that is not its teacher: a student of an earlier stage, as the
+            folder of its pipeline, or of its LoRA where it trains one.
         forget: concepts that the student shall not learn: for prompts that name one, the teacher is asked for its
             anchor. A discriminator's features then take a pass of their own, which is not counted.
         data: prompts and images.
@@ -81,6 +84,7 @@ class DistillConfig(Config):
     channels_last: bool = False
     method: str = "f_distill"
     objective: dict[str, object] = Field(default_factory=dict)
+    student_from: str | None = None
     forget: tuple[Forget, ...] = ()
     data: DataConfig = DataConfig()
     trainer: TrainerConfig = TrainerConfig()
@@ -194,6 +198,11 @@ def _run(
             strip(player.module)
         with detached(model):  # refused now rather than after training
             check_export(model, artefact)
+    began = []
+    if config.student_from is not None:
+        if (student := objective.players().get("student")) is None:
+            raise ValueError(f"{config.method} trains no student of its own: leave out student_from.")
+        began = [start_from(student, config.student_from, model.backbone.network_attribute)]
     launched = accelerator()
     config.trainer.output_dir.mkdir(parents=True, exist_ok=True)  # refused now rather than after the samples
     source = make_source(
@@ -216,6 +225,7 @@ def _run(
         config.data.lasting(),
         source.identity(),
         *concepts,
+        *began,
     )
     if config.data.cache_dir is not None:
         unread = unread_networks(model, config.data)
