@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,14 +47,19 @@ def write_checkpoint(
     final = folder / f"{PREFIX}{step}"
     with written_aside(final, "state.json") as aside:
         for name, tensors in sections:
-            # save_file refuses tensors that share memory or are strided.
-            owned = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-            save_file(owned, aside / f"{name}.safetensors")
+            save_file(_apart(tensors), aside / f"{name}.safetensors")
         (aside / "state.json").write_text(json.dumps(facts, indent=1, sort_keys=True))
     if limit is not None:
         for old in checkpoints(folder)[:-limit]:
             shutil.rmtree(old)
     return final
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as `save_file` takes them, contiguous and without shared memory; only those that are not are copied."""
+    found = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    storages = Counter(tensor.untyped_storage().data_ptr() for tensor in found.values())
+    return {key: t.clone() if storages[t.untyped_storage().data_ptr()] > 1 else t for key, t in found.items()}
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -59,8 +59,13 @@ class GuidedSolver:
 
     def neighbours(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """The times grid[index] and grid[index + 1], float64 (batch,), for index in [0, grid_steps)."""
-        grid = self.grid.to(index.device)
+        grid = self.grid_on(index.device)
         return grid[index], grid[index + 1]
+
+    def grid_on(self, device: torch.device) -> Tensor:
+        """The grid on a device, to which it moves once."""
+        self.grid = self.grid.to(device)
+        return self.grid
 
     @torch.no_grad()
     def step(

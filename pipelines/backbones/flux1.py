@@ -87,7 +87,7 @@ class Flux1(Backbone):
                 encoder_hidden_states=text,
                 pooled_projections=condition["text.pooled"],
                 txt_ids=torch.zeros(text.shape[1], 3, device=x_in.device, dtype=x_in.dtype),
-                img_ids=_positions(height // 2, width // 2).to(x_in),
+                img_ids=_positions(height // 2, width // 2, x_in),
                 joint_attention_kwargs=steering,
             ).sample
         return unpacked(y, height, width), taps
@@ -176,10 +176,11 @@ def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
     return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
-def _positions(rows: int, columns: int) -> Tensor:
-    """(0, row, column) of each patch, (rows * columns, 3) float32."""
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    return torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1).float()
+def _positions(rows: int, columns: int, like: Tensor) -> Tensor:
+    """(0, row, column) of each patch, (rows * columns, 3), where another tensor is and in its precision."""
+    sides = (torch.arange(side, device=like.device) for side in (rows, columns))
+    row, column = torch.meshgrid(*sides, indexing="ij")
+    return torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1).to(like)
 
 
 @contextmanager

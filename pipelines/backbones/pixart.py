@@ -114,6 +114,6 @@ def _picture_size(network: Network, x_in: Tensor) -> dict[str, Tensor | None]:
     if not network.use_additional_conditions:
         return {"resolution": None, "aspect_ratio": None}
     height, width = (PIXELS * side for side in x_in.shape[2:])
-    size = torch.tensor([height, width], dtype=x_in.dtype, device=x_in.device)
-    ratio = torch.tensor([height / width], dtype=x_in.dtype, device=x_in.device)
-    return {"resolution": size.expand(len(x_in), 2), "aspect_ratio": ratio.expand(len(x_in), 1)}
+    # Filled where they are needed: a copy from the CPU would wait for the GPU.
+    size = torch.cat([x_in.new_full((len(x_in), 1), side) for side in (height, width)], 1)
+    return {"resolution": size, "aspect_ratio": x_in.new_full((len(x_in), 1), height / width)}

@@ -139,7 +139,7 @@ class ConsistencyTrajectory(SoloObjective):
         return batch.adding(t=index, s=index + 1 + ahead, eps=batch.random.normal(self.shape, device))
 
     def loss(self, turn: Turn, batch: Batch, step: int) -> Loss:
-        config, grid = self.config, self.solver.grid.to(batch["t"].device)
+        config, grid = self.config, self.solver.grid_on(batch["t"].device)
         t, s = grid[batch["t"]], grid[batch["s"]]
         clean = torch.full_like(t, self.schedule.t_clean)
         x_t = add_noise(self.schedule, batch["images"], batch["eps"], t)
@@ -161,7 +161,7 @@ class ConsistencyTrajectory(SoloObjective):
 
     def _solved(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The teacher's x_u from x_t, and u."""
-        grid = self.solver.grid.to(x.device)
+        grid = self.solver.grid_on(x.device)
         index = batch["t"]
         for _ in range(self.config.solver_steps):
             lower = torch.minimum(index + 1, batch["s"])

@@ -182,7 +182,7 @@ class SpeedUpNet(SoloObjective):
 
     def _consistency(self, batch: Batch) -> Tensor:
         """Stage 2's own loss."""
-        grid, place, steps = self.solver.grid.to(batch["place"].device), batch["place"], self.config.solver_steps
+        grid, place, steps = self.solver.grid_on(batch["place"].device), batch["place"], self.config.solver_steps
         x_t = x = add_noise(self.schedule, batch["images"], batch["eps_long"], grid[place])
         null = Condition(text=batch["negative"])
         for small in range(steps):

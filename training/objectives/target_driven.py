@@ -108,7 +108,7 @@ class TargetDriven(SoloObjective):
         t, s = self.solver.neighbours(index)
         eps, choice = batch.random.normal(self.shape, device), batch.random.uniform(device)
         targets = self.targets.to(device)
-        target = self.solver.grid.to(device)[targets[choose_targets(targets, index + 1, self.window, choice)]]
+        target = self.solver.grid_on(device)[targets[choose_targets(targets, index + 1, self.window, choice)]]
         target = lowered(self.schedule, target, self.config.eta * batch.random.uniform(device))
         empty = batch.random.uniform(device) < self.config.empty_prompts
         return batch.adding(t=t, s=s, target=target, eps=eps, empty=empty)
