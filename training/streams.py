@@ -122,7 +122,7 @@ class StreamSource:
         stream: the rows.
         framing: the images' size.
         global_batch: samples that all processes draw together at a time.
-        window: rows of a lane that are shuffled among each other.
+        window: rows that are in memory, of all lanes together; those of one lane are shuffled among each other.
         mirrored: draw half of the images mirrored.
         negatives: as in `ModelSource`.
         captions, images: whether they are read.
@@ -146,10 +146,11 @@ class StreamSource:
         encode: Encode | None = None,
     ) -> None:
         self.model, self.stream, self.framing, self.negatives = model, stream, framing, list(negatives)
-        self.window, self.mirrored, self.seed = window, mirrored, seed
+        self.mirrored, self.seed = mirrored, seed
         self.captions, self.images = captions, images or bool(model.backbone.shown)
         self.encode: Encode = encode or Prompts(model)
         self.lanes = math.gcd(global_batch, stream.parts)
+        self.window = -(-window // self.lanes)  # a lane's share
         self.per_lane = global_batch // self.lanes
         self._places: dict[str, Any] = {}
         self._open: dict[int, Lane] = {}

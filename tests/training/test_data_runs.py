@@ -30,7 +30,7 @@ def trained(model, data, folder, steps=4, processes=1, **trainer):
     objective = Denoising(model, DenoisingConfig(student={"learning_rate": 0.1, "adam_epsilon": 1.0}))
     options = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "checkpointing_steps": 2, **trainer}
     config = TrainerConfig(output_dir=folder, max_train_steps=steps, **options)
-    shuffled = {"shuffle_buffer_size": 3} if data.get("streaming") else {}
+    shuffled = {"shuffle_buffer_size": 9} if data.get("streaming") else {}
     data = DataConfig(**{**shuffled, "teacher_steps": 1, **data})
     size = config.local_batch * processes
     source = make_source(model, data, 1.0, needs=objective.needs, global_batch=size, progress=False)

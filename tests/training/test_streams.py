@@ -121,6 +121,13 @@ def draw(source, process, processes, steps, batch=4, start=0):
     return [source.batch(SampleRandom(0, step, "x", indices)) for step in range(start, start + steps)]
 
 
+def test_lanes_share_what_may_be_in_memory(model):
+    for parts, rows in ((1, 8), (4, 2)):
+        read = source(model, Listed(*files(parts, 12)), window=8)
+        draw(read, 0, 1, 1)
+        assert [len(lane.rows) for lane in read._open.values()] == [rows] * parts
+
+
 def together(drawn):
     """What several processes read, as one would."""
     return [torch.cat([told(batch) for batch in parts]) for parts in zip(*drawn, strict=True)]
