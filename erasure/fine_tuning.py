@@ -17,7 +17,7 @@ from torch import Tensor
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.denoisers import Denoiser
 from sublimate.erasure.eraser import Changes, Eraser
-from sublimate.erasure.prompt_bank import PromptBank, concept_bank
+from sublimate.erasure.prompt_bank import PromptBank, concept_groups, telling
 from sublimate.erasure.request import Concept, Request, Templates
 from sublimate.erasure.weights import Rule, select
 from sublimate.pipelines.attention import Kernel, attention_chosen
@@ -63,6 +63,8 @@ class StudentConfig(RunConfig, ObjectiveConfig, ABC):
         learning_rate: of Adam, without weight decay, which would move weights that nothing asks to move.
         templates: prompts with `{}` that concepts, erased and preserved, are put in; `Concept.prompts` are used too.
         retain: weight of the term that holds preserved concepts; without any there is none.
+        guidance_scale: what student and targets are told where the network reads the guidance as an input (FLUX.1
+            [dev]); None is the model's own, with which it is drawn. Other networks refuse it.
         attention: the attention kernel (`sublimate.pipelines.attention`); None leaves the model's own.
         channels_last: store convolutions with channels last: faster for UNets in half precision on a GPU.
         mixed_precision: "bf16" runs networks under autocast; weights and losses stay float32.
@@ -74,6 +76,7 @@ class StudentConfig(RunConfig, ObjectiveConfig, ABC):
     learning_rate: float = Field(default=1e-5, gt=0)
     templates: Templates = ("{}",)
     retain: float = Field(default=1.0, ge=0)
+    guidance_scale: float | None = Field(default=None, ge=0)
     attention: Kernel | None = None
     channels_last: bool = False
     mixed_precision: Literal["no", "bf16"] = "no"
@@ -113,7 +116,7 @@ class StudentObjective(SoloObjective):
     Raises:
         ValueError: when the model knows no prompts, or has no null condition where one is read; when it is a student
             of one or few steps, draws by pictures alone, is in another precision than the run, or has no such
-            weights.
+            weights; when it is to be told a guidance scale that it does not read.
     """
 
     reads_null: ClassVar[bool] = True
@@ -122,7 +125,8 @@ class StudentObjective(SoloObjective):
     always_retains: ClassVar[bool] = False
 
     def __init__(self, model: Model, config: StudentConfig, request: Request, *, seed: int = 0) -> None:
-        self.null, self.seed = model.null_condition(), seed
+        self.guidance, self.seed = self.guidance_told(model, config), seed
+        self.null = telling(model.null_condition(), self.guidance)
         if not model.any_condition().text_keys:
             raise ValueError(f"{model.source} knows no prompts, so there is nothing to erase by name.")
         if self.every_level:
@@ -152,9 +156,23 @@ class StudentObjective(SoloObjective):
             model.denoiser, PlayerConfig(learning_rate=config.learning_rate, adam_weight_decay=0.0), names=names
         )
 
-    def bank(self, model: Model, concepts: Sequence[Concept], templates: Sequence[str]) -> PromptBank:
-        """The concepts' prompts as the student is told them."""
-        return concept_bank(model, concepts, templates)
+    def guidance_told(self, model: Model, config: Any) -> float | None:
+        """The guidance scale that the networks are told beside every prompt; None where they read none.
+
+        Raises:
+            ValueError: when options have one all the same.
+        """
+        if model.denoiser.reads_guidance:
+            return model.guidance_scale if config.guidance_scale is None else config.guidance_scale
+        if config.guidance_scale is not None:
+            raise ValueError(f"{model.source} reads no guidance as an input: leave out guidance_scale.")
+        return None
+
+    def bank(
+        self, model: Model, concepts: Sequence[Concept], templates: Sequence[str], *, anchored: bool = False
+    ) -> PromptBank:
+        """The concepts' prompts as the student is told them, or the same with anchors in their places."""
+        return PromptBank(model, concept_groups(concepts, templates, anchored=anchored), self.guidance)
 
     def changes(self, model: Model) -> Changes:
         """What training came to: new values of the denoiser's weights."""

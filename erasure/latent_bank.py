@@ -49,7 +49,7 @@ def drawn_bank(
     seed: int,
     batch_size: int | None = None,
 ) -> LatentBank:
-    """A bank with one row per phrase of the concepts, as `concept_bank` has them.
+    """A bank with one row per phrase of the concepts, as `concept_groups` has them.
 
     Args:
         model: draws, as it is.

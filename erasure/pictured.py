@@ -14,7 +14,7 @@ from sublimate.diffusion.predictions import Prediction
 from sublimate.erasure import targets
 from sublimate.erasure.fine_tuning import FineTuningConfig, StudentObjective
 from sublimate.erasure.latent_bank import LatentBank, drawn_bank
-from sublimate.erasure.prompt_bank import PromptBank, anchor_bank
+from sublimate.erasure.prompt_bank import PromptBank
 from sublimate.erasure.request import Concept, Request
 from sublimate.erasure.trajectories import noised
 from sublimate.pipelines.model import Model
@@ -113,7 +113,7 @@ class PicturedObjective(KeptPicturesObjective):
 
     def __init__(self, model: Model, config: PicturedConfig, request: Request, *, seed: int = 0) -> None:
         super().__init__(model, config, request, seed=seed)
-        self.anchors = anchor_bank(model, request.erase, config.templates)
+        self.anchors = self.bank(model, request.erase, config.templates, anchored=True)
         self.pictures = config.drawn(model, request.erase, anchored=self.shows == "anchor", seed=seed)
 
     def prepare(self, turn: Turn, batch: Batch, step: int) -> Batch:

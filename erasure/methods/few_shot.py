@@ -101,7 +101,7 @@ class FewShotObjective(TextStudentObjective):
         anchored = sorted({phrase.anchored for phrase in phrases} - {""})
         kept = [[phrase.text for phrase in concept.phrases(config.templates)] for concept in request.preserve]
         groups = [[""], *([anchored] if anchored else []), *kept]
-        self.neutral = TextBank(model, self.text, groups)
+        self.neutral = TextBank(model, self.text, groups, self.guidance)
         self.held_out = self._hold_out()
         self.unit = self._unit()
         self.choice = StepChoice(self.player.trainable(), self.measure, config.max_drift)
