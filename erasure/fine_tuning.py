@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from sublimate.diffusion.conditions import Condition
@@ -19,7 +19,8 @@ from sublimate.diffusion.denoisers import Denoiser
 from sublimate.erasure.eraser import Changes, Eraser
 from sublimate.erasure.prompt_bank import PromptBank, concept_groups, telling
 from sublimate.erasure.request import Concept, Request, Templates
-from sublimate.erasure.weights import Rule, select
+from sublimate.erasure.trained_weights import denoiser_changes, denoiser_player, full_keys
+from sublimate.erasure.weights import Rule
 from sublimate.pipelines.attention import Kernel, attention_chosen
 from sublimate.pipelines.detector import Detector
 from sublimate.pipelines.memory_format import channels_last
@@ -29,7 +30,7 @@ from sublimate.training.config import Config
 from sublimate.training.data import Source
 from sublimate.training.objective import Artefact, Batch, Loss, Objective, ObjectiveConfig, SoloObjective
 from sublimate.training.plan import WRITTEN_OUT, Loop, Plan, plan
-from sublimate.training.players import Player, PlayerConfig, make_player
+from sublimate.training.players import Player
 from sublimate.training.precision import check_precision
 from sublimate.training.randomness import SampleRandom
 from sublimate.training.together import accelerator
@@ -93,11 +94,28 @@ class FineTuningConfig(StudentConfig, ABC):
 
     Attributes:
         weights: which weights train; see `erasure/weights.py`.
+        lora_rank: train a LoRA of this rank over the linear layers among them, instead of the weights themselves: the
+            edit is then of low rank, and Adam's moments are as small. It takes larger steps than 1e-5.
+        lora_alpha: its scale, times the rank; None is the rank.
 
     The others are `StudentConfig`'s and `RunConfig`'s.
     """
 
     weights: Rule = "x"
+    lora_rank: int | None = Field(default=None, ge=1)
+    lora_alpha: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _adapts(self) -> Self:
+        if self.lora_rank is None and self.lora_alpha is not None:
+            raise ValueError("lora_alpha is of a LoRA: set lora_rank too, or leave it out.")
+        if self.lora_rank is not None and (option := self.of_single_weights()):
+            raise ValueError(f"{option} is about single weights, and a LoRA moves whole layers: leave out lora_rank.")
+        return self
+
+    def of_single_weights(self) -> str | None:
+        """The option, if one is set, that chooses or holds weights one by one."""
+        return None
 
 
 class StudentObjective(SoloObjective):
@@ -146,14 +164,18 @@ class StudentObjective(SoloObjective):
         self.kept = self.bank(model, request.preserve, config.templates) if keeps else None
 
     def make_player(self, model: Model, config: Any) -> Player:
-        """What trains: the selected weights of the denoiser, in a copy that shares all others with the model.
+        """What trains, beside the model: the selected weights of the denoiser, or a LoRA over them.
 
         Raises:
             ValueError: when nothing matches.
         """
-        names = (f"network.{name}" for name in select(model.denoiser.network, config.weights))
-        return make_player(
-            model.denoiser, PlayerConfig(learning_rate=config.learning_rate, adam_weight_decay=0.0), names=names
+        return denoiser_player(
+            model,
+            config.weights,
+            learning_rate=config.learning_rate,
+            lora_rank=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            seed=self.seed,
         )
 
     def guidance_told(self, model: Model, config: Any) -> float | None:
@@ -175,8 +197,8 @@ class StudentObjective(SoloObjective):
         return PromptBank(model, concept_groups(concepts, templates, anchored=anchored), self.guidance)
 
     def changes(self, model: Model) -> Changes:
-        """What training came to: new values of the denoiser's weights."""
-        return Changes(values=trained_values(model, self.player))
+        """What training came to: new values of the denoiser's weights, or a LoRA's changes."""
+        return denoiser_changes(model, self.player)
 
     def unread(self, model: Model) -> list[str]:
         """The model's networks that training does not run once this objective is made."""
@@ -212,13 +234,17 @@ class StudentObjective(SoloObjective):
         return Loss(total, {name: value for name, (_, value) in terms.items()})
 
     def exports(self) -> Artefact:
-        return Artefact("weights", self.student)
+        return Artefact(self.player.config.artefact, self.student)
 
 
 class FineTuningEraser(Eraser):
     """An eraser whose edit is what training made of the student's weights."""
 
     objective: ClassVar[type[StudentObjective]]
+
+    def __init__(self, config: Any = None, /, **options: Any) -> None:
+        super().__init__(config, **options)
+        self.low_rank = isinstance(self.config, FineTuningConfig) and self.config.lora_rank is not None
 
     def solve(
         self, model: Model, request: Request, *, seed: int, detector: Detector | None, progress: bool
@@ -242,8 +268,13 @@ class FineTuningEraser(Eraser):
             seed: all randomness derives from it.
             progress: show a progress bar.
             masks: bool, by full parameter key: where False, a weight keeps every bit.
+
+        Raises:
+            ValueError: when a LoRA is to train under masks, or as the objective.
         """
         config, home = self.config, model.device
+        if masks is not None and self.low_rank:
+            raise ValueError("A LoRA moves whole layers, pruned weights too: leave out lora_rank.")
         # What an objective draws before training is drawn where it trains.
         model.to(accelerator().device)
         try:
@@ -294,18 +325,6 @@ def refuse_student(model: Model) -> None:
         raise ValueError(
             f"{model.source} is a student of one or few steps, which knows few noise levels: use one_step, or uce."
         )
-
-
-def trained_values(model: Model, student: Player) -> dict[str, Tensor]:
-    """What a student's training made of its weights, by full parameter key."""
-    keys = full_keys(model, student)
-    return {keys[name]: parameter.detach() for name, parameter in student.trainable().items()}
-
-
-def full_keys(model: Model, student: Player) -> dict[str, str]:
-    """The full parameter key of every weight that a student trains, by its name in the student."""
-    component = model.backbone.network_attribute
-    return {name: f"{component}/{name.removeprefix('network.')}" for name in student.trainable()}
 
 
 def fine_tune(

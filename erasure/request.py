@@ -212,7 +212,9 @@ def _read(given: Any) -> Concept:
     _known(given, Concept)
     if "name" not in given:
         raise ValueError(f"A concept needs a name, got {dict(given)!r}.")
-    read = {key: value if key in ("name", "anchor") else tuple(_listed(value)) for key, value in given.items()}
+    read: dict[str, Any] = {
+        key: value if key in ("name", "anchor") else tuple(_listed(value)) for key, value in given.items()
+    }
     for key, value in read.items():
         for text in value if isinstance(value, tuple) else (value,):
             if not isinstance(text, str):

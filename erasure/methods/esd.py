@@ -36,6 +36,9 @@ class ESDConfig(RolloutConfig, FineTuningConfig):
     null_pin: float = Field(default=0.0, ge=0)
     l1: float = Field(default=0.0, ge=0)
 
+    def of_single_weights(self) -> str | None:
+        return "l1" if self.l1 > 0 else None
+
     @property
     def update_passes(self) -> float:
         """Without `within`, which adds 1."""
