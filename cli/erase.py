@@ -29,7 +29,9 @@ def command(
     option: Annotated[list[str] | None, typer.Option("--set", help="A method's option, as key=value.")] = None,
     anchor: Annotated[str, typer.Option(help="What takes the concept's place.")] = "",
     synonym: Annotated[list[str] | None, typer.Option(help="Another name of the (single) concept.")] = None,
-    images: Annotated[Path | None, typer.Option(help="Folder of pictures of the (single) concept.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of pictures of the (single) concept, of any size.")
+    ] = None,
     preserve: Annotated[list[str] | None, typer.Option(help="A concept to protect; repeatable.")] = None,
     within: Annotated[str | None, typer.Option(help="Erase only where this is asked for.")] = None,
     detector: Annotated[

@@ -11,8 +11,13 @@ from torch import Tensor
 from sublimate.erasure.request import Concept
 from sublimate.pipelines.generate import generate_latents
 from sublimate.pipelines.model import Model
-from sublimate.training.data import read_image
+from sublimate.training.captioned import Framing, decoded
+from sublimate.training.data_config import DataConfig
 from sublimate.training.randomness import SampleRandom, key
+from sublimate.training.sources import framing_of
+
+_AT_ONCE = 16
+"""Pictures that are encoded together."""
 
 
 class LatentBank:
@@ -62,8 +67,7 @@ def drawn_bank(
         batch_size: latents drawn at a time; by default fewer, the larger they are.
 
     Raises:
-        ValueError: when a picture has another size than the model's.
-        FileNotFoundError: when a picture is missing.
+        ValueError: when a picture is missing, or none, or the model makes no images.
     """
     rows: list[Tensor | None] = []
     texts: list[str] = []
@@ -124,18 +128,22 @@ def few_latents(
 def encoded(model: Model, files: Sequence[Path]) -> Tensor:
     """Pictures as latents, (count, *latent_shape) float32 on the CPU.
 
+    Pictures of any size are shrunk or enlarged until they cover the model's own, and cropped to their middle.
+
     Raises:
-        ValueError: when they differ in size, or are not of the model's.
-        FileNotFoundError: when one is missing.
+        ValueError: when one is missing, or no picture, or the model makes no images.
     """
-    images = [read_image(file) for file in files]
-    if len({image.shape for image in images}) > 1:
-        raise ValueError(f"The pictures of one concept, {files[0]} and others, differ in size: resize them.")
-    with torch.no_grad():
-        latents = torch.cat(
-            [model.encode(part.to(model.device)).float().cpu() for part in torch.stack(images).split(16)]
-        )
-    if latents.shape[1:] != tuple(model.latent_shape):
-        size = " x ".join(map(str, images[0].shape[1:]))
-        raise ValueError(f"{files[0]} is {size} pixels, which {model.source} does not draw: resize the pictures.")
-    return latents
+    framing, found = _framing(model, files), []
+    for start in range(0, len(files), _AT_ONCE):
+        part = list(enumerate(files))[start : start + _AT_ONCE]
+        images = torch.stack([framing(decoded(file, str(file)), row) for row, file in part])
+        with torch.no_grad():
+            found.append(model.encode(images.to(model.device)).float().cpu())
+    return torch.cat(found)
+
+
+def _framing(model: Model, files: Sequence[Path]) -> Framing:
+    pipe, resolution = model.pipeline, None
+    if hasattr(pipe, "vae") and not hasattr(pipe, "vae_scale_factor"):  # DiT
+        resolution = model.latent_shape[1] * 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    return framing_of(model, DataConfig(train_data_dir=files[0].parent, center_crop=True, resolution=resolution))

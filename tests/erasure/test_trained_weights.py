@@ -53,6 +53,10 @@ def test_a_lora_takes_the_linear_layers_of_the_rule(sd):
     player = denoiser_player(sd, "x-strict", learning_rate=1e-3, lora_rank=2)
     layers = {name.partition(".lora_")[0].partition(".attn2.")[2] for name in player.names}
     assert layers == {"to_k", "to_v"}
+    torch.rand(1)  # the global generator has no say
+    again, other = (denoiser_player(sd, "x-strict", learning_rate=1e-3, lora_rank=2, seed=s) for s in (0, 1))
+    factors = [torch.cat([p.flatten() for p in one.trainable().values()]) for one in (player, again, other)]
+    assert torch.equal(factors[0], factors[1]) and not torch.equal(factors[0], factors[2])
     whole = denoiser_player(sd, "x-strict", learning_rate=1e-3)
     sizes = [sum(p.numel() for p in one.trainable().values()) for one in (player, whole)]
     assert sizes[0] < sizes[1] / 2
