@@ -81,13 +81,11 @@ def command(
     else:
         options = load_config(kind.Config, config, changes, kind="erase")
     eraser = kind(options)
-    eraser.check(request)
     if anchored := [concept.name for concept in request.erase if concept.anchor and not eraser.uses_anchor]:
         raise ValueError(
             f"{method} leads away from a concept, not to another: leave out the anchor of {anchored[0]!r}."
         )
-    if pictured := [concept.name for concept in request.erase if concept.images and not eraser.uses_images]:
-        raise ValueError(f"{method} learns from no pictures: leave out the images of {pictured[0]!r}.")
+    eraser.check(request)
     if detector is not None and not eraser.uses_detector:
         raise ValueError(f"{method} does not consult a detector: leave out --detector.")
     if (fold or lora) and eraser.attaches:

@@ -159,6 +159,7 @@ class ImageToImage(FineTuningEraser):
     objective = ImageToImageObjective
     uses_anchor = False
     uses_images = True
+    uses_kept_images = True
 
 
 def _check_pictures(model: Model, request: Request) -> None:

@@ -78,3 +78,4 @@ class L1Sparse(FineTuningEraser):
     paper: ClassVar[str] = L1SparseObjective.paper
     objective = L1SparseObjective
     uses_anchor = False
+    uses_kept_images = True

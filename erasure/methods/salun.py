@@ -114,3 +114,4 @@ class SalUn(FineTuningEraser):
     paper: ClassVar[str] = SalUnObjective.paper
     objective = SalUnObjective
     uses_images = True
+    uses_kept_images = True

@@ -83,6 +83,7 @@ class SLUG(Eraser):
     paper: ClassVar[str] = "2407.11867"
     uses_detector = True
     uses_images = True
+    uses_kept_images = True
 
     def solve(
         self, model: Model, request: Request, *, seed: int, detector: Detector | None, progress: bool

@@ -1,5 +1,6 @@
 """One property matrix over all erasers, on tiny checkpoints of real classes of the families that read text."""
 
+import contextlib
 from functools import cache
 
 import pytest
@@ -291,3 +292,19 @@ class TestEraser:
         assert bits(model) == between and torch.equal(answer(model), said)
         edit.remove(model)
         assert bits(model) == before and torch.equal(answer(model), plain)
+
+
+PICTURED_BY = {"salun", "slug", "image_to_image", "few_shot"}
+KEPT_BY = {"salun", "slug", "image_to_image", "concept_ablation", "l1_sparse"}
+
+
+@pytest.mark.parametrize("method", registry.available(ERASERS))
+def test_what_a_request_says_in_vain_is_told(method, caplog):
+    eraser = registry.load(ERASERS, method, Eraser)(**({"then": "esd"} if method == "prune_then_erase" else {}))
+    pictured = Concept("cat", images=("cat.png",))
+    for request, readers in ((Request(pictured), PICTURED_BY), (Request("dog", preserve=[pictured]), KEPT_BY)):
+        with contextlib.nullcontext() if method in readers else pytest.raises(ValueError, match="pictures of 'cat'"):
+            eraser.check(request)
+    assert not caplog.messages
+    eraser.check(Request(Concept("cat", anchor="dog")))
+    assert ("reads no anchor: that of 'cat' has no effect" in caplog.text) == (not eraser.uses_anchor)
