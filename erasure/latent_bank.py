@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from sublimate.erasure.prompt_bank import concept_groups
 from sublimate.erasure.request import Concept
 from sublimate.pipelines.generate import generate_latents
 from sublimate.pipelines.model import Model
 from sublimate.training.captioned import Framing, decoded
+from sublimate.training.config import Config
 from sublimate.training.data_config import DataConfig
 from sublimate.training.randomness import SampleRandom, key
 from sublimate.training.sources import framing_of
@@ -42,15 +45,48 @@ class LatentBank:
         return torch.stack(picked).to(device)
 
 
+class LatentBankConfig(Config):
+    """Options of a bank whose latents the model draws once, as it is, for concepts without pictures of their own.
+
+    Attributes:
+        images: latents per prompt that is drawn.
+        sampling_steps: DDIM steps of each.
+        start_guidance: guidance of that sampling, as this library counts it; 1 is none.
+    """
+
+    images: int = Field(default=20, ge=1)
+    sampling_steps: int = Field(default=50, ge=1)
+    start_guidance: float = Field(default=7.5, ge=0)
+
+    def draw(self, model: Model, texts: Sequence[str], *, seed: int, batch_size: int | None) -> list[Tensor]:
+        """Latents of each text, (images, *latent_shape) float32 on the CPU.
+
+        Args:
+            model: draws, as it is.
+            texts: prompts, or none.
+            seed: keys the noise.
+            batch_size: latents drawn at a time; by default fewer, the larger they are.
+        """
+        if not texts:
+            return []
+        drawn = generate_latents(
+            model,
+            [text for text in texts for _ in range(self.images)],
+            steps=self.sampling_steps,
+            guidance_scale=self.start_guidance,
+            seed=seed,
+            batch_size=batch_size,
+        )
+        return list(drawn.float().cpu().split(self.images))
+
+
 def drawn_bank(
     model: Model,
     concepts: Sequence[Concept],
     templates: Sequence[str],
+    config: LatentBankConfig,
     *,
     anchored: bool = False,
-    count: int,
-    steps: int,
-    guidance_scale: float,
     seed: int,
     batch_size: int | None = None,
 ) -> LatentBank:
@@ -60,47 +96,33 @@ def drawn_bank(
         model: draws, as it is.
         concepts: a concept's own `images` stand for all its rows, where it has some.
         templates: prompts with `{}` where names go.
+        config: how latents of the other phrases are drawn.
         anchored: draw the phrases with anchors in the concepts' places instead; pictures are then not read.
-        count: latents per phrase.
-        steps, guidance_scale: of the sampling.
-        seed: keys the noise.
-        batch_size: latents drawn at a time; by default fewer, the larger they are.
+        seed, batch_size: as in `LatentBankConfig.draw`.
 
     Raises:
         ValueError: when a picture is missing, or none, or the model makes no images.
     """
-    rows: list[Tensor | None] = []
-    texts: list[str] = []
-    for concept in concepts:
-        pictured = encoded(model, concept.images) if concept.images and not anchored else None
-        for phrase in concept.phrases(templates):
-            rows.append(pictured)
-            if pictured is None:
-                texts += [phrase.anchored if anchored else phrase.text] * count
-    if texts:
-        drawn = generate_latents(
-            model, texts, steps=steps, guidance_scale=guidance_scale, seed=seed, batch_size=batch_size
-        )
-        parts = iter(drawn.float().cpu().split(count))
-        return LatentBank([next(parts) if row is None else row for row in rows])
-    return LatentBank([row for row in rows if row is not None])
+    groups = concept_groups(concepts, templates, anchored=anchored)
+    given = [encoded(model, concept.images) if concept.images and not anchored else None for concept in concepts]
+    texts = [text for own, group in zip(given, groups, strict=True) if own is None for text in group]
+    drawn = iter(config.draw(model, texts, seed=seed, batch_size=batch_size))
+    return LatentBank(
+        [next(drawn) if own is None else own for own, group in zip(given, groups, strict=True) for _ in group]
+    )
 
 
 def few_latents(
     model: Model,
     concepts: Sequence[Concept],
     templates: Sequence[str],
+    config: LatentBankConfig,
     *,
-    count: int,
     zero_shot: bool,
-    steps: int,
-    guidance_scale: float,
     seed: int,
     batch_size: int | None = None,
 ) -> LatentBank:
-    """A bank with one row per phrase of the concepts, in which all rows of a concept share its few latents.
-
-    They are a concept's own `images`, where it has some, else what the model draws for its first phrase.
+    """As `drawn_bank`, but all rows of a concept share its few latents: its own `images`, or its first phrase's.
 
     Args:
         zero_shot: uniform numbers in [0, 1) in place of latents; nothing is read or drawn.
@@ -108,20 +130,15 @@ def few_latents(
     The others, and errors, are `drawn_bank`'s.
     """
     rows: list[Tensor] = []
-    for place, concept in enumerate(concepts):
-        phrases = concept.phrases(templates)
+    for place, (concept, group) in enumerate(zip(concepts, concept_groups(concepts, templates), strict=True)):
         if zero_shot:
             generator = torch.Generator().manual_seed(key(seed, "zero shot", place))
-            latents = torch.rand((count, *model.latent_shape), generator=generator)
+            latents = torch.rand((config.images, *model.latent_shape), generator=generator)
         elif concept.images:
             latents = encoded(model, concept.images)
         else:
-            texts, drawn_from = [phrases[0].text] * count, key(seed, "few", place)
-            latents = generate_latents(
-                model, texts, steps=steps, guidance_scale=guidance_scale, seed=drawn_from, batch_size=batch_size
-            )
-            latents = latents.float().cpu()
-        rows += [latents] * len(phrases)
+            (latents,) = config.draw(model, group[:1], seed=key(seed, "few", place), batch_size=batch_size)
+        rows += [latents] * len(group)
     return LatentBank(rows)
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.guidance import guided
 from sublimate.diffusion.predictions import add_noise
-from sublimate.erasure.latent_bank import LatentBank, drawn_bank, encoded
+from sublimate.erasure.latent_bank import LatentBank, LatentBankConfig, drawn_bank, encoded
 from sublimate.erasure.methods.concept_ablation import ConceptAblationConfig, ConceptAblationObjective
 from sublimate.erasure.methods.salun import SalUn, SalUnConfig, SalUnObjective
 from sublimate.erasure.request import Concept, Request
@@ -183,7 +183,8 @@ def test_a_concepts_own_pictures_stand_for_it(sd, tmp_path):
         pixels = (255 * torch.rand(16, 16, 3, generator=generator)).byte().numpy()
         Image.fromarray(pixels).save(tmp_path / f"{name}.png")
     concept = Concept("cat", anchor="dog", images=(tmp_path / "a.png", tmp_path / "b.png"))
-    options = {"count": 1, "steps": 1, "guidance_scale": 1.0, "seed": 0, "batch_size": 4}
+    config = LatentBankConfig(images=1, sampling_steps=1, start_guidance=1.0)
+    options = {"config": config, "seed": 0, "batch_size": 4}
     bank = drawn_bank(sd, [concept, Concept("red")], ("{}", "a {}"), **options)
     assert [len(row) for row in bank.rows] == [2, 2, 1, 1]
     pixels = torch.stack([torch.from_numpy(np.array(Image.open(f))) for f in concept.images])
