@@ -82,9 +82,8 @@ def command(
         options = load_config(kind.Config, config, changes, kind="erase")
     eraser = kind(options)
     if anchored := [concept.name for concept in request.erase if concept.anchor and not eraser.uses_anchor]:
-        raise ValueError(
-            f"{method} leads away from a concept, not to another: leave out the anchor of {anchored[0]!r}."
-        )
+        unread = "--anchor" if request_file is None else f"the anchor of {anchored[0]!r}"
+        raise ValueError(f"{method} leads away from a concept, not to another: leave out {unread}.")
     eraser.check(request)
     if detector is not None and not eraser.uses_detector:
         raise ValueError(f"{method} does not consult a detector: leave out --detector.")
