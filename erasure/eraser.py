@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from sublimate.pipelines.model import Model
 from sublimate.pipelines.placement import name_of
 from sublimate.pipelines.versions import versions
 from sublimate.training.method import Method
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,17 +52,18 @@ class NotCounted(ValueError):
 class Eraser(Method):
     """A method of concept erasure: options in, an edit of a model out.
 
-    A method reads of a request what it has a use for; parts that would change *what* is erased and that it cannot
-    honour (`within`, a detector) it refuses. `uses_anchor` and `uses_images` say whether it reads what takes a
-    concept's place and pictures of it, `attaches` that its edits carry an attachment, which stock diffusers cannot
-    hold, `low_rank` that they are low-rank changes alone, which LoRA files can hold. An eraser made of another has
-    the other's answers.
+    A method refuses parts of a request that would change *what* is erased and that it cannot honour (`within`,
+    pictures, a detector), and warns of an anchor that it does not read. `uses_anchor`, `uses_images` and
+    `uses_kept_images` say whether it reads what takes a concept's place, pictures of it and pictures of what is
+    preserved, `attaches` that its edits carry an attachment, which stock diffusers cannot hold, `low_rank` that they
+    are low-rank changes alone, which LoRA files can hold. An eraser made of another has the other's answers.
     """
 
     handles_within: bool = False
     uses_detector: bool = False
     uses_anchor: bool = True
     uses_images: bool = False
+    uses_kept_images: bool = False
     attaches: bool = False
     low_rank: bool = False
 
@@ -108,13 +112,18 @@ class Eraser(Method):
         return Edit(changes.values, changes.low_rank, provenance, changes.attachment)
 
     def check(self, request: Request) -> None:
-        """Refuses a request that asks for what the method has no way to do.
+        """Refuses a request that asks for what the method cannot do, and warns of anchors that it does not read.
 
         Raises:
-            ValueError: for `within`, unless the method handles it.
+            ValueError: for `within` or pictures, unless the method handles them.
         """
         if request.within is not None and not self.handles_within:
             raise ValueError(f"{self.name()} cannot erase within {request.within.name!r} only: use another method.")
+        for concepts, read in ((request.erase, self.uses_images), (request.preserve, self.uses_kept_images)):
+            if pictured := [concept.name for concept in concepts if concept.images and not read]:
+                raise ValueError(f"{self.name()} learns from no pictures of {pictured[0]!r}: leave out its images.")
+        if anchored := [concept for concept in request.erase if concept.anchor and not self.uses_anchor]:
+            log.warning("%s reads no anchor: that of %r has no effect.", self.name(), anchored[0].name)
 
     def plan(self, model: Model, request: Request) -> Costs:
         """What `fit` will need, without fitting.

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.denoisers import Denoiser
 from sublimate.erasure.eraser import Changes, Eraser
-from sublimate.erasure.prompt_bank import PromptBank, concept_bank
+from sublimate.erasure.prompt_bank import PromptBank, concept_groups, telling
 from sublimate.erasure.request import Concept, Request, Templates
-from sublimate.erasure.weights import Rule, select
+from sublimate.erasure.trained_weights import denoiser_changes, denoiser_player, full_keys
+from sublimate.erasure.weights import Rule
 from sublimate.pipelines.attention import Kernel, attention_chosen
 from sublimate.pipelines.detector import Detector
 from sublimate.pipelines.memory_format import channels_last
@@ -29,7 +30,7 @@ from sublimate.training.config import Config
 from sublimate.training.data import Source
 from sublimate.training.objective import Artefact, Batch, Loss, Objective, ObjectiveConfig, SoloObjective
 from sublimate.training.plan import WRITTEN_OUT, Loop, Plan, plan
-from sublimate.training.players import Player, PlayerConfig, make_player
+from sublimate.training.players import Player
 from sublimate.training.precision import check_precision
 from sublimate.training.randomness import SampleRandom
 from sublimate.training.together import accelerator
@@ -63,6 +64,8 @@ class StudentConfig(RunConfig, ObjectiveConfig, ABC):
         learning_rate: of Adam, without weight decay, which would move weights that nothing asks to move.
         templates: prompts with `{}` that concepts, erased and preserved, are put in; `Concept.prompts` are used too.
         retain: weight of the term that holds preserved concepts; without any there is none.
+        guidance_scale: what student and targets are told where the network reads the guidance as an input (FLUX.1
+            [dev]); None is the model's own, with which it is drawn. Other networks refuse it.
         attention: the attention kernel (`sublimate.pipelines.attention`); None leaves the model's own.
         channels_last: store convolutions with channels last: faster for UNets in half precision on a GPU.
         mixed_precision: "bf16" runs networks under autocast; weights and losses stay float32.
@@ -74,6 +77,7 @@ class StudentConfig(RunConfig, ObjectiveConfig, ABC):
     learning_rate: float = Field(default=1e-5, gt=0)
     templates: Templates = ("{}",)
     retain: float = Field(default=1.0, ge=0)
+    guidance_scale: float | None = Field(default=None, ge=0)
     attention: Kernel | None = None
     channels_last: bool = False
     mixed_precision: Literal["no", "bf16"] = "no"
@@ -90,11 +94,28 @@ class FineTuningConfig(StudentConfig, ABC):
 
     Attributes:
         weights: which weights train; see `erasure/weights.py`.
+        lora_rank: train a LoRA of this rank over the linear layers among them, instead of the weights themselves: the
+            edit is then of low rank, and Adam's moments are as small. It takes larger steps than 1e-5.
+        lora_alpha: its scale, times the rank; None is the rank.
 
     The others are `StudentConfig`'s and `RunConfig`'s.
     """
 
     weights: Rule = "x"
+    lora_rank: int | None = Field(default=None, ge=1)
+    lora_alpha: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _adapts(self) -> Self:
+        if self.lora_rank is None and self.lora_alpha is not None:
+            raise ValueError("lora_alpha is of a LoRA: set lora_rank too, or leave it out.")
+        if self.lora_rank is not None and (option := self.of_single_weights()):
+            raise ValueError(f"{option} is about single weights, and a LoRA moves whole layers: leave out lora_rank.")
+        return self
+
+    def of_single_weights(self) -> str | None:
+        """The option, if one is set, that chooses or holds weights one by one."""
+        return None
 
 
 class StudentObjective(SoloObjective):
@@ -113,7 +134,7 @@ class StudentObjective(SoloObjective):
     Raises:
         ValueError: when the model knows no prompts, or has no null condition where one is read; when it is a student
             of one or few steps, draws by pictures alone, is in another precision than the run, or has no such
-            weights.
+            weights; when it is to be told a guidance scale that it does not read.
     """
 
     reads_null: ClassVar[bool] = True
@@ -122,7 +143,8 @@ class StudentObjective(SoloObjective):
     always_retains: ClassVar[bool] = False
 
     def __init__(self, model: Model, config: StudentConfig, request: Request, *, seed: int = 0) -> None:
-        self.null, self.seed = model.null_condition(), seed
+        self.guidance, self.seed = self.guidance_told(model, config), seed
+        self.null = telling(model.null_condition(), self.guidance)
         if not model.any_condition().text_keys:
             raise ValueError(f"{model.source} knows no prompts, so there is nothing to erase by name.")
         if self.every_level:
@@ -142,23 +164,41 @@ class StudentObjective(SoloObjective):
         self.kept = self.bank(model, request.preserve, config.templates) if keeps else None
 
     def make_player(self, model: Model, config: Any) -> Player:
-        """What trains: the selected weights of the denoiser, in a copy that shares all others with the model.
+        """What trains, beside the model: the selected weights of the denoiser, or a LoRA over them.
 
         Raises:
             ValueError: when nothing matches.
         """
-        names = (f"network.{name}" for name in select(model.denoiser.network, config.weights))
-        return make_player(
-            model.denoiser, PlayerConfig(learning_rate=config.learning_rate, adam_weight_decay=0.0), names=names
+        return denoiser_player(
+            model,
+            config.weights,
+            learning_rate=config.learning_rate,
+            lora_rank=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            seed=self.seed,
         )
 
-    def bank(self, model: Model, concepts: Sequence[Concept], templates: Sequence[str]) -> PromptBank:
-        """The concepts' prompts as the student is told them."""
-        return concept_bank(model, concepts, templates)
+    def guidance_told(self, model: Model, config: Any) -> float | None:
+        """The guidance scale that the networks are told beside every prompt; None where they read none.
+
+        Raises:
+            ValueError: when options have one all the same.
+        """
+        if model.denoiser.reads_guidance:
+            return model.guidance_scale if config.guidance_scale is None else config.guidance_scale
+        if config.guidance_scale is not None:
+            raise ValueError(f"{model.source} reads no guidance as an input: leave out guidance_scale.")
+        return None
+
+    def bank(
+        self, model: Model, concepts: Sequence[Concept], templates: Sequence[str], *, anchored: bool = False
+    ) -> PromptBank:
+        """The concepts' prompts as the student is told them, or the same with anchors in their places."""
+        return PromptBank(model, concept_groups(concepts, templates, anchored=anchored), self.guidance)
 
     def changes(self, model: Model) -> Changes:
-        """What training came to: new values of the denoiser's weights."""
-        return Changes(values=trained_values(model, self.player))
+        """What training came to: new values of the denoiser's weights, or a LoRA's changes."""
+        return denoiser_changes(model, self.player)
 
     def unread(self, model: Model) -> list[str]:
         """The model's networks that training does not run once this objective is made."""
@@ -194,13 +234,17 @@ class StudentObjective(SoloObjective):
         return Loss(total, {name: value for name, (_, value) in terms.items()})
 
     def exports(self) -> Artefact:
-        return Artefact("weights", self.student)
+        return Artefact(self.player.config.artefact, self.student)
 
 
 class FineTuningEraser(Eraser):
     """An eraser whose edit is what training made of the student's weights."""
 
     objective: ClassVar[type[StudentObjective]]
+
+    def __init__(self, config: Any = None, /, **options: Any) -> None:
+        super().__init__(config, **options)
+        self.low_rank = isinstance(self.config, FineTuningConfig) and self.config.lora_rank is not None
 
     def solve(
         self, model: Model, request: Request, *, seed: int, detector: Detector | None, progress: bool
@@ -224,8 +268,13 @@ class FineTuningEraser(Eraser):
             seed: all randomness derives from it.
             progress: show a progress bar.
             masks: bool, by full parameter key: where False, a weight keeps every bit.
+
+        Raises:
+            ValueError: when a LoRA is to train under masks, or as the objective.
         """
         config, home = self.config, model.device
+        if masks is not None and self.low_rank:
+            raise ValueError("A LoRA moves whole layers, pruned weights too: leave out lora_rank.")
         # What an objective draws before training is drawn where it trains.
         model.to(accelerator().device)
         try:
@@ -276,18 +325,6 @@ def refuse_student(model: Model) -> None:
         raise ValueError(
             f"{model.source} is a student of one or few steps, which knows few noise levels: use one_step, or uce."
         )
-
-
-def trained_values(model: Model, student: Player) -> dict[str, Tensor]:
-    """What a student's training made of its weights, by full parameter key."""
-    keys = full_keys(model, student)
-    return {keys[name]: parameter.detach() for name, parameter in student.trainable().items()}
-
-
-def full_keys(model: Model, student: Player) -> dict[str, str]:
-    """The full parameter key of every weight that a student trains, by its name in the student."""
-    component = model.backbone.network_attribute
-    return {name: f"{component}/{name.removeprefix('network.')}" for name in student.trainable()}
 
 
 def fine_tune(

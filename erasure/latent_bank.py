@@ -6,13 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from sublimate.erasure.prompt_bank import concept_groups
 from sublimate.erasure.request import Concept
 from sublimate.pipelines.generate import generate_latents
 from sublimate.pipelines.model import Model
-from sublimate.training.data import read_image
+from sublimate.training.captioned import Framing, decoded
+from sublimate.training.config import Config
+from sublimate.training.data_config import DataConfig
 from sublimate.training.randomness import SampleRandom, key
+from sublimate.training.sources import framing_of
+
+_AT_ONCE = 16
+"""Pictures that are encoded together."""
 
 
 class LatentBank:
@@ -37,66 +45,84 @@ class LatentBank:
         return torch.stack(picked).to(device)
 
 
+class LatentBankConfig(Config):
+    """Options of a bank whose latents the model draws once, as it is, for concepts without pictures of their own.
+
+    Attributes:
+        images: latents per prompt that is drawn.
+        sampling_steps: DDIM steps of each.
+        start_guidance: guidance of that sampling, as this library counts it; 1 is none.
+    """
+
+    images: int = Field(default=20, ge=1)
+    sampling_steps: int = Field(default=50, ge=1)
+    start_guidance: float = Field(default=7.5, ge=0)
+
+    def draw(self, model: Model, texts: Sequence[str], *, seed: int, batch_size: int | None) -> list[Tensor]:
+        """Latents of each text, (images, *latent_shape) float32 on the CPU.
+
+        Args:
+            model: draws, as it is.
+            texts: prompts, or none.
+            seed: keys the noise.
+            batch_size: latents drawn at a time; by default fewer, the larger they are.
+        """
+        if not texts:
+            return []
+        drawn = generate_latents(
+            model,
+            [text for text in texts for _ in range(self.images)],
+            steps=self.sampling_steps,
+            guidance_scale=self.start_guidance,
+            seed=seed,
+            batch_size=batch_size,
+        )
+        return list(drawn.float().cpu().split(self.images))
+
+
 def drawn_bank(
     model: Model,
     concepts: Sequence[Concept],
     templates: Sequence[str],
+    config: LatentBankConfig,
     *,
     anchored: bool = False,
-    count: int,
-    steps: int,
-    guidance_scale: float,
     seed: int,
     batch_size: int | None = None,
 ) -> LatentBank:
-    """A bank with one row per phrase of the concepts, as `concept_bank` has them.
+    """A bank with one row per phrase of the concepts, as `concept_groups` has them.
 
     Args:
         model: draws, as it is.
         concepts: a concept's own `images` stand for all its rows, where it has some.
         templates: prompts with `{}` where names go.
+        config: how latents of the other phrases are drawn.
         anchored: draw the phrases with anchors in the concepts' places instead; pictures are then not read.
-        count: latents per phrase.
-        steps, guidance_scale: of the sampling.
-        seed: keys the noise.
-        batch_size: latents drawn at a time; by default fewer, the larger they are.
+        seed, batch_size: as in `LatentBankConfig.draw`.
 
     Raises:
-        ValueError: when a picture has another size than the model's.
-        FileNotFoundError: when a picture is missing.
+        ValueError: when a picture is missing, or none, or the model makes no images.
     """
-    rows: list[Tensor | None] = []
-    texts: list[str] = []
-    for concept in concepts:
-        pictured = encoded(model, concept.images) if concept.images and not anchored else None
-        for phrase in concept.phrases(templates):
-            rows.append(pictured)
-            if pictured is None:
-                texts += [phrase.anchored if anchored else phrase.text] * count
-    if texts:
-        drawn = generate_latents(
-            model, texts, steps=steps, guidance_scale=guidance_scale, seed=seed, batch_size=batch_size
-        )
-        parts = iter(drawn.float().cpu().split(count))
-        return LatentBank([next(parts) if row is None else row for row in rows])
-    return LatentBank([row for row in rows if row is not None])
+    groups = concept_groups(concepts, templates, anchored=anchored)
+    given = [encoded(model, concept.images) if concept.images and not anchored else None for concept in concepts]
+    texts = [text for own, group in zip(given, groups, strict=True) if own is None for text in group]
+    drawn = iter(config.draw(model, texts, seed=seed, batch_size=batch_size))
+    return LatentBank(
+        [next(drawn) if own is None else own for own, group in zip(given, groups, strict=True) for _ in group]
+    )
 
 
 def few_latents(
     model: Model,
     concepts: Sequence[Concept],
     templates: Sequence[str],
+    config: LatentBankConfig,
     *,
-    count: int,
     zero_shot: bool,
-    steps: int,
-    guidance_scale: float,
     seed: int,
     batch_size: int | None = None,
 ) -> LatentBank:
-    """A bank with one row per phrase of the concepts, in which all rows of a concept share its few latents.
-
-    They are a concept's own `images`, where it has some, else what the model draws for its first phrase.
+    """As `drawn_bank`, but all rows of a concept share its few latents: its own `images`, or its first phrase's.
 
     Args:
         zero_shot: uniform numbers in [0, 1) in place of latents; nothing is read or drawn.
@@ -104,38 +130,37 @@ def few_latents(
     The others, and errors, are `drawn_bank`'s.
     """
     rows: list[Tensor] = []
-    for place, concept in enumerate(concepts):
-        phrases = concept.phrases(templates)
+    for place, (concept, group) in enumerate(zip(concepts, concept_groups(concepts, templates), strict=True)):
         if zero_shot:
             generator = torch.Generator().manual_seed(key(seed, "zero shot", place))
-            latents = torch.rand((count, *model.latent_shape), generator=generator)
+            latents = torch.rand((config.images, *model.latent_shape), generator=generator)
         elif concept.images:
             latents = encoded(model, concept.images)
         else:
-            texts, drawn_from = [phrases[0].text] * count, key(seed, "few", place)
-            latents = generate_latents(
-                model, texts, steps=steps, guidance_scale=guidance_scale, seed=drawn_from, batch_size=batch_size
-            )
-            latents = latents.float().cpu()
-        rows += [latents] * len(phrases)
+            (latents,) = config.draw(model, group[:1], seed=key(seed, "few", place), batch_size=batch_size)
+        rows += [latents] * len(group)
     return LatentBank(rows)
 
 
 def encoded(model: Model, files: Sequence[Path]) -> Tensor:
     """Pictures as latents, (count, *latent_shape) float32 on the CPU.
 
+    Pictures of any size are shrunk or enlarged until they cover the model's own, and cropped to their middle.
+
     Raises:
-        ValueError: when they differ in size, or are not of the model's.
-        FileNotFoundError: when one is missing.
+        ValueError: when one is missing, or no picture, or the model makes no images.
     """
-    images = [read_image(file) for file in files]
-    if len({image.shape for image in images}) > 1:
-        raise ValueError(f"The pictures of one concept, {files[0]} and others, differ in size: resize them.")
-    with torch.no_grad():
-        latents = torch.cat(
-            [model.encode(part.to(model.device)).float().cpu() for part in torch.stack(images).split(16)]
-        )
-    if latents.shape[1:] != tuple(model.latent_shape):
-        size = " x ".join(map(str, images[0].shape[1:]))
-        raise ValueError(f"{files[0]} is {size} pixels, which {model.source} does not draw: resize the pictures.")
-    return latents
+    framing, found = _framing(model, files), []
+    for start in range(0, len(files), _AT_ONCE):
+        part = list(enumerate(files))[start : start + _AT_ONCE]
+        images = torch.stack([framing(decoded(file, str(file)), row) for row, file in part])
+        with torch.no_grad():
+            found.append(model.encode(images.to(model.device)).float().cpu())
+    return torch.cat(found)
+
+
+def _framing(model: Model, files: Sequence[Path]) -> Framing:
+    pipe, resolution = model.pipeline, None
+    if hasattr(pipe, "vae") and not hasattr(pipe, "vae_scale_factor"):  # DiT
+        resolution = model.latent_shape[1] * 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    return framing_of(model, DataConfig(train_data_dir=files[0].parent, center_crop=True, resolution=resolution))

@@ -7,14 +7,13 @@ from dataclasses import replace
 from typing import Literal, Self
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from sublimate.diffusion.predictions import Prediction
 from sublimate.erasure import targets
 from sublimate.erasure.fine_tuning import FineTuningConfig, StudentObjective
-from sublimate.erasure.latent_bank import LatentBank, drawn_bank
-from sublimate.erasure.prompt_bank import PromptBank, anchor_bank
+from sublimate.erasure.latent_bank import LatentBank, LatentBankConfig, drawn_bank
+from sublimate.erasure.prompt_bank import PromptBank
 from sublimate.erasure.request import Concept, Request
 from sublimate.erasure.trajectories import noised
 from sublimate.pipelines.model import Model
@@ -23,35 +22,19 @@ from sublimate.training.objective import Batch, Turn
 from sublimate.training.randomness import SampleRandom
 
 
-class DrawingConfig(FineTuningConfig):
+class DrawingConfig(LatentBankConfig, FineTuningConfig):
     """Options of training on pictures that the unedited model draws once, before training.
 
-    Attributes:
-        images: pictures per prompt.
-        sampling_steps: DDIM steps of each.
-        start_guidance: guidance of that sampling; 1 is none.
+    They are `LatentBankConfig`'s and `FineTuningConfig`'s.
     """
-
-    images: int = Field(default=20, ge=1)
-    sampling_steps: int = Field(default=50, ge=1)
-    start_guidance: float = Field(default=7.5, ge=0)
 
     def brief(self) -> Self:
         return self.model_copy(update={"images": min(self.images, self.train_batch_size), "sampling_steps": 1})
 
     def drawn(self, model: Model, concepts: Sequence[Concept], *, anchored: bool = False, seed: int) -> LatentBank:
         """`drawn_bank` of the concepts in the templates."""
-        return drawn_bank(
-            model,
-            concepts,
-            self.templates,
-            anchored=anchored,
-            count=self.images,
-            steps=self.sampling_steps,
-            guidance_scale=self.start_guidance,
-            seed=seed,
-            batch_size=self.train_batch_size,
-        )
+        size = self.train_batch_size
+        return drawn_bank(model, concepts, self.templates, self, anchored=anchored, seed=seed, batch_size=size)
 
 
 class PicturedConfig(DrawingConfig):
@@ -113,7 +96,7 @@ class PicturedObjective(KeptPicturesObjective):
 
     def __init__(self, model: Model, config: PicturedConfig, request: Request, *, seed: int = 0) -> None:
         super().__init__(model, config, request, seed=seed)
-        self.anchors = anchor_bank(model, request.erase, config.templates)
+        self.anchors = self.bank(model, request.erase, config.templates, anchored=True)
         self.pictures = config.drawn(model, request.erase, anchored=self.shows == "anchor", seed=seed)
 
     def prepare(self, turn: Turn, batch: Batch, step: int) -> Batch:

@@ -147,11 +147,13 @@ class Request:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Request:
-        """Reads what `to_dict` wrote, or a hand-written mapping where texts stand for concepts.
+        """Reads what `to_dict` wrote, or a hand-written mapping where texts stand for concepts, and for lists of one.
 
         Raises:
-            ValueError: when a field is unknown or the request contradicts itself.
+            ValueError: when a field is unknown or of the wrong kind, or the request contradicts itself.
         """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"A request is a mapping with what to erase, got {values!r}.")
         _known(values, Request)
         within = values.get("within")
         return Request(
@@ -202,15 +204,29 @@ def _to_dict(concept: Concept, paths: bool) -> dict[str, Any]:
     return values | {"synonyms": list(concept.synonyms), "prompts": list(concept.prompts), "images": images}
 
 
-def _read(given: Mapping[str, Any] | str) -> Concept:
+def _read(given: Any) -> Concept:
     if isinstance(given, str):
         return Concept(given)
+    if not isinstance(given, Mapping):
+        raise ValueError(f"A concept is a text or a mapping with a name, got {given!r}: put texts in quotes.")
     _known(given, Concept)
-    return Concept(**given)
+    if "name" not in given:
+        raise ValueError(f"A concept needs a name, got {dict(given)!r}.")
+    read: dict[str, Any] = {
+        key: value if key in ("name", "anchor") else tuple(_listed(value)) for key, value in given.items()
+    }
+    for key, value in read.items():
+        for text in value if isinstance(value, tuple) else (value,):
+            if not isinstance(text, str):
+                raise ValueError(f"A concept's {key} must be text, got {text!r}: put it in quotes.")
+    return Concept(**read)
 
 
 def _listed(given: Any) -> Iterable[Any]:
-    return (given,) if isinstance(given, str | Mapping) else given
+    """One or several, or none."""
+    if given is None:
+        return ()
+    return given if isinstance(given, list | tuple) else (given,)
 
 
 def _known(values: Mapping[str, Any], kind: type) -> None:

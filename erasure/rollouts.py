@@ -79,6 +79,7 @@ class RolloutObjective(StudentObjective):
 
     def __init__(self, model: Model, config: RolloutConfig, request: Request, *, seed: int = 0) -> None:
         super().__init__(model, config, request, seed=seed)
+        self.grid = model.schedule.grid(config.sampling_steps, model.backbone.grid_spacing)
         self._sampled: dict[str, Tensor] = {}
 
     def turns(self, step: int) -> tuple[Turn, ...]:
@@ -123,7 +124,7 @@ class RolloutObjective(StudentObjective):
             part = c.sampling_steps // c.updates_per_rollout
             stops = torch.stack([i * part + batch.random.integers(part) for i in range(c.updates_per_rollout)])
         told, null = bank.condition(rows, self.device), self.null.to(self.device)
-        x_t, t = rollout(self.sampler, z, told, null, stops, steps=c.sampling_steps, guidance_scale=c.start_guidance)
+        x_t, t = rollout(self.sampler, z, told, null, stops, self.grid, guidance_scale=c.start_guidance)
         return {"x_t": x_t, "t": t}
 
     def loop(self, config: Any) -> Loop:
@@ -137,9 +138,8 @@ class RolloutObjective(StudentObjective):
         random = SampleRandom(self.seed, 0, "one pass", range(size))
         told = self.erased.condition(self.erased.draw(random), self.device)
         z, once = random.normal(self.shape, self.device), torch.ones(len(random), dtype=torch.int64)
-        rollout(
-            self.sampler, z, told, self.null.to(self.device), once, steps=2, guidance_scale=self.config.start_guidance
-        )
+        null, scale = self.null.to(self.device), self.config.start_guidance
+        rollout(self.sampler, z, told, null, once, self.sampler.schedule.grid(2), guidance_scale=scale)
 
     @abstractmethod
     def aim(self, batch: Batch) -> Batch:

@@ -15,7 +15,7 @@ from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.denoisers import Denoiser
 from sublimate.erasure.eraser import Changes
 from sublimate.erasure.fine_tuning import StudentConfig, StudentObjective
-from sublimate.erasure.prompt_bank import PromptBank
+from sublimate.erasure.prompt_bank import PromptBank, concept_groups, telling
 from sublimate.erasure.request import Concept
 from sublimate.erasure.targets import squared_error
 from sublimate.pipelines.gradient_checkpointing import enable_gradient_checkpointing
@@ -132,15 +132,22 @@ class TextBank(PromptBank):
     Args:
         model: the student's base.
         student: encodes the prompts.
-        groups: prompts per concept, none empty.
+        groups, guidance: as in `PromptBank`.
     """
 
-    def __init__(self, model: Model, student: TextStudent, groups: Sequence[Sequence[str]]) -> None:
-        super().__init__(model, groups)
+    def __init__(
+        self,
+        model: Model,
+        student: TextStudent,
+        groups: Sequence[Sequence[str]],
+        guidance: float | None = None,
+    ) -> None:
+        super().__init__(model, groups, guidance)
         self.student, self.prompts = student, [prompt for group in groups for prompt in group]
 
     def condition(self, rows: Tensor, device: torch.device | str) -> Condition:
-        return self.student.encode_prompts([self.prompts[row] for row in rows.tolist()]).to(device)
+        told = self.student.encode_prompts([self.prompts[row] for row in rows.tolist()])
+        return telling(told, self.guidance).to(device)
 
     def unmoved(self, rows: Tensor, device: torch.device | str) -> Condition:
         """What the model's own encoders say of these rows."""
@@ -179,8 +186,10 @@ class TextStudentObjective(StudentObjective):
     def student(self) -> Denoiser:
         return self._denoiser  # type: ignore[return-value]
 
-    def bank(self, model: Model, concepts: Sequence[Concept], templates: Sequence[str]) -> TextBank:
-        return TextBank(model, self.text, [[phrase.text for phrase in c.phrases(templates)] for c in concepts])
+    def bank(
+        self, model: Model, concepts: Sequence[Concept], templates: Sequence[str], *, anchored: bool = False
+    ) -> TextBank:
+        return TextBank(model, self.text, concept_groups(concepts, templates, anchored=anchored), self.guidance)
 
     def moved(self, bank: TextBank, rows: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """|y(x_t, t, T_phi(c)) - y(x_t, t, T(c))|^2 per sample: what the encoders' move does for a bank's rows."""

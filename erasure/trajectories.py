@@ -20,8 +20,8 @@ def rollout(
     condition: Condition,
     null: Condition,
     stops: Tensor,
+    grid: Tensor,
     *,
-    steps: int,
     guidance_scale: float,
 ) -> tuple[Tensor, Tensor]:
     """x_t of guided DDIM sampling, at each sample's own steps: ESD's source of x_t, which stops at one.
@@ -35,7 +35,7 @@ def rollout(
         condition: what is drawn, of batch size 1 or batch.
         null: of batch size 1.
         stops: finished steps per sample, (batch,) or (stops, batch) integers in [0, steps); 0 is pure noise.
-        steps: steps of the whole sampling.
+        grid: the times of the whole sampling, (steps + 1,), spaced as the model's images are drawn.
         guidance_scale: 1 is no guidance.
 
     Returns:
@@ -44,10 +44,9 @@ def rollout(
     Raises:
         ValueError: for a stop outside the sampling.
     """
-    if int(stops.min()) < 0 or int(stops.max()) >= steps:
-        raise ValueError(f"Stops must be in [0, {steps}), got {stops.tolist()}.")
+    if int(stops.min()) < 0 or int(stops.max()) >= len(grid) - 1:
+        raise ValueError(f"Stops must be in [0, {len(grid) - 1}), got {stops.tolist()}.")
     schedule, condition = denoiser.schedule, condition.expand(len(z))
-    grid = schedule.grid(steps)
     x, t = at_start(schedule, z, float(grid[0]))
     own = stops.cpu().reshape(-1, len(z))
     found = x.expand(len(own), *x.shape).clone()

@@ -34,7 +34,7 @@ class DataConfig(Config):
         dataset_name: a data set of the hub, or a folder that `datasets.load_dataset` reads; needs the extra `[data]`.
         dataset_config_name: its configuration.
         streaming: read it from its start to its end again and again instead of at random, without storing it.
-        shuffle_buffer_size: rows of a stream that are held in memory undecoded, by all processes together, and shuffled:
+        shuffle_buffer_size: rows of a stream that are held in memory undecoded, by all processes, and shuffled:
             its files are read side by side, and each mixes its share.
         image_column: the column with pictures; a folder with `metadata.jsonl` always has them under `file_name`.
         caption_column: the column with captions; None for an unconditional model.

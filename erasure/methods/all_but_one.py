@@ -9,7 +9,6 @@ from pydantic import Field
 
 from sublimate.erasure import targets
 from sublimate.erasure.fine_tuning import FineTuningConfig, FineTuningEraser
-from sublimate.erasure.prompt_bank import anchor_bank
 from sublimate.erasure.request import Request
 from sublimate.erasure.rollouts import RolloutConfig, RolloutObjective
 from sublimate.pipelines.model import Model
@@ -56,7 +55,7 @@ class AllButOneObjective(RolloutObjective):
             raise ValueError(
                 f"repulsion leads away from {anchored[0].name!r}, not to {anchored[0].anchor!r}: leave out the anchor."
             )
-        self.anchors = anchor_bank(model, request.erase, config.templates)
+        self.anchors = self.bank(model, request.erase, config.templates, anchored=True)
 
     def aim(self, batch: Batch) -> Batch:
         x_t, t, repulsion = batch["x_t"], batch["t"], self.config.repulsion

@@ -75,3 +75,4 @@ class ConceptAblation(FineTuningEraser):
     Config = ConceptAblationConfig
     paper: ClassVar[str] = ConceptAblationObjective.paper
     objective = ConceptAblationObjective
+    uses_kept_images = True

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from sublimate.erasure import keep, targets
 from sublimate.erasure.fine_tuning import FineTuningConfig, FineTuningEraser
-from sublimate.erasure.prompt_bank import concept_bank
 from sublimate.erasure.request import Request
 from sublimate.erasure.rollouts import RolloutConfig, RolloutObjective
 from sublimate.pipelines.model import Model
@@ -37,6 +36,9 @@ class ESDConfig(RolloutConfig, FineTuningConfig):
     null_pin: float = Field(default=0.0, ge=0)
     l1: float = Field(default=0.0, ge=0)
 
+    def of_single_weights(self) -> str | None:
+        return "l1" if self.l1 > 0 else None
+
     @property
     def update_passes(self) -> float:
         """Without `within`, which adds 1."""
@@ -44,7 +46,12 @@ class ESDConfig(RolloutConfig, FineTuningConfig):
 
 
 class ESDObjective(RolloutObjective):
-    """E |y_theta(x_t, c, t) - [y*(x_t, t) - eta (y*(x_t, c, t) - y*(x_t, t))]|^2, * being the frozen network."""
+    """E |y_theta(x_t, c, t) - [y*(x_t, t) - eta (y*(x_t, c, t) - y*(x_t, t))]|^2, * being the frozen network.
+
+    A network that reads the guidance scale s (FLUX.1 [dev]) is told it in all three: y(c, s) stands for
+    y + s (y_c - y), so that y(c, s) - y(s) is s (y_c - y), and the target is y - eta s (y_c - y). That is what others
+    draw with the guidance s once they have been trained, so eta has the same meaning in both.
+    """
 
     Config = ESDConfig
     paper: ClassVar[str] = "2303.07345"
@@ -55,7 +62,7 @@ class ESDObjective(RolloutObjective):
         # A second copy of what trains, for who asks for it.
         before = self.player.trainable() if config.l1 > 0 else {}
         self.originals = {name: parameter.detach().clone() for name, parameter in before.items()}
-        self.context = None if request.within is None else concept_bank(model, [request.within], config.templates)
+        self.context = None if request.within is None else self.bank(model, [request.within], config.templates)
 
     def sample(self, batch: Batch) -> dict[str, Tensor]:
         if self.context is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sublimate.erasure.eraser import Changes
 from sublimate.erasure.fine_tuning import FineTuningEraser
-from sublimate.erasure.latent_bank import few_latents
+from sublimate.erasure.latent_bank import LatentBankConfig, few_latents
 from sublimate.erasure.prompt_bank import PromptBank
 from sublimate.erasure.request import Request, Templates
 from sublimate.erasure.step_choice import StepChoice
@@ -27,21 +27,19 @@ from sublimate.training.players import PlayerConfig
 from sublimate.training.randomness import SampleRandom
 
 
-class FewShotConfig(TextStudentConfig):
+class FewShotConfig(LatentBankConfig, TextStudentConfig):
     """Options of few-shot erasing; defaults are the authors' for Stable Diffusion 1.x: five epochs of four pictures.
 
     Attributes:
         adam_beta2, adam_epsilon: of Adam. The authors' weight decay of 1e-8 is far below rounding, and left out.
         images: pictures per concept that the model draws where `Concept.images` has none, asked for by the concept's
             name in the first template.
-        sampling_steps: DDIM steps of each.
-        start_guidance: guidance of that sampling; 1 is none.
         zero_shot: train on uniform noise in [0, 1) in place of pictures' latents.
         max_drift: of the steps that drift by no more than this, that which forgets most is kept (`FewShotObjective`).
         held_out: noised samples that steps are measured on.
 
     `retain`, which weighs |y_phi - y|^2 on prompts of preserved concepts, is an addition. The others are
-    `TextStudentConfig`'s.
+    `LatentBankConfig`'s and `TextStudentConfig`'s.
     """
 
     learning_rate: float = Field(default=1e-5, gt=0)
@@ -52,8 +50,6 @@ class FewShotConfig(TextStudentConfig):
     templates: Templates = OBJECTS
     retain: float = Field(default=0.0, ge=0)
     images: int = Field(default=4, ge=1)
-    sampling_steps: int = Field(default=50, ge=1)
-    start_guidance: float = Field(default=7.5, ge=0)
     zero_shot: bool = False
     max_drift: float = Field(default=0.25, gt=0)
     held_out: int = Field(default=16, ge=1)
@@ -90,10 +86,8 @@ class FewShotObjective(TextStudentObjective):
             model,
             request.erase,
             config.templates,
-            count=config.images,
+            config,
             zero_shot=config.zero_shot,
-            steps=config.sampling_steps,
-            guidance_scale=config.start_guidance,
             seed=seed,
             batch_size=config.train_batch_size,
         )
@@ -101,7 +95,7 @@ class FewShotObjective(TextStudentObjective):
         anchored = sorted({phrase.anchored for phrase in phrases} - {""})
         kept = [[phrase.text for phrase in concept.phrases(config.templates)] for concept in request.preserve]
         groups = [[""], *([anchored] if anchored else []), *kept]
-        self.neutral = TextBank(model, self.text, groups)
+        self.neutral = TextBank(model, self.text, groups, self.guidance)
         self.held_out = self._hold_out()
         self.unit = self._unit()
         self.choice = StepChoice(self.player.trainable(), self.measure, config.max_drift)

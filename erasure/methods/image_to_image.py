@@ -13,7 +13,7 @@ from sublimate.erasure.fine_tuning import FineTuningEraser, StudentObjective
 from sublimate.erasure.latent_bank import LatentBank
 from sublimate.erasure.picture_noise import PictureNoise
 from sublimate.erasure.pictured import DrawingConfig
-from sublimate.erasure.prompt_bank import PromptBank, concept_bank
+from sublimate.erasure.prompt_bank import PromptBank
 from sublimate.erasure.request import Request
 from sublimate.erasure.trajectories import noised
 from sublimate.pipelines.features import unet_code
@@ -76,7 +76,7 @@ class ImageToImageObjective(StudentObjective):
         network = model.denoiser.network
         self.model, self.taps = model, unet_code(network) if config.code == "all" else ("mid_block",)
         self.pictures = config.drawn(model, request.erase, seed=seed)
-        self.others, self.other_pictures = retained(model, config, request, seed)
+        self.others, self.other_pictures = self._retained(model, request)
         self.kept = self.others if config.retain > 0 else None
         self.noise = PictureNoise(model, self.other_pictures, config.train_batch_size)
 
@@ -107,6 +107,22 @@ class ImageToImageObjective(StudentObjective):
         x0 = pictures.draw(rows, random, self.device)
         x_t, t = noised(self.frozen.schedule, x0, random.normal(self.shape, self.device), random.uniform(self.device))
         return {"rows": rows, "dropped": dropped.to(self.device), "x0": x0, "x_t": x_t, "t": t}
+
+    def _retained(self, model: Model, request: Request) -> tuple[PromptBank, LatentBank]:
+        """Prompts and pictures of what is preserved; without any, what the model draws when asked for nothing."""
+        config = self.config
+        if request.preserve:
+            prompts = self.bank(model, request.preserve, config.templates)
+            return prompts, config.drawn(model, request.preserve, seed=self.seed)
+        drawn = generate_latents(
+            model,
+            [""] * config.images,
+            steps=config.sampling_steps,
+            guidance_scale=1.0,
+            seed=self.seed,
+            batch_size=config.train_batch_size,
+        )
+        return PromptBank(model, [[""]], self.guidance), LatentBank([drawn.float().cpu()])
 
     def _shown(self, images: Tensor, random: SampleRandom) -> Condition:
         return self.model.backbone.show_examples(self.model.pipeline, images, random)
@@ -143,22 +159,7 @@ class ImageToImage(FineTuningEraser):
     objective = ImageToImageObjective
     uses_anchor = False
     uses_images = True
-
-
-def retained(model: Model, config: ImageToImageConfig, request: Request, seed: int) -> tuple[PromptBank, LatentBank]:
-    """Prompts and pictures of what is preserved; without any, what the model draws when asked for nothing."""
-    if request.preserve:
-        prompts = concept_bank(model, request.preserve, config.templates)
-        return prompts, config.drawn(model, request.preserve, seed=seed)
-    drawn = generate_latents(
-        model,
-        [""] * config.images,
-        steps=config.sampling_steps,
-        guidance_scale=1.0,
-        seed=seed,
-        batch_size=config.train_batch_size,
-    )
-    return PromptBank(model, [[""]]), LatentBank([drawn.float().cpu()])
+    uses_kept_images = True
 
 
 def _check_pictures(model: Model, request: Request) -> None:

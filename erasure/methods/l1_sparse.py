@@ -33,6 +33,9 @@ class L1SparseConfig(DrawingConfig):
     l1_steps: int = Field(default=1000, ge=1)
     retain: float = Field(default=1.0, gt=0)
 
+    def of_single_weights(self) -> str | None:
+        return "l1"
+
     def gamma(self, step: int) -> float:
         """gamma_t = alpha max(0, 1 - t / T) with T = `l1_steps`."""
         return self.l1 * max(0.0, 1 - step / self.l1_steps)
@@ -75,3 +78,4 @@ class L1Sparse(FineTuningEraser):
     paper: ClassVar[str] = L1SparseObjective.paper
     objective = L1SparseObjective
     uses_anchor = False
+    uses_kept_images = True

@@ -13,7 +13,7 @@ from sublimate.diffusion.denoisers import Denoiser
 from sublimate.diffusion.guidance import guided
 from sublimate.diffusion.predictions import Prediction, add_noise
 from sublimate.erasure.fine_tuning import FineTuningConfig, FineTuningEraser, StudentObjective
-from sublimate.erasure.prompt_bank import PromptBank, anchor_bank
+from sublimate.erasure.prompt_bank import PromptBank
 from sublimate.erasure.request import Request
 from sublimate.erasure.trajectories import at_start
 from sublimate.pipelines.few_steps import FewSteps
@@ -28,8 +28,8 @@ class OneStepConfig(FineTuningConfig):
     Attributes:
         times: the descending schedule times at which the student is called; None reads them from the checkpoint, as
             this library's exports have them. One-step Turbo checkpoints take (999,).
-        guidance_scale: of those calls, told or applied as the network wants it; None reads it from the checkpoint, and
-            is none where that says nothing.
+        guidance_scale: of those calls, for every network: told or applied as it wants it; None reads it from the
+            checkpoint, and is none where that says nothing.
 
     `retain` weighs the same error on preserved concepts, whose target is the unedited student's own image.
     """
@@ -38,7 +38,6 @@ class OneStepConfig(FineTuningConfig):
     max_train_steps: int = Field(default=200, ge=1)
     train_batch_size: int = Field(default=8, ge=1)
     times: tuple[float, ...] | None = Field(default=None, min_length=1)
-    guidance_scale: float | None = Field(default=None, ge=0)
 
     def passes(self, step: int = 0) -> float:
         """For an unguided student of one step, and a request with preserved concepts if `retain` is set."""
@@ -62,7 +61,10 @@ class OneStepObjective(StudentObjective):
     def __init__(self, model: Model, config: OneStepConfig, request: Request, *, seed: int = 0) -> None:
         super().__init__(model, config, request, seed=seed)
         self.times, self.scale = _calls(model, config)
-        self.anchors = anchor_bank(model, request.erase, config.templates)
+        self.anchors = self.bank(model, request.erase, config.templates, anchored=True)
+
+    def guidance_told(self, model: Model, config: OneStepConfig) -> float | None:
+        return None  # `predict` tells it, or applies it
 
     def predict(self, network: Denoiser, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
         """A network's prediction with the guidance that belongs to it."""

@@ -65,6 +65,7 @@ class PruneThenErase(Eraser):
         self.inner = kind(kind.Config(**self.config.options))
         self.handles_within, self.uses_detector = self.inner.handles_within, self.inner.uses_detector
         self.uses_anchor, self.uses_images = self.inner.uses_anchor, self.inner.uses_images
+        self.uses_kept_images = self.inner.uses_kept_images
         self.attaches = self.inner.attaches
 
     def solve(

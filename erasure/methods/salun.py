@@ -47,6 +47,9 @@ class SalUnConfig(PicturedConfig):
         # All weights are in the mask: finding some depends on values.
         return super().brief().model_copy(update={"saliency": 1.0})
 
+    def of_single_weights(self) -> str | None:
+        return "saliency"
+
     def passes(self, step: int = 0) -> float:
         """Without pictures and mask; for a request with preserved concepts, if `retain` is set."""
         return 3 + 1 + 3 * (self.retain > 0)
@@ -111,3 +114,4 @@ class SalUn(FineTuningEraser):
     paper: ClassVar[str] = SalUnObjective.paper
     objective = SalUnObjective
     uses_images = True
+    uses_kept_images = True

@@ -14,7 +14,7 @@ from sublimate.erasure.concept_pairs import ConceptPairs, forget_loss, retain_lo
 from sublimate.erasure.contrastive import CLIPPair, Pair, trained_pair
 from sublimate.erasure.eraser import Changes, Eraser
 from sublimate.erasure.fine_tuning import refuse_student
-from sublimate.erasure.latent_bank import LatentBank, drawn_bank
+from sublimate.erasure.latent_bank import LatentBankConfig, drawn_bank
 from sublimate.erasure.layer_choice import pareto_front, scored_layers
 from sublimate.erasure.probes import DetectorJudge, PairJudge, Prober
 from sublimate.erasure.request import Concept, Request, Templates
@@ -22,23 +22,20 @@ from sublimate.erasure.step_search import Probe, Ray, best_probe, bracketed_sear
 from sublimate.erasure.text_student import TextStudent, select_text, text_encoders
 from sublimate.pipelines.detector import Detector
 from sublimate.pipelines.model import Model
-from sublimate.training.config import Config
 from sublimate.training.players import PlayerConfig
 from sublimate.training.randomness import key as keyed
 
 log = logging.getLogger(__name__)
 
 
-class SLUGConfig(Config):
+class SLUGConfig(LatentBankConfig):
     """Options of SLUG; the search's are those of the authors' for Stable Diffusion.
 
     Attributes:
         clip: the CLIP checkpoint (folder or hub id) whose text tower the model reads with; None trains a small pair of
             towers on the pictures instead (`erasure/contrastive.py`).
         templates: prompts with `{}` that concepts, erased and preserved, are put in.
-        images: pictures per prompt that the model draws, for concepts without `Concept.images`.
-        sampling_steps: DDIM steps of each, probes' too.
-        start_guidance: guidance of that sampling, as this library counts it.
+        sampling_steps, start_guidance: of the probes' pictures too.
         pair_steps: of the pair's training, if there is one.
         layers: search on the "deepest" layer of the Pareto front (theirs for diffusion), or on every layer of the
             "front", of which the best probe wins (theirs for CLIP).
@@ -47,6 +44,8 @@ class SLUGConfig(Config):
         max_probes: steps tried per layer, at most.
         max_left: share of the erased concepts' pictures that may still show them.
         max_lost: share of the preserved concepts' pictures that may cease to show them.
+
+    `images` are `LatentBankConfig`'s.
     """
 
     clip: str | None = None
@@ -83,6 +82,7 @@ class SLUG(Eraser):
     paper: ClassVar[str] = "2407.11867"
     uses_detector = True
     uses_images = True
+    uses_kept_images = True
 
     def solve(
         self, model: Model, request: Request, *, seed: int, detector: Detector | None, progress: bool
@@ -94,7 +94,8 @@ class SLUG(Eraser):
         # A concept without a label ends the run before anything is drawn.
         read = None if detector is None else DetectorJudge(model, detector, concepts)
         student = TextStudent(model, select_text(text_encoders(model), "mlp-attn"), PlayerConfig())
-        pairs = ConceptPairs(model, concepts, config.templates, self._pictures(model, concepts, seed))
+        pictures = drawn_bank(model, concepts, config.templates, config, seed=seed)
+        pairs = ConceptPairs(model, concepts, config.templates, pictures)
         with torch.no_grad():
             states = pairs.states(model.encode_prompts)
         pair = self._pair(model, pairs, states, seed)
@@ -147,18 +148,6 @@ class SLUG(Eraser):
             },
         }
         return Changes(student.keyed(rays[layer].at(best.step)), outcome=outcome)
-
-    def _pictures(self, model: Model, concepts: Sequence[Concept], seed: int) -> LatentBank:
-        config: SLUGConfig = self.config
-        return drawn_bank(
-            model,
-            concepts,
-            config.templates,
-            count=config.images,
-            steps=config.sampling_steps,
-            guidance_scale=config.start_guidance,
-            seed=seed,
-        )
 
     def _pair(self, model: Model, pairs: ConceptPairs, states: Sequence[Tensor], seed: int) -> Pair:
         config: SLUGConfig = self.config

@@ -262,7 +262,7 @@ def test_pictures_of_a_concept(capsys, tmp_path, tiny_sd_v):
     assert sublimate(capsys, *salun)[0] == 0
     request = Edit.load(tmp_path / "edit" / "edit.safetensors").provenance["request"]
     assert request["erase"][0]["images"] == ["b.png"]  # not where it lies
-    assert "uce learns from no pictures" in failed(capsys, *erase)
+    assert "uce learns from no pictures of 'cat'" in failed(capsys, *erase)
     assert "belongs to a single concept" in failed(capsys, *salun[:3], "dog", *salun[5:])
     (tmp_path / "cats" / "a.png").write_text("no picture either")
     assert "a.png" in failed(capsys, *salun)

@@ -1,5 +1,6 @@
 """One property matrix over all erasers, on tiny checkpoints of real classes of the families that read text."""
 
+import contextlib
 from functools import cache
 
 import pytest
@@ -100,6 +101,21 @@ CASES = {
             "learning_rate": 1e-3,
         },
     ),
+    "esd-lora": (
+        "esd",
+        {
+            "lora_rank": 2,
+            "weights": "x",
+            "sampling_steps": 2,
+            "max_train_steps": 2,
+            "train_batch_size": 2,
+            "learning_rate": 1e-3,
+        },
+    ),
+    "concept_ablation-lora": (
+        "concept_ablation",
+        unguided("start_guidance", **PICTURED, lora_rank=2, lora_alpha=4, weights="u"),
+    ),
     "esd": ("esd", {"sampling_steps": 2, "max_train_steps": 2, "train_batch_size": 2, "learning_rate": 1e-3}),
 }
 
@@ -160,10 +176,13 @@ def test_a_family_that_does_not_fit_is_refused_and_left_alone(request, case, fam
     assert bits(model) == before
 
 
-def fit(model, case, seed=0):
+def eraser_of(model, case):
     method, options = CASES[case]
-    options = options(model) if callable(options) else options
-    eraser = registry.load(ERASERS, method, Eraser)(**options)
+    return registry.load(ERASERS, method, Eraser)(**(options(model) if callable(options) else options))
+
+
+def fit(model, case, seed=0):
+    eraser = eraser_of(model, case)
     cat, dog, seven, red = called(model, "cat", "dog", "seven", "red")
     concept = Concept(cat, anchor=dog if eraser.uses_anchor else "")
     return eraser.fit(model, Request(concept, preserve=[seven, red]), seed=seed)
@@ -207,7 +226,7 @@ class TestEraser:
         assert torch.equal(torch.get_rng_state(), state)
 
     def test_the_edit_changes_keys_that_it_names_and_comes_off_bit_by_bit(self, model, edit, case):
-        assert registry.load(ERASERS, CASES[case][0], Eraser).low_rank == (bool(edit.low_rank) and not edit.values)
+        assert eraser_of(model, case).low_rank == (bool(edit.low_rank) and not edit.values)
         before, said = bits(model), answer(model)
         edit.apply(model)
         after = bits(model)
@@ -222,8 +241,7 @@ class TestEraser:
     @pytest.mark.slow
     def test_networks_that_training_does_not_run_are_told_from_those_it_does(self, request, family, case):
         model = open_model(request.getfixturevalue(family))
-        method, options = CASES[case]
-        eraser = registry.load(ERASERS, method, Eraser)(**(options(model) if callable(options) else options))
+        eraser = eraser_of(model, case)
         if not isinstance(eraser, FineTuningEraser):  # the trainer trains nothing
             return
         cat, dog, seven = called(model, "cat", "dog", "seven")
@@ -241,7 +259,7 @@ class TestEraser:
                 trainer.update(turn)
             objective.after_step(trainer.step)
         read = model.components().keys() - {*unread, model.backbone.network_attribute}
-        assert read == {name for name in READ.get(method, ()) if name in model.components()}
+        assert read == {name for name in READ.get(eraser.name(), ()) if name in model.components()}
 
     @pytest.mark.slow
     @pytest.mark.first_family
@@ -274,3 +292,19 @@ class TestEraser:
         assert bits(model) == between and torch.equal(answer(model), said)
         edit.remove(model)
         assert bits(model) == before and torch.equal(answer(model), plain)
+
+
+PICTURED_BY = {"salun", "slug", "image_to_image", "few_shot"}
+KEPT_BY = {"salun", "slug", "image_to_image", "concept_ablation", "l1_sparse"}
+
+
+@pytest.mark.parametrize("method", registry.available(ERASERS))
+def test_what_a_request_says_in_vain_is_told(method, caplog):
+    eraser = registry.load(ERASERS, method, Eraser)(**({"then": "esd"} if method == "prune_then_erase" else {}))
+    pictured = Concept("cat", images=("cat.png",))
+    for request, readers in ((Request(pictured), PICTURED_BY), (Request("dog", preserve=[pictured]), KEPT_BY)):
+        with contextlib.nullcontext() if method in readers else pytest.raises(ValueError, match="pictures of 'cat'"):
+            eraser.check(request)
+    assert not caplog.messages
+    eraser.check(Request(Concept("cat", anchor="dog")))
+    assert ("reads no anchor: that of 'cat' has no effect" in caplog.text) == (not eraser.uses_anchor)

@@ -6,7 +6,7 @@ from erasing import disturb
 from PIL import Image
 
 from sublimate.diffusion.conditions import Condition
-from sublimate.erasure.latent_bank import few_latents
+from sublimate.erasure.latent_bank import LatentBankConfig, few_latents
 from sublimate.erasure.methods.few_shot import FewShot, FewShotConfig, FewShotObjective
 from sublimate.erasure.request import Concept, Request
 from sublimate.erasure.step_choice import StepChoice, best_step
@@ -172,7 +172,8 @@ def test_the_choice_holds_the_best_steps_weights():
 
 @pytest.mark.slow
 def test_all_phrases_of_a_concept_share_its_few_latents(tiny_sd, tmp_path):
-    model, options = open_model(tiny_sd), {"count": 3, "steps": 1, "guidance_scale": 1.0, "seed": 0, "batch_size": 4}
+    model, config = open_model(tiny_sd), LatentBankConfig(images=3, sampling_steps=1, start_guidance=1.0)
+    options = {"config": config, "seed": 0, "batch_size": 4}
     pictures = [tmp_path / f"{i}.png" for i in range(2)]
     for i, picture in enumerate(pictures):
         Image.new("RGB", (16, 16), (80 * i, 0, 0)).save(picture)

@@ -11,13 +11,14 @@ from PIL import Image
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.guidance import guided
 from sublimate.diffusion.predictions import add_noise
-from sublimate.erasure.latent_bank import LatentBank, drawn_bank
+from sublimate.erasure.latent_bank import LatentBank, LatentBankConfig, drawn_bank, encoded
 from sublimate.erasure.methods.concept_ablation import ConceptAblationConfig, ConceptAblationObjective
 from sublimate.erasure.methods.salun import SalUn, SalUnConfig, SalUnObjective
 from sublimate.erasure.request import Concept, Request
 from sublimate.erasure.saliency import largest
 from sublimate.pipelines.generate import generate_latents
 from sublimate.pipelines.model import open_model
+from sublimate.training.captioned import Framing
 from sublimate.training.losses import denoising_loss
 from sublimate.training.objective import Batch
 from sublimate.training.randomness import SampleRandom
@@ -182,7 +183,8 @@ def test_a_concepts_own_pictures_stand_for_it(sd, tmp_path):
         pixels = (255 * torch.rand(16, 16, 3, generator=generator)).byte().numpy()
         Image.fromarray(pixels).save(tmp_path / f"{name}.png")
     concept = Concept("cat", anchor="dog", images=(tmp_path / "a.png", tmp_path / "b.png"))
-    options = {"count": 1, "steps": 1, "guidance_scale": 1.0, "seed": 0, "batch_size": 4}
+    config = LatentBankConfig(images=1, sampling_steps=1, start_guidance=1.0)
+    options = {"config": config, "seed": 0, "batch_size": 4}
     bank = drawn_bank(sd, [concept, Concept("red")], ("{}", "a {}"), **options)
     assert [len(row) for row in bank.rows] == [2, 2, 1, 1]
     pixels = torch.stack([torch.from_numpy(np.array(Image.open(f))) for f in concept.images])
@@ -192,12 +194,25 @@ def test_a_concepts_own_pictures_stand_for_it(sd, tmp_path):
     assert torch.equal(drawn.rows[0], generate_latents(sd, ["dog"], steps=1, guidance_scale=1.0))
 
 
-def test_pictures_of_another_size_are_refused(tiny_sd, tmp_path):
-    model = open_model(tiny_sd)
-    for name, size in (("a", 16), ("b", 24)):
-        Image.new("RGB", (size, size)).save(tmp_path / f"{name}.png")
-    options = {"count": 1, "steps": 1, "guidance_scale": 1.0, "seed": 0, "batch_size": 4}
-    with pytest.raises(ValueError, match="24 x 24 pixels"):
-        drawn_bank(model, [Concept("cat", images=(tmp_path / "b.png",))], ("{}",), **options)
-    with pytest.raises(ValueError, match="differ in size"):
-        drawn_bank(model, [Concept("cat", images=(tmp_path / "a.png", tmp_path / "b.png"))], ("{}",), **options)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["tiny_sd", "tiny_dit", "tiny_edm_classes"])
+def test_pictures_of_any_size_are_framed_as_training_frames_them(request, family, tmp_path):
+    model = open_model(request.getfixturevalue(family))
+    size = model.render(torch.zeros(1, *model.latent_shape)).shape[-1]
+    pixels = (255 * torch.rand(2 * size, 5 * size, 3, generator=torch.Generator().manual_seed(0))).byte().numpy()
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    Image.fromarray(pixels[:size, :size]).save(tmp_path / "own.png")
+    found = encoded(model, [tmp_path / "wide.png", tmp_path / "own.png"])
+    framing = Framing(size, size, center_crop=True)
+    images = [framing(Image.open(tmp_path / f"{name}.png"), 0) for name in ("wide", "own")]
+    torch.testing.assert_close(images[1], torch.from_numpy(pixels[:size, :size]).permute(2, 0, 1).float() / 255)
+    torch.testing.assert_close(found, model.encode(torch.stack(images)).detach())
+
+
+@pytest.mark.slow
+def test_what_is_no_picture_is_named(tiny_sd, tmp_path):
+    (tmp_path / "a.png").write_text("no picture")
+    with pytest.raises(ValueError, match=r"picture .*a\.png cannot be read"):
+        encoded(open_model(tiny_sd), [tmp_path / "a.png"])
+    with pytest.raises(ValueError, match=r"There is no picture .*b\.png"):
+        encoded(open_model(tiny_sd), [tmp_path / "b.png"])

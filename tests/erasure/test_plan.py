@@ -22,6 +22,7 @@ DRAWN = {"images": 3, "sampling_steps": 2}
 CASES = {
     "esd": ("esd", {"train_batch_size": 2, "l1": 0.1}),
     "esd-several": ("esd", {**SEVERAL, "gradient_accumulation_steps": 2, "weights": "full"}),
+    "esd-lora": ("esd", {"train_batch_size": 2, "weights": "full", "lora_rank": 8}),
     "esd-over-bf16": ("esd", {**SEVERAL, "train_batch_size": 2, "mixed_precision": "bf16"}),
     "adv_unlearn": ("adv_unlearn", {**SEVERAL, "train_batch_size": 2, "adversary_steps": 3, "warmup_steps": 1}),
     "receler": ("receler", {"sampling_steps": 2, "train_batch_size": 2, "adversary_steps": 3}),

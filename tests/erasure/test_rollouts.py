@@ -5,10 +5,13 @@ import torch
 from erasing import disturb
 
 from sublimate.diffusion.conditions import Condition
+from sublimate.diffusion.guidance import guided
+from sublimate.diffusion.samplers import ddim
 from sublimate.erasure.methods.all_but_one import AllButOneConfig, AllButOneObjective
 from sublimate.erasure.methods.esd import ESDConfig, ESDObjective
 from sublimate.erasure.request import Concept, Request
 from sublimate.erasure.trajectories import rollout
+from sublimate.pipelines.generate import generate_latents
 from sublimate.pipelines.model import open_model
 from sublimate.training.objective import Batch
 from sublimate.training.randomness import SampleRandom
@@ -50,11 +53,32 @@ def test_updates_of_a_step_share_one_sampling_each_from_its_own_part(sd, traject
     network = objective.student if trajectory == "student" else objective.frozen
     told, t = objective.erased.condition(rows, "cpu"), torch.stack([batch["t"] for batch in batches])
     stops = torch.tensor([[grid.index(time) for time in times] for times in t.tolist()])
-    expected, _ = rollout(network, z, told, objective.null, stops, steps=6, guidance_scale=3.0)
+    expected, _ = rollout(network, z, told, objective.null, stops, sd.schedule.grid(6), guidance_scale=3.0)
     torch.testing.assert_close(torch.stack([batch["x_t"] for batch in batches]), expected)
     again, other = prepared(objective), prepared(objective, step=1)
     assert all(torch.equal(a["x_t"], b["x_t"]) for (_, a), b in zip(again, batches, strict=True))
     assert not torch.equal(other[0][1]["x_t"], batches[0]["x_t"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["tiny_sd", "tiny_sd3"])
+def test_x_t_are_those_of_the_models_images(request, family):
+    model = open_model(request.getfixturevalue(family))
+    objective = ESDObjective(model, ESDConfig(sampling_steps=4, updates_per_rollout=4, start_guidance=2.0), CAT)
+    (*_, (_, last)) = prepared(objective)
+    random = SampleRandom(0, 0, "student0", range(4))
+    _, z = objective.erased.draw(random), random.normal(model.latent_shape)
+    drawn = generate_latents(model, ["cat"] * 4, steps=4, guidance_scale=2.0, sampler="ddim", z=z)
+    # Of the same sampling one step is left.
+    grid, told = model.schedule.grid(4, model.backbone.grid_spacing), model.encode_prompts(["cat"])
+    assert last["t"].tolist() == [grid[3]] * 4
+
+    def denoise(x_t, t):
+        return guided(model.denoiser, x_t, t, told, model.null_condition(), 2.0)
+
+    with torch.no_grad():
+        left = ddim(denoise, last["x_t"], model.schedule, grid[3:])
+    torch.testing.assert_close(left, drawn, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from sublimate.erasure import concept_pairs
 from sublimate.erasure.concept_pairs import ConceptPairs, forget_loss, retain_loss
 from sublimate.erasure.contrastive import CLIPPair, TrainedPair, info_nce, pooled, trained_pair
-from sublimate.erasure.latent_bank import LatentBank
+from sublimate.erasure.latent_bank import LatentBank, drawn_bank
 from sublimate.erasure.layer_choice import Layer, pareto_front, scored_layers
 from sublimate.erasure.methods.slug import SLUG, SLUGConfig
 from sublimate.erasure.probes import DetectorJudge, PairJudge
@@ -206,7 +206,8 @@ def test_the_step_raises_the_forget_loss_by_the_gradients_square(sd):
     delta = {key: value - own[key] for key, value in edit.values.items()}
     concepts = [CAT.erase[0], *CAT.preserve, Concept("dog")]
     eraser = SLUG(**SMALL)
-    pairs = ConceptPairs(sd, concepts, SMALL["templates"], eraser._pictures(sd, concepts, 0))
+    pictures = drawn_bank(sd, concepts, SMALL["templates"], eraser.config, seed=0)
+    pairs = ConceptPairs(sd, concepts, SMALL["templates"], pictures)
     pair = eraser._pair(sd, pairs, [s.detach() for s in pairs.states(sd.encode_prompts)], 0)
     images = pairs.embedded(pair)
 

@@ -36,13 +36,15 @@ KARRAS = make(EDM(sigma_min=0.002, sigma_max=80.0), "edm")
 FLOW = make(RectifiedFlow(shift=3.0), "flow")
 
 
-@pytest.mark.parametrize("denoiser", [VP, FLOW, KARRAS])
+@pytest.mark.parametrize(
+    ("denoiser", "spacing"),
+    [(VP, "trailing"), (FLOW, "trailing"), (FLOW, "linspace"), (KARRAS, KARRAS.schedule.spacings[0])],
+)
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_each_sample_stops_at_its_own_step_of_the_full_sampling(denoiser, scale):
+def test_each_sample_stops_at_its_own_step_of_the_full_sampling(denoiser, spacing, scale):
     z, stops = torch.randn(4, 3, generator=torch.Generator().manual_seed(2)), torch.tensor([3, 0, 9, 5])
-    kept = z.clone()
-    x_t, t = trajectories.rollout(denoiser, z, CONDITION, NULL, stops, steps=10, guidance_scale=scale)
-    grid = denoiser.schedule.grid(10)
+    kept, grid = z.clone(), denoiser.schedule.grid(10, spacing)
+    x_t, t = trajectories.rollout(denoiser, z, CONDITION, NULL, stops, grid, guidance_scale=scale)
     for i, stop in enumerate(stops.tolist()):
         told = CONDITION.index(i)
         expected = denoiser.schedule.start_scale(denoiser.schedule.t_max) * z[i : i + 1]
@@ -59,29 +61,31 @@ def test_each_sample_stops_at_its_own_step_of_the_full_sampling(denoiser, scale)
 @pytest.mark.parametrize("denoiser", [VP, FLOW, KARRAS])
 def test_one_sampling_serves_several_stops(denoiser):
     z = torch.randn(4, 3, generator=torch.Generator().manual_seed(2))
-    stops = torch.tensor([[3, 0, 9, 5], [4, 2, 1, 5], [0, 7, 8, 6]])
-    x_t, t = trajectories.rollout(denoiser, z, CONDITION, NULL, stops, steps=10, guidance_scale=3.0)
+    stops, grid = torch.tensor([[3, 0, 9, 5], [4, 2, 1, 5], [0, 7, 8, 6]]), denoiser.schedule.grid(10)
+    x_t, t = trajectories.rollout(denoiser, z, CONDITION, NULL, stops, grid, guidance_scale=3.0)
     assert x_t.shape == (3, 4, 3) and t.shape == (3, 4)
     for row, own in enumerate(stops):
-        expected, times = trajectories.rollout(denoiser, z, CONDITION, NULL, own, steps=10, guidance_scale=3.0)
+        expected, times = trajectories.rollout(denoiser, z, CONDITION, NULL, own, grid, guidance_scale=3.0)
         torch.testing.assert_close(x_t[row], expected)
         assert torch.equal(t[row], times)
     VP.network.calls = 0
-    trajectories.rollout(VP, z, CONDITION, NULL, stops, steps=10, guidance_scale=1.0)
+    trajectories.rollout(VP, z, CONDITION, NULL, stops, VP.schedule.grid(10), guidance_scale=1.0)
     assert VP.network.calls == 4 + 7 + 9 + 6
 
 
 def test_only_running_samples_cost_passes():
     VP.network.calls = 0
     z, stops = torch.zeros(4, 3), torch.tensor([3, 0, 9, 5])
-    trajectories.rollout(VP, z, CONDITION, NULL, stops, steps=10, guidance_scale=3.0)
+    trajectories.rollout(VP, z, CONDITION, NULL, stops, VP.schedule.grid(10), guidance_scale=3.0)
     assert VP.network.calls == 2 * (3 + 0 + 9 + 5)
 
 
 @pytest.mark.parametrize("stop", [-1, 10])
 def test_a_stop_outside_the_sampling_is_refused(stop):
     with pytest.raises(ValueError, match=r"\[0, 10\)"):
-        trajectories.rollout(VP, torch.zeros(1, 3), NULL, NULL, torch.tensor([stop]), steps=10, guidance_scale=1.0)
+        trajectories.rollout(
+            VP, torch.zeros(1, 3), NULL, NULL, torch.tensor([stop]), VP.schedule.grid(10), guidance_scale=1.0
+        )
 
 
 def test_noised_samples_lie_on_the_schedule():
