@@ -13,7 +13,7 @@ from sublimate.erasure.prompt_bank import concept_groups
 from sublimate.erasure.request import Concept
 from sublimate.pipelines.generate import generate_latents
 from sublimate.pipelines.model import Model
-from sublimate.training.captioned import Framing, decoded
+from sublimate.training.captioned import decoded
 from sublimate.training.config import Config
 from sublimate.training.data_config import DataConfig
 from sublimate.training.randomness import SampleRandom, key
@@ -150,17 +150,11 @@ def encoded(model: Model, files: Sequence[Path]) -> Tensor:
     Raises:
         ValueError: when one is missing, or no picture, or the model makes no images.
     """
-    framing, found = _framing(model, files), []
+    options = DataConfig(train_data_dir=files[0].parent, center_crop=True)
+    framing, found = framing_of(model, options), []
     for start in range(0, len(files), _AT_ONCE):
         part = list(enumerate(files))[start : start + _AT_ONCE]
         images = torch.stack([framing(decoded(file, str(file)), row) for row, file in part])
         with torch.no_grad():
             found.append(model.encode(images.to(model.device)).float().cpu())
     return torch.cat(found)
-
-
-def _framing(model: Model, files: Sequence[Path]) -> Framing:
-    pipe, resolution = model.pipeline, None
-    if hasattr(pipe, "vae") and not hasattr(pipe, "vae_scale_factor"):  # DiT
-        resolution = model.latent_shape[1] * 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-    return framing_of(model, DataConfig(train_data_dir=files[0].parent, center_crop=True, resolution=resolution))

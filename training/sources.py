@@ -168,7 +168,10 @@ def framing_of(model: Model, data: DataConfig) -> Framing:
     if model.backbone.medium != "image":
         raise ValueError(f"{model.source} makes no images: captioned pictures are nothing to it.")
     own, pipe = model.latent_shape, model.pipeline
-    factor = getattr(pipe, "vae_scale_factor", 1)
+    # DiT's pipeline has an autoencoder and says nothing of its factor.
+    factor = getattr(pipe, "vae_scale_factor", None)
+    if factor is None:
+        factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1) if "vae" in pipe.components else 1
     size = (own[1] * factor, own[2] * factor) if data.resolution is None else (data.resolution, data.resolution)
     if (shape := model.backbone.latent_shape(pipe, *size)) != own:
         raise ValueError(

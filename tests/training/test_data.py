@@ -152,13 +152,16 @@ def test_captions_of_a_folder_may_serve_the_teacher(tiny_sd, tmp_path):
 
 
 @pytest.mark.slow
-def test_images_have_the_models_own_size(tiny_sd, tiny_unconditional, tiny_audio):
+def test_images_have_the_models_own_size(tiny_sd, tiny_dit, tiny_unconditional, tiny_audio):
     model = open_model(tiny_sd)
     for resolution in (None, 16):
         framing = framing_of(model, DataConfig(train_data_dir="a", resolution=resolution, center_crop=True, seed=3))
         assert (framing.height, framing.width, framing.center_crop, framing.seed) == (16, 16, True, 3)
     with pytest.raises(ValueError, match=r"32x32 pixels are latents of \(4, 16, 16\), and .* draws \(4, 8, 8\)"):
         framing_of(model, DataConfig(train_data_dir="a", resolution=32))
+    dit = open_model(tiny_dit)
+    framing = framing_of(dit, DataConfig(train_data_dir="a"))
+    assert dit.encode(torch.zeros(1, 3, framing.height, framing.width)).shape[1:] == dit.latent_shape
     framing = framing_of(open_model(tiny_unconditional), DataConfig(train_data_dir="a"))
     assert (framing.height, framing.width) == (8, 8)
     with pytest.raises(ValueError, match="makes no images"):
