@@ -11,6 +11,7 @@ from torch import Tensor
 from sublimate.diffusion.predictions import Prediction, scaled
 from sublimate.diffusion.samplers import ddim
 from sublimate.evaluation.attack import Attack, Box, Case, Outcome
+from sublimate.pipelines.generate import rendered
 from sublimate.pipelines.model import Model
 from sublimate.pipelines.sampling import Part, at_once, sample
 from sublimate.training.config import Config
@@ -64,7 +65,7 @@ class ClassifierGuidance(Attack):
                 return prediction.shifted(scaled(-c.scale * prediction.coefficients.sigma, gradient))
 
             x = ddim(denoise, model.schedule.noise_scale * part.z, model.schedule, grid)
-            return model.render(x)
+            return rendered(model, x)
 
         images = sample(
             model,

@@ -7,6 +7,7 @@ import torch
 from attacked import CASES, STUDENT, Brightness, attack_of, attacked, case_of
 from safetensors.torch import save_file
 
+from sublimate.erasure.request import Concept
 from sublimate.evaluation.attack import Outcome, counting, pictured
 from sublimate.evaluation.attacks.inpainting import hole_of
 from sublimate.evaluation.audit import ATTACKS, make_attacks
@@ -128,6 +129,25 @@ def test_passes_are_counted_forward_and_back(model):
     assert counted(model, lambda: None) == 0
 
 
+class Large:
+    """A model of large latents, as far as encoding pictures goes."""
+
+    source, device, dtype, latent_shape = "large", torch.device("cpu"), torch.float32, (4, 64, 64)
+
+    def __init__(self):
+        self.encoded = []
+
+    def encode(self, images):
+        self.encoded.append(len(images))
+        return images.mean(dim=(1, 2, 3))[:, None, None, None].expand(-1, *self.latent_shape)
+
+
+def test_pictures_are_encoded_in_smaller_parts_the_larger_they_are():
+    model, images = Large(), torch.rand(9, 3, 2, 2)
+    assert torch.equal(pictured(model, images)[:, 0, 0, 0], images.mean(dim=(1, 2, 3)))
+    assert model.encoded == [4, 4, 1]
+
+
 def test_a_case_renames_the_concept_whatever_it_is_called(model):
     case = case_of(model)
     assert case.renamed(("a Seven", "the cat, red"), "dog van") == ("a dog van", "the dog van, red")
@@ -197,7 +217,8 @@ def test_completion_at_full_strength_shows_nothing_of_the_picture(model):
 def test_inpainting_fills_the_hole_and_leaves_the_rest(model, monkeypatch):
     case = case_of(model)
     shown = pictured(model, case.pictures)
-    monkeypatch.setattr(model, "render", lambda x0: x0)
+    for name in ("decode", "bounded"):
+        monkeypatch.setattr(model, name, lambda x0: x0)
     hole = hole_of(model.latent_shape, 0.5).expand(shown.shape)
     assert hole.sum() == hole.numel() / 4
     filled = attack_of("inpainting", hole=0.5).run(model, case, seed=0)
@@ -238,6 +259,25 @@ def test_classifier_guidance_raises_what_the_detector_sees(model):
     weak, strong = (attack_of("classifier_guidance", scale=s, sampling_steps=8) for s in (1e-6, 30.0))
     unguided, led = (case.probability(a.run(model, case, seed=0).images).mean() for a in (weak, strong))
     assert led > unguided
+
+
+@pytest.mark.slow
+def test_classifier_guidance_leads_from_pure_noise_without_signal(tiny_sd3):
+    flow = attacked(tiny_sd3)
+    assert float(flow.schedule.at(flow.schedule.grid(2)[0]).alpha) == 0
+    case = case_of(flow, concept=Concept("cat", "dog"), prompts=("a cat",), pictures=torch.rand(3, 3, 16, 16))
+    weak, strong = (attack_of("classifier_guidance", scale=s, sampling_steps=3) for s in (1e-6, 3.0))
+    unguided, led = (a.run(flow, case, seed=0).images for a in (weak, strong))
+    assert led.isfinite().all() and not torch.equal(led, unguided)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["classifier_guidance", "completion", "inpainting", "latent_search", "noise_search"])
+def test_what_an_attack_draws_is_judged_only_where_it_is_finite(name, model, monkeypatch):
+    case, decode = case_of(model), model.decode
+    monkeypatch.setattr(model, "decode", lambda latents: decode(latents) / (0 if not torch.is_grad_enabled() else 1))
+    with pytest.raises(ValueError, match="are not finite in float32"):
+        attack_of(name).run(model, case, seed=0)
 
 
 @pytest.mark.slow
