@@ -11,6 +11,7 @@ from torch import Tensor
 from sublimate.erasure.request import Concept
 from sublimate.pipelines.generate import generate_latents
 from sublimate.pipelines.model import Model
+from sublimate.pipelines.sampling import at_once
 from sublimate.training.data import read_image
 from sublimate.training.randomness import SampleRandom, key
 
@@ -131,10 +132,9 @@ def encoded(model: Model, files: Sequence[Path]) -> Tensor:
     images = [read_image(file) for file in files]
     if len({image.shape for image in images}) > 1:
         raise ValueError(f"The pictures of one concept, {files[0]} and others, differ in size: resize them.")
+    parts = torch.stack(images).split(at_once(model.latent_shape, 16, cost=4))
     with torch.no_grad():
-        latents = torch.cat(
-            [model.encode(part.to(model.device)).float().cpu() for part in torch.stack(images).split(16)]
-        )
+        latents = torch.cat([model.encode(part.to(model.device)).float().cpu() for part in parts])
     if latents.shape[1:] != tuple(model.latent_shape):
         size = " x ".join(map(str, images[0].shape[1:]))
         raise ValueError(f"{files[0]} is {size} pixels, which {model.source} does not draw: resize the pictures.")

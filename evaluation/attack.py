@@ -17,6 +17,7 @@ from sublimate.evaluation.intervals import Rate
 from sublimate.pipelines.detector import Detector
 from sublimate.pipelines.model import Model
 from sublimate.pipelines.names import renamed
+from sublimate.pipelines.sampling import at_once
 from sublimate.training.method import Method
 
 Box = Literal["black box", "white box", "persistence"]
@@ -169,8 +170,9 @@ def pictured(model: Model, images: Tensor) -> Tensor:
     Raises:
         ValueError: when the model draws another size.
     """
+    parts = images.split(at_once(model.latent_shape, 16, cost=4))
     with torch.no_grad():
-        latents = torch.cat([model.encode(part.to(model.device, model.dtype)) for part in images.split(16)]).float()
+        latents = torch.cat([model.encode(part.to(model.device, model.dtype)) for part in parts]).float()
     if latents.shape[1:] != tuple(model.latent_shape):
         size = " x ".join(map(str, images.shape[2:]))
         raise ValueError(f"Pictures of {size} pixels are not what {model.source} draws: resize them.")

@@ -11,7 +11,7 @@ from PIL import Image
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.guidance import guided
 from sublimate.diffusion.predictions import add_noise
-from sublimate.erasure.latent_bank import LatentBank, drawn_bank
+from sublimate.erasure.latent_bank import LatentBank, drawn_bank, encoded
 from sublimate.erasure.methods.concept_ablation import ConceptAblationConfig, ConceptAblationObjective
 from sublimate.erasure.methods.salun import SalUn, SalUnConfig, SalUnObjective
 from sublimate.erasure.request import Concept, Request
@@ -190,6 +190,19 @@ def test_a_concepts_own_pictures_stand_for_it(sd, tmp_path):
     torch.testing.assert_close(bank.rows[0], expected.detach())
     drawn = drawn_bank(sd, [concept], ("{}",), anchored=True, **options)
     assert torch.equal(drawn.rows[0], generate_latents(sd, ["dog"], steps=1, guidance_scale=1.0))
+
+
+def test_large_pictures_are_encoded_in_smaller_parts(tmp_path):
+    class Large:
+        source, device, latent_shape, encoded = "large", "cpu", (4, 64, 64), []
+
+        def encode(self, images):
+            self.encoded.append(len(images))
+            return images.new_zeros(len(images), *self.latent_shape)
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    assert len(encoded(Large(), [tmp_path / "a.png"] * 6)) == 6
+    assert Large.encoded == [4, 2]
 
 
 def test_pictures_of_another_size_are_refused(tiny_sd, tmp_path):
