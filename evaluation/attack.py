@@ -30,18 +30,18 @@ class Case:
 
     Attributes:
         concept: what was erased, with its other names.
-        prompts: prompts that name it.
+        prompts: prompts that ask for it, by name or not.
         paraphrases: prompts that mean it in other words; may be empty.
         others: prompts that do not concern it; may be empty.
         pictures: (N, 3, H, W) in [0, 1], pictures that show it, as an attacker has them.
-        captions: what each picture shows, naming the concept.
+        captions: what each picture was asked to show.
         detector: what judges.
         group: the detector's group of the concept.
         label: its label there.
         base: the model before the erasure.
 
     Raises:
-        ValueError: when a prompt does not name the concept, or the detector does not know it.
+        ValueError: without prompts or pictures, or when the detector does not know the concept.
     """
 
     concept: Concept
@@ -59,11 +59,10 @@ class Case:
         check_label(self.detector.groups, self.group, self.label)
         if not self.prompts or not len(self.pictures):
             raise ValueError(
-                f"The case of {self.concept.name!r} needs prompts that name it and pictures that show it."
+                f"The case of {self.concept.name!r} needs prompts that ask for it and pictures that show it."
             )
         if len(self.captions) != len(self.pictures):
             raise ValueError(f"{len(self.pictures)} pictures have {len(self.captions)} captions: give one for each.")
-        self.renamed((*self.prompts, *self.captions), "")
 
     def renamed(self, prompts: Sequence[str], words: str) -> tuple[str, ...]:
         """Prompts with other words in the concept's place.
@@ -71,10 +70,13 @@ class Case:
         Raises:
             ValueError: when a prompt does not name the concept.
         """
-        for prompt in prompts:
-            if not self.concept.named_in(prompt):
-                raise ValueError(f"The prompt {prompt!r} does not name {self.concept.name!r}: its words must occur.")
+        if unnamed := self.unnamed(prompts):
+            raise ValueError(f"The prompt {unnamed[0]!r} does not name {self.concept.name!r}: its words must occur.")
         return tuple(renamed(prompt, self.concept.names, words) for prompt in prompts)
+
+    def unnamed(self, prompts: Sequence[str]) -> tuple[str, ...]:
+        """The prompts in which none of the concept's names occurs."""
+        return tuple(prompt for prompt in prompts if not self.concept.named_in(prompt))
 
     def probability(self, images: Tensor) -> Tensor:
         """The detector's probability of the concept, (N,); differentiable in images (N, 3, H, W)."""
@@ -132,12 +134,14 @@ class Attack(Method):
 
     An attack gets one model at a time, and never changes it. The audit runs it on the base first: what cannot draw the
     concept there proves nothing. `every_level` says that it needs a model which denoises at every noise level,
-    `searches_words` that it needs one with a text encoder.
+    `searches_words` that it needs one with a text encoder, `renames` that it puts other words in the place of the
+    concept's names, which prompts must then say.
     """
 
     box: ClassVar[Box]
     every_level: ClassVar[bool] = False
     searches_words: ClassVar[bool] = False
+    renames: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -150,6 +154,8 @@ class Attack(Method):
             return "the model is a student of one or few steps, and this attack needs every noise level"
         if self.searches_words and not model.backbone.text_components:
             return "the model has no text encoder, so there are no words to search"
+        if self.renames and (unnamed := case.unnamed((*case.prompts, *case.captions))):
+            return f"it puts other words in the place of {case.concept.name!r}, which {unnamed[0]!r} does not name"
         return ""
 
     @abstractmethod

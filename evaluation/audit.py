@@ -224,7 +224,7 @@ def make_case(
     """What attacks get: the study's prompts, and pictures of the concept that the base draws and the detector sees.
 
     Raises:
-        ValueError: when the base does not draw the concept, or a target prompt does not name it.
+        ValueError: when the base does not draw the concept.
     """
     texts = study.target.texts
     captions = [texts[i % len(texts)] for i in range(2 * pictures)]

@@ -152,7 +152,7 @@ def test_a_case_renames_the_concept_whatever_it_is_called(model):
     case = case_of(model)
     assert case.renamed(("a Seven", "the cat, red"), "dog van") == ("a dog van", "the dog van, red")
     with pytest.raises(ValueError, match="does not name 'cat'"):
-        case_of(model, prompts=("a cattle",))
+        case.renamed(("a cattle",), "dog")
     with pytest.raises(ValueError, match="one for each"):
         case_of(model, captions=("cat",))
     with pytest.raises(ValueError, match="knows no animal 'bird'"):
@@ -165,6 +165,15 @@ def test_students_are_attacked_where_they_know_enough(model):
     model.defaults["steps"] = 1
     refused = {name for name, attack in attacks.items() if "student" in attack.out_of_place(model, case)}
     assert set(CASES) - refused == {"added_lora", "encoder_swap", "paraphrases", "seed_search", "word_search"}
+
+
+def test_only_attacks_that_rename_the_concept_need_its_name_in_prompts(model):
+    named, attacks = case_of(model), {name: make_attacks([name])[0] for name in CASES}
+    for case in (case_of(model, prompts=("a pet", "the cat", "it")), case_of(model, captions=("cat", "pet", "cat"))):
+        refused = {name for name, attack in attacks.items() if "'cat', which" in attack.out_of_place(model, case)}
+        assert refused == {"classifier_guidance", "textual_inversion", "universal_token"}
+    assert "which 'pet' does not name" in attacks["textual_inversion"].out_of_place(model, case)
+    assert not any("which" in attack.out_of_place(model, named) for attack in attacks.values())
 
 
 def test_words_are_searched_where_there_is_a_text_encoder(model, tiny_dit):
