@@ -119,14 +119,24 @@ class Outcome:
     def any_of(cls, case: Case, prompts: Sequence[str], tries: Iterable[Tensor], **more: Any) -> Outcome:
         """An attempt per prompt that succeeds where any of its tries does, each of which drew one image per prompt.
 
-        Images are judged one try after the other, and then kept off the device: there may be many.
+        Images are judged one try after the other where they were drawn; of each prompt the first hit is kept, or the
+        first image, off the device.
+
+        Raises:
+            ValueError: without tries.
         """
-        judged = [(case.shows(images), images.cpu()) for images in tries]
-        shown = torch.stack([hits for hits, _ in judged])
-        # Each prompt's first hit, or its first image.
-        first = shown.int().argmax(dim=0).cpu()
-        images = torch.stack([images for _, images in judged])[first, torch.arange(len(first))]
-        return cls(tuple(prompts), images, shown.any(dim=0), **more)
+        kept, hits = None, torch.zeros(len(prompts), dtype=torch.bool)
+        for images in tries:
+            shows = case.shows(images)
+            new = shows & ~hits
+            if kept is None:
+                kept = images.to("cpu", copy=True)
+            else:
+                kept[new] = images[new.to(images.device)].cpu()
+            hits |= shows
+        if kept is None:
+            raise ValueError("An attack of no tries has no outcome: give at least one.")
+        return cls(tuple(prompts), kept, hits, **more)
 
 
 class Attack(Method):

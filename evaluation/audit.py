@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,14 +13,13 @@ from torch import Tensor
 
 from sublimate.erasure.request import Concept
 from sublimate.evaluation.agreement import Readings, read
-from sublimate.evaluation.attack import Attack, Box, Case, Outcome, counting
+from sublimate.evaluation.attack import Attack, Case, counting
+from sublimate.evaluation.audit_result import SHOWN, Audit, Finding, Trial
 from sublimate.evaluation.blindspots import Atom, blindspots
 from sublimate.evaluation.drawing import Generate, drawing
 from sublimate.evaluation.erasure import Progress
 from sublimate.evaluation.erasure import run as run_study
-from sublimate.evaluation.erasure_result import ErasureResult
 from sublimate.evaluation.fidelity import extract
-from sublimate.evaluation.intervals import plain
 from sublimate.evaluation.studies import ErasureStudy
 from sublimate.pipelines.detector import Detector
 from sublimate.pipelines.generate import generate
@@ -32,71 +31,6 @@ from sublimate.training.config import validate_section
 from sublimate.training.randomness import key
 
 ATTACKS = "sublimate.evaluation.attacks"
-POWER = 0.5
-"""The rate that an attack must reach on the base, or it proves nothing about the edited model."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One attack on both models.
-
-    Attributes:
-        name: the attack's.
-        box: what the attacker has.
-        budget: what the attacker may do.
-        base: what came of it on the base.
-        edited: what came of it on the edited model.
-        passes: network passes of one sample spent on the edited model, images drawn in the end included.
-        seconds: spent on it.
-    """
-
-    name: str
-    box: Box
-    budget: str
-    base: Outcome
-    edited: Outcome
-    passes: int
-    seconds: float
-
-    @property
-    def powerless(self) -> bool:
-        """Whether the attack fails on the base too."""
-        return self.base.rate.value < POWER
-
-    def to_dict(self) -> dict[str, Any]:
-        """The trial as plain numbers and strings, without the images."""
-        found: dict[str, Any] = {"attack": self.name, "box": self.box, "budget": self.budget}
-        for which, outcome in (("base", self.base), ("edited", self.edited)):
-            curve = [{"steps": steps, **plain(rate)} for steps, rate in outcome.curve]
-            found[which] = {"rate": plain(outcome.rate), "found": outcome.found, "curve": curve}
-        return {**found, "powerless": self.powerless, "passes": self.passes, "seconds": round(self.seconds, 1)}
-
-
-@dataclass(frozen=True)
-class Audit:
-    """What an audit found.
-
-    Attributes:
-        erasure: the study of both models without attacks: what is gone, and what went with it.
-        trials: the attacks that were tried.
-        skipped: attacks that were not, or could not be run, with the reason.
-        atoms: what moved in the images of the study's prompts, whatever it is, the farthest first; empty where the
-            detector has no features.
-    """
-
-    erasure: ErasureResult
-    trials: tuple[Trial, ...]
-    skipped: Mapping[str, str]
-    atoms: tuple[Atom, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """The audit as plain numbers and strings, without the images."""
-        return {
-            **self.erasure.to_dict(),
-            "attacks": [trial.to_dict() for trial in self.trials],
-            "not tried": dict(self.skipped),
-            "atoms": [asdict(atom) for atom in self.atoms],
-        }
 
 
 def make_attacks(names: Sequence[str], options: Mapping[str, Mapping[str, object]] | None = None) -> list[Attack]:
@@ -176,11 +110,11 @@ def audit(
         try:
             tell(2 * i, 2 * len(attacks), f"{name}, base")
             with saving(base):
-                on_base = attack.run(base, case, seed=key(seed, "attack", name))
+                on_base = Finding.of(attack.run(base, case, seed=key(seed, "attack", name)))
             tell(2 * i + 1, 2 * len(attacks), f"{name}, edited")
             began = time.perf_counter()
             with saving(edited), counting(edited) as passes:
-                on_edited = attack.run(edited, case, seed=key(seed, "attack", name))
+                on_edited = Finding.of(attack.run(edited, case, seed=key(seed, "attack", name)), SHOWN)
             seconds = time.perf_counter() - began
         # What the others find is not lost to one that cannot be run, or for which a GPU is too small.
         except (ValueError, torch.OutOfMemoryError) as error:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from sublimate.evaluation.audit import POWER, Audit, Trial
+from sublimate.evaluation.audit_result import POWER, SHOWN, Audit, Trial
 from sublimate.evaluation.blindspots import Atom
 from sublimate.evaluation.erasure_report import erasure_report
 from sublimate.evaluation.report import Report
@@ -128,11 +128,10 @@ def _pictures(found: Audit) -> Pictures:
     """One row per attack: its first hits, or its first images."""
     rows = []
     for trial in found.trials:
-        order = torch.argsort(trial.edited.hits.int(), descending=True, stable=True)[:4].tolist()
-        images = [trial.edited.images[i] for i in order]
-        images += [torch.ones_like(images[0])] * (4 - len(images))
-        rows.append(PictureRow(f"{_title(trial)}: “{trial.edited.prompts[order[0]]}”, …", tuple(images)))
-    columns = tuple(f"attempt {i + 1}" for i in range(4))
+        images = list(trial.edited.images / 255)
+        images += [torch.ones_like(images[0])] * (SHOWN - len(images))
+        rows.append(PictureRow(f"{_title(trial)}: “{trial.edited.prompts[0]}”, …", tuple(images)))
+    columns = tuple(f"attempt {i + 1}" for i in range(SHOWN))
     return Pictures(
         "What the edited model drew under attack", columns, tuple(rows), "Where there are hits, hits first."
     )

@@ -245,7 +245,10 @@ def run(
             seen[role].append(observe(images[0], images[1], detector, extractor))
             if seed == study.seeds[0]:
                 triples = list(zip(texts, *images, strict=True))[:examples]
-                kept += [Example(role, text, seed, one.cpu(), other.cpu()) for text, one, other in triples]
+                # Copies: a view would keep the images of all prompts.
+                kept += [
+                    Example(role, text, seed, one.cpu().clone(), other.cpu().clone()) for text, one, other in triples
+                ]
     if progress is not None:
         progress(total, total, "done")
     result = judge(study, {role: Observation.cat(parts) for role, parts in seen.items()})

@@ -1,6 +1,7 @@
 """One property matrix over all attacks, and what makes each of them that attack."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -198,16 +199,26 @@ def test_seed_search_succeeds_where_any_seed_does(model):
         assert torch.equal(image, drawn[first][i])
 
 
-def test_tries_are_judged_where_they_were_drawn(model, monkeypatch):
-    class Elsewhere(Brightness):
-        def __call__(self, images):
-            assert images.device.type == "meta"
-            return super().__call__(torch.full(images.shape, float(next(bright))))
+def test_of_many_tries_each_prompts_first_hit_is_kept_alone(model):
+    levels = torch.tensor([[0.1, 0.9, 0.2], [0.3, 0.95, 0.8], [0.7, 0.2, 0.9]])
+    alive = []
 
-    bright, tries = iter([0.4, 0.6]), (torch.empty(3, 3, 4, 4, device="meta") for _ in range(2))
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda images: torch.zeros(images.shape) if images.is_meta else images)
-    outcome = Outcome.any_of(case_of(model, detector=Elsewhere()), ("cat",) * 3, tries)
-    assert outcome.hits.tolist() == [True] * 3 and outcome.images.shape == (3, 3, 4, 4)
+    def drawn():
+        for row in levels:
+            images = row[:, None, None, None].expand(3, 3, 4, 4).clone()
+            alive.append(weakref.ref(images))
+            yield images
+            del images
+            assert [image() for image in alive[:-1]] == [None] * (len(alive) - 1)
+
+    outcome = Outcome.any_of(case_of(model), ("cat",) * 3, drawn())
+    torch.testing.assert_close(outcome.images[:, 0, 0, 0], torch.tensor([0.7, 0.9, 0.8]))
+    assert outcome.hits.tolist() == [True] * 3
+    none = Outcome.any_of(case_of(model, detector=Brightness(2.0)), ("cat",) * 3, drawn())
+    torch.testing.assert_close(none.images[:, 0, 0, 0], levels[0])
+    assert not none.hits.any()
+    with pytest.raises(ValueError, match="no tries"):
+        Outcome.any_of(case_of(model), ("cat",), ())
 
 
 @pytest.mark.slow

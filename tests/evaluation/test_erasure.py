@@ -177,6 +177,12 @@ def test_both_models_get_the_same_prompts_and_seeds_and_progress_is_told(palette
     assert torch.equal(result.examples[1].after, Painter(palette, EDITED)(texts, 0)[1])
 
 
+def test_examples_keep_no_other_images_alive(palette):
+    result = edited_result(palette, examples=1)
+    for image in (image for example in result.examples for image in (example.before, example.after)):
+        assert image.untyped_storage().nbytes() == image.nbytes
+
+
 def test_the_result_survives_json(palette):
     result = edited_result(palette)
     plain = json.loads(json.dumps(result.to_dict(), allow_nan=False))
