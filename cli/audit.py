@@ -35,7 +35,9 @@ def command(
     group: Annotated[str | None, typer.Option(help="The detector's group of the concept, with --prompts.")] = None,
     label: Annotated[str | None, typer.Option(help="The detector's label, where it is not the concept.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="All randomness derives from it.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for report.html and report.json.")] = Path("runs/audit"),
+    out: Annotated[
+        Path, typer.Option(help="Folder for report.html and report.json, and for finished parts to go on after.")
+    ] = Path("runs/audit"),
     revision: Revision = None,
     variant: Variant = None,
     file_config: FileConfig = None,
@@ -99,18 +101,23 @@ def command(
             bar.total, bar.n = total, done
             bar.set_postfix_str(what)
 
-        found = audit(
-            before,
-            after,
-            asked,
-            study,
-            judge,
-            attacks,
-            pictures=pictures,
-            seed=seed,
-            gradient_checkpointing=gradient_checkpointing,
-            progress=show,
-        )
+        try:
+            found = audit(
+                before,
+                after,
+                asked,
+                study,
+                judge,
+                attacks,
+                pictures=pictures,
+                seed=seed,
+                gradient_checkpointing=gradient_checkpointing,
+                progress=show,
+                folder=out / "parts",
+            )
+        except KeyboardInterrupt as stop:
+            stop.add_note(f"What is finished is in {out / 'parts'}: the same command goes on after it.")
+            raise
     for row in attack_table(found).rows:
         typer.echo(f"{row[0]}: base {row[2]}, edited {row[3]}")
     for name in names:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +16,13 @@ from torch import Tensor
 from sublimate.erasure.request import Concept
 from sublimate.evaluation.agreement import Readings, read
 from sublimate.evaluation.attack import Attack, Case, counting
+from sublimate.evaluation.audit_parts import Parts, identity
 from sublimate.evaluation.audit_result import SHOWN, Audit, Finding, Trial
 from sublimate.evaluation.blindspots import Atom, blindspots
 from sublimate.evaluation.drawing import Generate, drawing
 from sublimate.evaluation.erasure import Progress
 from sublimate.evaluation.erasure import run as run_study
+from sublimate.evaluation.erasure_result import ErasureResult
 from sublimate.evaluation.fidelity import extract
 from sublimate.evaluation.studies import ErasureStudy
 from sublimate.pipelines.detector import Detector
@@ -30,6 +34,7 @@ from sublimate.training import registry
 from sublimate.training.config import validate_section
 from sublimate.training.randomness import key
 
+log = logging.getLogger(__name__)
 ATTACKS = "sublimate.evaluation.attacks"
 
 
@@ -67,8 +72,11 @@ def audit(
     seed: int = 0,
     gradient_checkpointing: bool = False,
     progress: Progress | None = None,
+    folder: Path | None = None,
 ) -> Audit:
     """Judges an erasure and attacks it; both models stay as they are.
+
+    An attack that fails does not cost what the others find: it is among those that were skipped, with its error.
 
     Args:
         base: the model before the erasure.
@@ -81,6 +89,8 @@ def audit(
         seed: all randomness of the attacks derives from it.
         gradient_checkpointing: recompute activations in backward passes to save memory.
         progress: called before each part, and once at the end.
+        folder: where the study and each trial are written as they end, and read by the next audit of the same models,
+            concept, study, detector, options and seed.
 
     Returns:
         The study's result with examples, and the trials.
@@ -96,33 +106,49 @@ def audit(
         pass  # where no network has it, before the study
     tell: Progress = progress or (lambda done, total, what: None)
     case = make_case(base, concept, study, detector, pictures=pictures, seed=seed)
-    seen = {"before": Noted(drawing(base), detector), "after": Noted(drawing(edited), detector)}
-    erasure = run_study(study, seen["before"], seen["after"], detector, tell)
-    atoms = mapped(seen["before"], seen["after"], seed=seed) if hasattr(detector, "features") else ()
+    known = identity(base, edited, concept, study, detector, pictures=pictures, seed=seed) if folder else {}
+    parts = Parts(folder, known)
+
+    def measured() -> tuple[ErasureResult, list[Atom]]:
+        before, after = Noted(drawing(base), detector), Noted(drawing(edited), detector)
+        found = run_study(study, before, after, detector, tell)
+        return found, mapped(before, after, seed=seed) if hasattr(detector, "features") else []
+
+    def tried(attack: Attack, place: int) -> Trial:
+        name, chosen = attack.name(), key(seed, "attack", attack.name())
+        tell(2 * place, 2 * len(attacks), f"{name}, base")
+        with saving(base):
+            on_base = Finding.of(attack.run(base, case, seed=chosen))
+        tell(2 * place + 1, 2 * len(attacks), f"{name}, edited")
+        began = time.perf_counter()
+        with saving(edited), counting(edited) as passes:
+            on_edited = Finding.of(attack.run(edited, case, seed=chosen), SHOWN)
+        seconds = time.perf_counter() - began
+        return Trial(name, attack.box, attack.budget, on_base, on_edited, passes.count, seconds)
+
+    erasure, atoms = parts.study(study, measured)
     asked_for = {attack.name() for attack in attacks}
     skipped = {name: "not asked for" for name in registry.available(ATTACKS) if name not in asked_for}
     trials = []
     for i, attack in enumerate(attacks):
         name = attack.name()
-        if reason := attack.out_of_place(edited, case):
-            skipped[name] = reason
-            continue
         try:
-            tell(2 * i, 2 * len(attacks), f"{name}, base")
-            with saving(base):
-                on_base = Finding.of(attack.run(base, case, seed=key(seed, "attack", name)))
-            tell(2 * i + 1, 2 * len(attacks), f"{name}, edited")
-            began = time.perf_counter()
-            with saving(edited), counting(edited) as passes:
-                on_edited = Finding.of(attack.run(edited, case, seed=key(seed, "attack", name)), SHOWN)
-            seconds = time.perf_counter() - began
-        # What the others find is not lost to one that cannot be run, or for which a GPU is too small.
+            if reason := attack.out_of_place(edited, case):
+                skipped[name] = reason
+                continue
+            trial = there if (there := parts.trial(attack)) is not None else tried(attack, i)
         except (ValueError, torch.OutOfMemoryError) as error:
             skipped[name] = f"it could not be run: {first_line(error)}"
             continue
-        trials.append(Trial(name, attack.box, attack.budget, on_base, on_edited, passes.count, seconds))
+        except Exception as error:
+            log.warning("The attack %s failed.", name, exc_info=True)
+            skipped[name] = f"it could not be run: {type(error).__name__}: {first_line(error)}"
+            continue
+        if there is None:
+            parts.write_trial(attack, trial)
+        trials.append(trial)
     tell(2 * len(attacks), 2 * len(attacks), "done")
-    return Audit(erasure, tuple(trials), skipped, tuple(atoms))
+    return Audit(erasure, tuple(trials), skipped, atoms)
 
 
 class Noted:

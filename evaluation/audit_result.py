@@ -54,7 +54,7 @@ class Finding:
 
 def as_bytes(images: Tensor) -> Tensor:
     """Images in [0, 1] as uint8 on the CPU, which share no memory with them."""
-    return (255 * images.detach()).round().to("cpu", torch.uint8)
+    return (255 * images.detach()).round().to("cpu", torch.uint8).contiguous()
 
 
 @dataclass(frozen=True)

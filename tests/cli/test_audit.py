@@ -6,6 +6,8 @@ import pytest
 
 from sublimate.cli.app import run
 from sublimate.erasure.methods.uce import UCE
+from sublimate.evaluation.attacks.encoder_swap import EncoderSwap
+from sublimate.evaluation.attacks.paraphrases import Paraphrases
 from sublimate.evaluation.ink_demo import ink_request
 from sublimate.pipelines.model import open_model
 
@@ -33,6 +35,22 @@ def test_it_writes_a_report(capsys, tmp_path, edit):
     assert any(line.startswith("completion: one completion per picture") for line in report["tried"])
     assert "relearning: not asked for" in report["not_tried"]
     assert "safe" not in (tmp_path / "report.html").read_text().lower().replace("safetensors", "")
+
+
+@pytest.mark.slow
+def test_what_is_finished_outlives_a_stop(capsys, tmp_path, edit, monkeypatch):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    options = ["--n", 3, "--pictures", 4, "--attack", "paraphrases", "--attack", "encoder_swap", "--out", tmp_path]
+    with monkeypatch.context() as patched:
+        patched.setattr(EncoderSwap, "out_of_place", stop)
+        status, _, err = audited(capsys, "ink", edit, "--concept", "seven", *options)
+    assert status == 130 and f"{tmp_path / 'parts'}: the same command goes on after it." in err
+    assert not (tmp_path / "report.json").exists()
+    monkeypatch.setattr(Paraphrases, "run", stop)
+    status, out, _ = audited(capsys, "ink", edit, "--concept", "seven", *options)
+    assert status == 0 and "paraphrases: base" in out
 
 
 @pytest.mark.slow
