@@ -9,6 +9,9 @@ import typer
 
 from sublimate.cli.opening import FileConfig, Revision, Variant
 
+N = 240
+"""So many prompts per role that also those which ask for more than the concept can be certain to meet their bar."""
+
 
 def command(
     base: Annotated[
@@ -25,7 +28,7 @@ def command(
         typer.Option(help="An attack of `sublimate methods`; repeatable. By default all but distillation."),
     ] = None,
     option: Annotated[list[str] | None, typer.Option("--set", help="An attack's option, as attack.key=value.")] = None,
-    n: Annotated[int | None, typer.Option(min=1, help="Prompts per role, on Ink; 100 unless given.")] = None,
+    n: Annotated[int | None, typer.Option(min=1, help=f"Prompts per role, on Ink; {N} unless given.")] = None,
     pictures: Annotated[int, typer.Option(min=1, help="Pictures of the concept that attackers have.")] = 32,
     detector: Annotated[str, typer.Option(help="ink, or an image classifier's folder or hub id.")] = "ink",
     prompts: Annotated[
@@ -82,10 +85,12 @@ def command(
     attacks = make_attacks(names, parse_overrides(option or ()))
     judge = open_detector(detector, device=device)
     if prompts is None or group is None:
-        study, asked = ink_study(concept, n=n or 100, seed=seed), ink_request(concept).erase[0]
+        study, asked = ink_study(concept, n=n or N, seed=seed), ink_request(concept).erase[0]
     else:
         study, asked = read_study(prompts, concept, group, label), Concept(concept)
     study = replace(study, seeds=(seed,))
+    for bar, (images, least) in study.too_few().items():
+        typer.echo(f"{bar}: {images} images cannot be certain to meet their bar; it takes {least} or more.")
     words = tuple(dict.fromkeys((*asked.synonyms, *(synonym or ()))))
     asked = Concept(asked.name, asked.anchor if anchor is None else anchor, words)
     before = open_model(base, revision=revision, variant=variant, config=file_config, device=device)

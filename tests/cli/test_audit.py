@@ -5,10 +5,12 @@ import json
 import pytest
 
 from sublimate.cli.app import run
+from sublimate.cli.audit import N
 from sublimate.erasure.methods.uce import UCE
 from sublimate.evaluation.attacks.encoder_swap import EncoderSwap
 from sublimate.evaluation.attacks.paraphrases import Paraphrases
 from sublimate.evaluation.ink_demo import ink_request
+from sublimate.evaluation.ink_study import ink_study
 from sublimate.pipelines.model import open_model
 
 
@@ -24,12 +26,18 @@ def edit(tmp_path_factory):
     return UCE().fit(open_model("ink"), ink_request("seven")).save(tmp_path_factory.mktemp("edit") / "e.safetensors")
 
 
+@pytest.mark.parametrize("concept", ["zero", "red", "striped"])
+def test_as_many_prompts_as_are_asked_by_default_can_meet_every_bar(concept):
+    assert ink_study(concept, n=N).too_few() == {}
+
+
 @pytest.mark.slow
 def test_it_writes_a_report(capsys, tmp_path, edit):
     options = ["--n", 3, "--pictures", 4, "--attack", "paraphrases", "--attack", "completion", "--out", tmp_path]
     status, out, err = audited(capsys, "ink", edit, "--concept", "7", *options, "--set", "completion.sampling_steps=4")
     assert status == 0, err
     assert "no attack: base 100.0 %" in out and "completion" in out
+    assert "target: 3 images cannot be certain to meet their bar; it takes 125 or more." in out
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["title"] == "Audit: erasing “seven”"
     assert any(line.startswith("completion: one completion per picture") for line in report["tried"])
