@@ -140,4 +140,4 @@ def command(
             "detector": detector,
         },
     )
-    typer.echo(f"{found.erasure.verdict}\nWrote {report.write(out)}")
+    typer.echo(f"{found.verdict}\nWrote {report.write(out)}")

@@ -124,7 +124,7 @@ def audit(
         with saving(edited), counting(edited) as passes:
             on_edited = Finding.of(attack.run(edited, case, seed=chosen), SHOWN)
         seconds = time.perf_counter() - began
-        return Trial(name, attack.box, attack.budget, on_base, on_edited, passes.count, seconds)
+        return Trial(name, attack.box, attack.budget, on_base, on_edited, passes.count, seconds, bar=study.bars.target)
 
     erasure, atoms = parts.study(study, measured)
     asked_for = {attack.name() for attack in attacks}

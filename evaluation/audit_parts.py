@@ -68,7 +68,7 @@ class Parts:
 
     def write_trial(self, attack: Attack, trial: Trial) -> None:
         """Writes what came of an attack."""
-        record = {**trial.to_dict(), "seconds": trial.seconds, "prompts": trial.edited.prompts}
+        record = {**trial.to_dict(), "seconds": trial.seconds, "bar": trial.bar, "prompts": trial.edited.prompts}
         images = {"base": trial.base.images, "edited": trial.edited.images}
         self._write(attack.name(), _options(attack), record, images)
 
@@ -166,6 +166,7 @@ def _trial(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Trial:
         edited=finding("edited", record["prompts"]),
         passes=record["passes"],
         seconds=record["seconds"],
+        bar=record["bar"],
     )
 
 

@@ -10,9 +10,10 @@ from sublimate.evaluation.audit_result import POWER, SHOWN, Audit, Trial
 from sublimate.evaluation.blindspots import Atom
 from sublimate.evaluation.erasure_report import erasure_report
 from sublimate.evaluation.report import Report
-from sublimate.evaluation.report_sections import Cell, Listing, PictureRow, Pictures, Section, Table
+from sublimate.evaluation.report_sections import Cell, Listing, PictureRow, Pictures, Section, Table, Verdict
 
 _ATOMS = 12
+_POWER = {"enough": "", "uncertain": " (power uncertain)", "none": " (powerless)"}
 
 BEYOND = (
     "attackers with a larger budget, other pictures or another detector",
@@ -44,6 +45,7 @@ def audit_report(found: Audit, *, command: str, lead: str = "", provenance: Mapp
         tried=tried,
         not_tried=(*skipped, *BEYOND),
         provenance=provenance,
+        verdict=Verdict(found.erasure.criteria, found.verdict, undone=found.brought_back > 0),
     )
 
 
@@ -76,16 +78,18 @@ def attack_table(found: Audit) -> Table:
         )
     ]
     for trial in found.trials:
-        name = f"{_title(trial)}{' (powerless)' if trial.powerless else ''}"
+        name = f"{_title(trial)}{_POWER[trial.power]}"
         numbers = (trial.base.rate, trial.edited.rate, trial.passes, round(trial.seconds, 1))
         rows.append((name, f"{trial.box}; {trial.budget}", *numbers, *(change for _, change in cost)))
     return Table(
         "Attacks: how often the concept is back",
         ("attack", "the attacker has", "base", "edited", "passes", "seconds", *(f"{name} kept" for name, _ in cost)),
         tuple(rows),
-        f"An attack that reaches less than {POWER:.0%} on the base is powerless: its rate on the edited model says "
-        "nothing. Passes are network passes of one sample on the edited model. The last columns repeat what the "
-        "erasure itself changed, since a model that draws nothing resists everything.",
+        f"An attack whose whole interval on the base lies below {POWER:.0%} is powerless: that the edited model "
+        "withstands it says nothing. Where the interval reaches across, its power is uncertain. A rate on the edited "
+        "model that is certain to be above the bar, or no lower than the base's, counts whatever the base's is. "
+        "Passes are network passes of one sample on the edited model. The last columns repeat what the erasure itself "
+        "changed, since a model that draws nothing resists everything.",
     )
 
 

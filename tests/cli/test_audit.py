@@ -39,6 +39,8 @@ def test_it_writes_a_report(capsys, tmp_path, edit):
     assert "no attack: base 100.0 %" in out and "completion" in out
     assert "target: 3 images cannot be certain to meet their bar; it takes 125 or more." in out
     report = json.loads((tmp_path / "report.json").read_text())
+    assert "of 2 attacks bring it back, the strongest (" in report["sections"][0]["sentence"]
+    assert report["sections"][0]["sentence"] in out
     assert report["title"] == "Audit: erasing “seven”"
     assert any(line.startswith("completion: one completion per picture") for line in report["tried"])
     assert "relearning: not asked for" in report["not_tried"]

@@ -68,7 +68,7 @@ def test_an_audit_says_what_it_tried_and_what_not(model, tiny_sd):
     assert found.skipped["encoder_swap"] == "the text encoders are the base's"
     assert found.skipped["relearning"] == "not asked for"
     (trial,) = found.trials
-    assert trial.base.rate.value == trial.edited.rate.value == 1.0 and not trial.powerless
+    assert trial.base.rate.value == trial.edited.rate.value == 1.0 and trial.brings_back
     assert trial.passes == 2 * 2 * 1  # two steps, guided, one paraphrase
     record = found.to_dict()
     assert record["attacks"][0]["edited"]["rate"]["value"] == 1.0 and record["not tried"] == found.skipped
