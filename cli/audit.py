@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from sublimate.cli.judging import DetectorRevision, Labels, Threshold, detector_as_asked
 from sublimate.cli.opening import FileConfig, Revision, Variant
 
 N = 240
@@ -30,12 +31,17 @@ def command(
     option: Annotated[list[str] | None, typer.Option("--set", help="An attack's option, as attack.key=value.")] = None,
     n: Annotated[int | None, typer.Option(min=1, help=f"Prompts per role, on Ink; {N} unless given.")] = None,
     pictures: Annotated[int, typer.Option(min=1, help="Pictures of the concept that attackers have.")] = 32,
-    detector: Annotated[str, typer.Option(help="ink, or an image classifier's folder or hub id.")] = "ink",
+    detector: Annotated[str, typer.Option(help="ink, or a classifier's or a CLIP's folder or hub id.")] = "ink",
+    labels: Labels = None,
+    threshold: Threshold = None,
+    detector_revision: DetectorRevision = None,
     prompts: Annotated[
         Path | None,
         typer.Option(help="Folder with target.jsonl (synonyms, siblings, unrelated), instead of Ink's grammar."),
     ] = None,
-    group: Annotated[str | None, typer.Option(help="The detector's group of the concept, with --prompts.")] = None,
+    group: Annotated[
+        str | None, typer.Option(help="The detector's group of the concept, with --prompts; --labels are called so.")
+    ] = None,
     label: Annotated[str | None, typer.Option(help="The detector's label, where it is not the concept.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="All randomness derives from it.")] = 0,
     out: Annotated[
@@ -63,7 +69,6 @@ def command(
     from sublimate.evaluation.agreement import check_judge
     from sublimate.evaluation.audit import ATTACKS, audit, make_attacks
     from sublimate.evaluation.audit_report import attack_table, audit_report
-    from sublimate.evaluation.detectors import open_detector
     from sublimate.evaluation.ink_demo import ink_request
     from sublimate.evaluation.ink_study import ink_study
     from sublimate.evaluation.studies import read_study
@@ -83,7 +88,7 @@ def command(
         raise ValueError(f"{edited} is an edit of {base}: it has no revision and no variant of its own.")
     names = attack or [name for name in registry.available(ATTACKS) if name != "distillation"]
     attacks = make_attacks(names, parse_overrides(option or ()))
-    judge = open_detector(detector, device=device)
+    judge = detector_as_asked(detector, labels, threshold, detector_revision, group=group, device=device)
     if prompts is None or group is None:
         study, asked = ink_study(concept, n=n or N, seed=seed), ink_request(concept).erase[0]
     else:
@@ -138,6 +143,9 @@ def command(
             "edited": edited,
             "edited hash": after.content_hash(),
             "detector": detector,
+            **({} if labels is None else {"detector's labels": str(labels)}),
+            **({} if threshold is None else {"detector's threshold": f"{threshold:g}"}),
+            **({} if detector_revision is None else {"detector's revision": detector_revision}),
         },
     )
     typer.echo(f"{found.verdict}\nWrote {report.write(out)}")

@@ -74,6 +74,7 @@ def test_what_is_finished_outlives_a_stop(capsys, tmp_path, edit, monkeypatch):
         (["--concept", "seven", "--prompts", "nowhere", "--group", "digit"], "no prompt file"),
         (["--concept", "seven", "--label", "7"], "--label"),
         (["--concept", "seven", "--attack", "paraphrases"], "no edit file"),
+        (["--concept", "seven", "--threshold", "0.5"], "takes no threshold"),
         (["--concept", "seven", "--edited-variant", "fp16"], "no variant of its own"),
     ],
 )
