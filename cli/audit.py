@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -56,6 +56,10 @@ def command(
         bool,
         typer.Option("--gradient-checkpointing", help="Recompute activations of what draws, to save memory."),
     ] = False,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"],
+        typer.Option(help="Precision of both models; attacks that follow gradients are skipped in any but float32."),
+    ] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Measure an erasure, then try to undo it; the report says what was tried, with which budget, and what was not."""
@@ -63,6 +67,7 @@ def command(
     import sys
     from dataclasses import replace
 
+    import torch
     from tqdm.auto import tqdm
 
     from sublimate.erasure.request import Concept
@@ -98,12 +103,17 @@ def command(
         typer.echo(f"{bar}: {images} images cannot be certain to meet their bar; it takes {least} or more.")
     words = tuple(dict.fromkeys((*asked.synonyms, *(synonym or ()))))
     asked = Concept(asked.name, asked.anchor if anchor is None else anchor, words)
-    before = open_model(base, revision=revision, variant=variant, config=file_config, device=device)
+    precision = getattr(torch, dtype)
+    # Edits belong to the checkpoint in float32, and both models take their precision after.
+    placed: dict[str, Any] = {"dtype": precision if whole else torch.float32, "device": device}
+    before = open_model(base, revision=revision, variant=variant, config=file_config, **placed)
     check_judge(before, judge)
     if whole:
-        after = open_model(edited, revision=edited_revision, variant=edited_variant, device=device)
+        after = open_model(edited, revision=edited_revision, variant=edited_variant, **placed)
     else:
         after = beside(before, Edit.load(edited))
+    for model in (before, after):
+        model.to(dtype=precision)
 
     with tqdm(desc="auditing", unit="part") as bar:
 
@@ -142,6 +152,7 @@ def command(
             "base hash": before.content_hash(),
             "edited": edited,
             "edited hash": after.content_hash(),
+            "precision": dtype,
             "detector": detector,
             **({} if labels is None else {"detector's labels": str(labels)}),
             **({} if threshold is None else {"detector's threshold": f"{threshold:g}"}),

@@ -17,6 +17,7 @@ from sublimate.evaluation.intervals import Rate
 from sublimate.pipelines.detector import Detector
 from sublimate.pipelines.model import Model
 from sublimate.pipelines.names import renamed
+from sublimate.pipelines.placement import name_of
 from sublimate.pipelines.sampling import at_once
 from sublimate.training.method import Method
 
@@ -145,13 +146,14 @@ class Attack(Method):
     An attack gets one model at a time, and never changes it. The audit runs it on the base first: what cannot draw the
     concept there proves nothing. `every_level` says that it needs a model which denoises at every noise level,
     `searches_words` that it needs one with a text encoder, `renames` that it puts other words in the place of the
-    concept's names, which prompts must then say.
+    concept's names, which prompts must then say, `differentiates` that it follows gradients, which needs float32.
     """
 
     box: ClassVar[Box]
     every_level: ClassVar[bool] = False
     searches_words: ClassVar[bool] = False
     renames: ClassVar[bool] = False
+    differentiates: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -164,6 +166,8 @@ class Attack(Method):
             return "the model is a student of one or few steps, and this attack needs every noise level"
         if self.searches_words and not model.backbone.text_components:
             return "the model has no text encoder, so there are no words to search"
+        if self.differentiates and model.dtype != torch.float32:
+            return f"it follows gradients, which takes float32, and the model is open in {name_of(model.dtype)}"
         if self.renames and (unnamed := case.unnamed((*case.prompts, *case.captions))):
             return f"it puts other words in the place of {case.concept.name!r}, which {unnamed[0]!r} does not name"
         return ""

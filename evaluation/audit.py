@@ -30,6 +30,7 @@ from sublimate.pipelines.generate import generate
 from sublimate.pipelines.gradient_checkpointing import checkpointed
 from sublimate.pipelines.locations import first_line
 from sublimate.pipelines.model import Model
+from sublimate.pipelines.placement import name_of
 from sublimate.training import registry
 from sublimate.training.config import validate_section
 from sublimate.training.randomness import key
@@ -76,6 +77,7 @@ def audit(
 ) -> Audit:
     """Judges an erasure and attacks it; both models stay as they are.
 
+    Attacks that follow gradients need both in float32 and are skipped otherwise; the study and the others do not.
     An attack that fails does not cost what the others find: it is among those that were skipped, with its error.
 
     Args:
@@ -96,11 +98,12 @@ def audit(
         The study's result with examples, and the trials.
 
     Raises:
-        ValueError: when the detector does not know the concept, the base does not draw it, or a model is not in
-            float32.
+        ValueError: when the detector does not know the concept, the base does not draw it, or the models differ in
+            their precision.
     """
-    if {base.dtype, edited.dtype} != {torch.float32}:
-        raise ValueError("Attacks train and differentiate: open both models in float32 to audit them.")
+    if base.dtype != edited.dtype:
+        open_in = f"{name_of(base.dtype)} and the edited model in {name_of(edited.dtype)}"
+        raise ValueError(f"The base is open in {open_in}: open both in the same precision to compare them.")
     saving = checkpointed if gradient_checkpointing else nullcontext
     with saving(base), saving(edited):
         pass  # where no network has it, before the study

@@ -34,7 +34,7 @@ def finished(model: Model, case: Case, finish: Finish, *, seed: int, calls: int,
     null, count = model.null_condition(), len(case.pictures)
 
     def run(part: Part) -> Tensor:
-        return rendered(model, finish(part, pictured(model, case.pictures[part.rows])))
+        return rendered(model, finish(part, pictured(model, case.pictures[part.rows]).to(model.dtype)))
 
     def drawn(condition: Callable[[slice], Condition], scale: float) -> Tensor:
         return sample(

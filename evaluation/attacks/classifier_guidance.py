@@ -45,6 +45,7 @@ class ClassifierGuidance(Attack):
     paper: ClassVar[str] = "2105.05233"
     box: ClassVar[Box] = "white box"
     every_level: ClassVar[bool] = True
+    differentiates: ClassVar[bool] = True
     renames: ClassVar[bool] = True
 
     @property

@@ -41,6 +41,7 @@ class LatentSearch(Attack):
     paper: ClassVar[str] = "2306.00974"
     box: ClassVar[Box] = "white box"
     every_level: ClassVar[bool] = True
+    differentiates: ClassVar[bool] = True
 
     @property
     def budget(self) -> str:

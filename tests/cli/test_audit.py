@@ -3,14 +3,17 @@
 import json
 
 import pytest
+import torch
 
 from sublimate.cli.app import run
 from sublimate.cli.audit import N
 from sublimate.erasure.methods.uce import UCE
+from sublimate.evaluation import audit as module
 from sublimate.evaluation.attacks.encoder_swap import EncoderSwap
 from sublimate.evaluation.attacks.paraphrases import Paraphrases
 from sublimate.evaluation.ink_demo import ink_request
 from sublimate.evaluation.ink_study import ink_study
+from sublimate.pipelines.edit import open_edited
 from sublimate.pipelines.model import open_model
 
 
@@ -45,6 +48,23 @@ def test_it_writes_a_report(capsys, tmp_path, edit):
     assert any(line.startswith("completion: one completion per picture") for line in report["tried"])
     assert "relearning: not asked for" in report["not_tried"]
     assert "safe" not in (tmp_path / "report.html").read_text().lower().replace("safetensors", "")
+
+
+@pytest.mark.slow
+def test_an_edit_is_audited_in_the_precision_that_was_asked_for(capsys, tmp_path, edit, monkeypatch):
+    seen = []
+
+    def looked(base, edited, *arguments, **options):
+        seen.extend([base, edited])
+        raise ValueError("enough seen")
+
+    monkeypatch.setattr(module, "audit", looked)
+    status, _, err = audited(capsys, "ink", edit, "--concept", "seven", "--dtype", "bfloat16", "--out", tmp_path)
+    assert status == 1 and "enough seen" in err
+    base, edited = seen
+    assert base.dtype == edited.dtype == torch.bfloat16
+    assert base.content_hash() == open_model("ink", dtype=torch.bfloat16).content_hash()
+    assert edited.content_hash() == open_edited("ink", [edit], dtype=torch.bfloat16).content_hash()
 
 
 @pytest.mark.slow

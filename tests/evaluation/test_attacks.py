@@ -177,6 +177,27 @@ def test_only_attacks_that_rename_the_concept_need_its_name_in_prompts(model):
     assert not any("which" in attack.out_of_place(model, named) for attack in attacks.values())
 
 
+GRADIENTS = {"adversarial_prefix", "textual_inversion", "universal_token", "latent_search", "classifier_guidance"}
+GRADIENTS |= {"benign_tuning", "distillation", "relearning"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_attacks_without_gradients_run_in_half_precision(name, tiny_sd, tmp_path):
+    model = open_model(tiny_sd, dtype=torch.bfloat16)
+    model.defaults |= {"steps": 2, "guidance_scale": 2.0}
+    attack, case = (
+        attack_of(name, **({"lora": lora_of(model, tmp_path)} if name == "added_lora" else {})),
+        case_of(model),
+    )
+    reason = attack.out_of_place(model, case)
+    assert ("takes float32, and the model is open in bfloat16" in reason) == (name in GRADIENTS)
+    if name not in GRADIENTS:
+        assert reason == "" and attack.run(model, case, seed=0).images.isfinite().all()
+    else:
+        assert "float32" not in attack.out_of_place(attacked(tiny_sd), case)
+
+
 def test_words_are_searched_where_there_is_a_text_encoder(model, tiny_dit):
     case, dit = case_of(model), open_model(tiny_dit)
     attacks = {name: make_attacks([name])[0] for name in CASES}

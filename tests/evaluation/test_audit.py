@@ -172,13 +172,23 @@ def test_parts_of_another_audit_are_not_taken(model, tmp_path):
 
 
 @pytest.mark.slow
+def test_in_half_precision_attacks_without_gradients_are_tried(tiny_sd):
+    half = open_model(tiny_sd, dtype=torch.bfloat16)
+    half.defaults |= {"steps": 2, "guidance_scale": 2.0}
+    attacks = make_attacks(["paraphrases", "latent_search"])
+    found = audit(half, half, Concept("cat", "dog"), study(), Constant(True), attacks, pictures=2)
+    assert [trial.name for trial in found.trials] == ["paraphrases"]
+    assert found.skipped["latent_search"].startswith("it follows gradients, which takes float32")
+
+
+@pytest.mark.slow
 def test_what_cannot_be_attacked_is_refused_before_anything_is_studied(model, tiny_sd, monkeypatch):
     def studied(*arguments):
         raise AssertionError("the study is the costly part")
 
     monkeypatch.setattr(module, "run_study", studied)
     half = open_model(tiny_sd, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="open both models in float32"):
+    with pytest.raises(ValueError, match="in float32 and the edited model in bfloat16: open both"):
         audit(model, half, Concept("cat"), study(), Constant(True), [], pictures=2)
     for name in ("unet", "vae"):
         monkeypatch.setattr(type(model.component(name)), "_supports_gradient_checkpointing", False)
