@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
+from sublimate.cli.judging import DetectorRevision, Labels, Threshold, detector_as_asked
 from sublimate.cli.opening import FileConfig, Revision, Variant
+
+N = 240
+"""So many prompts per role that also those which ask for more than the concept can be certain to meet their bar."""
 
 
 def command(
@@ -25,17 +29,24 @@ def command(
         typer.Option(help="An attack of `sublimate methods`; repeatable. By default all but distillation."),
     ] = None,
     option: Annotated[list[str] | None, typer.Option("--set", help="An attack's option, as attack.key=value.")] = None,
-    n: Annotated[int | None, typer.Option(min=1, help="Prompts per role, on Ink; 100 unless given.")] = None,
+    n: Annotated[int | None, typer.Option(min=1, help=f"Prompts per role, on Ink; {N} unless given.")] = None,
     pictures: Annotated[int, typer.Option(min=1, help="Pictures of the concept that attackers have.")] = 32,
-    detector: Annotated[str, typer.Option(help="ink, or an image classifier's folder or hub id.")] = "ink",
+    detector: Annotated[str, typer.Option(help="ink, or a classifier's or a CLIP's folder or hub id.")] = "ink",
+    labels: Labels = None,
+    threshold: Threshold = None,
+    detector_revision: DetectorRevision = None,
     prompts: Annotated[
         Path | None,
         typer.Option(help="Folder with target.jsonl (synonyms, siblings, unrelated), instead of Ink's grammar."),
     ] = None,
-    group: Annotated[str | None, typer.Option(help="The detector's group of the concept, with --prompts.")] = None,
+    group: Annotated[
+        str | None, typer.Option(help="The detector's group of the concept, with --prompts; --labels are called so.")
+    ] = None,
     label: Annotated[str | None, typer.Option(help="The detector's label, where it is not the concept.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="All randomness derives from it.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for report.html and report.json.")] = Path("runs/audit"),
+    out: Annotated[
+        Path, typer.Option(help="Folder for report.html and report.json, and for finished parts to go on after.")
+    ] = Path("runs/audit"),
     revision: Revision = None,
     variant: Variant = None,
     file_config: FileConfig = None,
@@ -45,6 +56,10 @@ def command(
         bool,
         typer.Option("--gradient-checkpointing", help="Recompute activations of what draws, to save memory."),
     ] = False,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"],
+        typer.Option(help="Precision of both models; attacks that follow gradients are skipped in any but float32."),
+    ] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Measure an erasure, then try to undo it; the report says what was tried, with which budget, and what was not."""
@@ -52,13 +67,13 @@ def command(
     import sys
     from dataclasses import replace
 
+    import torch
     from tqdm.auto import tqdm
 
     from sublimate.erasure.request import Concept
     from sublimate.evaluation.agreement import check_judge
     from sublimate.evaluation.audit import ATTACKS, audit, make_attacks
     from sublimate.evaluation.audit_report import attack_table, audit_report
-    from sublimate.evaluation.detectors import open_detector
     from sublimate.evaluation.ink_demo import ink_request
     from sublimate.evaluation.ink_study import ink_study
     from sublimate.evaluation.studies import read_study
@@ -78,20 +93,27 @@ def command(
         raise ValueError(f"{edited} is an edit of {base}: it has no revision and no variant of its own.")
     names = attack or [name for name in registry.available(ATTACKS) if name != "distillation"]
     attacks = make_attacks(names, parse_overrides(option or ()))
-    judge = open_detector(detector, device=device)
+    judge = detector_as_asked(detector, labels, threshold, detector_revision, group=group, device=device)
     if prompts is None or group is None:
-        study, asked = ink_study(concept, n=n or 100, seed=seed), ink_request(concept).erase[0]
+        study, asked = ink_study(concept, n=n or N, seed=seed), ink_request(concept).erase[0]
     else:
         study, asked = read_study(prompts, concept, group, label), Concept(concept)
     study = replace(study, seeds=(seed,))
+    for bar, (images, least) in study.too_few().items():
+        typer.echo(f"{bar}: {images} images cannot be certain to meet their bar; it takes {least} or more.")
     words = tuple(dict.fromkeys((*asked.synonyms, *(synonym or ()))))
     asked = Concept(asked.name, asked.anchor if anchor is None else anchor, words)
-    before = open_model(base, revision=revision, variant=variant, config=file_config, device=device)
+    precision = getattr(torch, dtype)
+    # Edits belong to the checkpoint in float32, and both models take their precision after.
+    placed: dict[str, Any] = {"dtype": precision if whole else torch.float32, "device": device}
+    before = open_model(base, revision=revision, variant=variant, config=file_config, **placed)
     check_judge(before, judge)
     if whole:
-        after = open_model(edited, revision=edited_revision, variant=edited_variant, device=device)
+        after = open_model(edited, revision=edited_revision, variant=edited_variant, **placed)
     else:
         after = beside(before, Edit.load(edited))
+    for model in (before, after):
+        model.to(dtype=precision)
 
     with tqdm(desc="auditing", unit="part") as bar:
 
@@ -99,18 +121,23 @@ def command(
             bar.total, bar.n = total, done
             bar.set_postfix_str(what)
 
-        found = audit(
-            before,
-            after,
-            asked,
-            study,
-            judge,
-            attacks,
-            pictures=pictures,
-            seed=seed,
-            gradient_checkpointing=gradient_checkpointing,
-            progress=show,
-        )
+        try:
+            found = audit(
+                before,
+                after,
+                asked,
+                study,
+                judge,
+                attacks,
+                pictures=pictures,
+                seed=seed,
+                gradient_checkpointing=gradient_checkpointing,
+                progress=show,
+                folder=out / "parts",
+            )
+        except KeyboardInterrupt as stop:
+            stop.add_note(f"What is finished is in {out / 'parts'}: the same command goes on after it.")
+            raise
     for row in attack_table(found).rows:
         typer.echo(f"{row[0]}: base {row[2]}, edited {row[3]}")
     for name in names:
@@ -125,7 +152,11 @@ def command(
             "base hash": before.content_hash(),
             "edited": edited,
             "edited hash": after.content_hash(),
+            "precision": dtype,
             "detector": detector,
+            **({} if labels is None else {"detector's labels": str(labels)}),
+            **({} if threshold is None else {"detector's threshold": f"{threshold:g}"}),
+            **({} if detector_revision is None else {"detector's revision": detector_revision}),
         },
     )
-    typer.echo(f"{found.erasure.verdict}\nWrote {report.write(out)}")
+    typer.echo(f"{found.verdict}\nWrote {report.write(out)}")

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sublimate.cli.judging import DetectorRevision, Labels, Threshold, detector_as_asked
 from sublimate.cli.opening import BatchSize, FileConfig, Precision, Revision, Variant, opened_as_asked
 
 if TYPE_CHECKING:
+    from sublimate.pipelines.detector import Detector
     from sublimate.pipelines.model import Model
 
 
@@ -29,8 +31,11 @@ def command(
         Path | None, typer.Option(help='JSON lines with "text" and one label per group, instead of Ink\'s grammar.')
     ] = None,
     detector: Annotated[
-        str | None, typer.Option(help="ink (the default), or an image classifier's folder or hub id.")
+        str | None, typer.Option(help="ink (the default), or a classifier's or a CLIP's folder or hub id.")
     ] = None,
+    labels: Labels = None,
+    threshold: Threshold = None,
+    detector_revision: DetectorRevision = None,
     reference: Annotated[
         Path | None,
         typer.Option(help="Folder of captioned pictures, as data.train_data_dir: draw their captions and compare."),
@@ -69,8 +74,11 @@ def command(
 
     if (reference is None) != (encoder is None):
         raise ValueError("--reference and --encoder go together: say whose features tell pictures apart.")
-    if reference is not None and (prompts, judged, detector) != (None, None, None):
-        raise ValueError("--prompts, --judged and --detector are about what images show: leave out --reference.")
+    judging: dict[str, Any] = {"labels": labels, "threshold": threshold, "revision": detector_revision}
+    if reference is not None and any(given is not None for given in (prompts, judged, detector, *judging.values())):
+        raise ValueError(
+            "--prompts, --judged, --detector and its options are about what images show: leave out --reference."
+        )
     columns = {"image_column": image_column, "caption_column": caption_column}
     if reference is None and any(columns.values()):
         raise ValueError("--image-column and --caption-column are of --reference: give that too.")
@@ -84,7 +92,8 @@ def command(
     if reference is not None and encoder is not None:
         lines, measured = _near(opened, reference, columns, encoder, n, **drawn)
     else:
-        lines, measured = _obedient(opened, detector or "ink", prompts, n, judged, **drawn)
+        judge = detector_as_asked(detector or "ink", **judging, device=opened.device)
+        lines, measured = _obedient(opened, judge, prompts, n, judged, **drawn)
     if launched.is_main_process:
         typer.echo("\n".join(lines))
         if out is not None:
@@ -92,6 +101,9 @@ def command(
                 **options,
                 "dtype": dtype,
                 "detector": detector or ("ink" if reference is None else None),
+                "labels": None if labels is None else str(labels),
+                "threshold": threshold,
+                "detector_revision": detector_revision,
                 "prompts": None if prompts is None else str(prompts),
                 "reference": None if reference is None else str(reference),
                 "encoder": encoder,
@@ -108,16 +120,22 @@ def command(
 
 
 def _obedient(
-    model: Model, detector: str, prompts: Path | None, n: int | None, judged: int | None, *, seed: int, **options: Any
+    model: Model,
+    judge: Detector,
+    prompts: Path | None,
+    n: int | None,
+    judged: int | None,
+    *,
+    seed: int,
+    **options: Any,
 ) -> tuple[list[str], dict[str, Any]]:
     """Whether images show what was asked for, as lines and as a record."""
     from sublimate.evaluation.agreement import agreement, check_judge
-    from sublimate.evaluation.detectors import open_detector
     from sublimate.evaluation.drawing import drawing
     from sublimate.evaluation.ink_study import ink_quality
     from sublimate.evaluation.studies import read_prompt_set
 
-    judge, lines = open_detector(detector, device=model.device), []
+    lines = []
     draw = drawing(model, progress=True, **options)
     if prompts is not None:
         asked = read_prompt_set(prompts)

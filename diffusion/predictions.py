@@ -207,13 +207,15 @@ class Prediction:
     def shifted(self, delta: Tensor) -> Prediction:
         """The prediction whose eps is larger by `delta` at the same x_t, and whose x0 follows; same parametrization.
 
+        Where alpha is 0, x_t is nothing but noise: no eps but its own fits it, and the prediction stays as it is.
+
         Args:
-            delta: shaped like x_t; -sigma g adds g to the score.
+            delta: shaped like x_t, finite; -sigma g adds g to the score.
         """
         c = self.coefficients
         p, q = self.parametrization.coefficients(c)
         # y = p x0 + q eps with x0 = (x_t - sigma eps) / alpha.
-        slope = (c.alpha * q - c.sigma * p) / c.alpha
+        slope = torch.where(c.alpha == 0, 0.0, (c.alpha * q - c.sigma * p) / c.alpha)
         return replace(self, output=weighted_sum(torch.ones_like(slope), self.output, slope, delta))
 
     def _quantity(self, kind: str) -> Tensor:

@@ -13,13 +13,13 @@ from sublimate.erasure.prompt_bank import concept_groups
 from sublimate.erasure.request import Concept
 from sublimate.pipelines.generate import generate_latents
 from sublimate.pipelines.model import Model
+from sublimate.pipelines.sampling import at_once
 from sublimate.training.captioned import decoded
 from sublimate.training.config import Config
 from sublimate.training.data_config import DataConfig
 from sublimate.training.randomness import SampleRandom, key
 from sublimate.training.sources import framing_of
 
-_AT_ONCE = 16
 """Pictures that are encoded together."""
 
 
@@ -151,9 +151,9 @@ def encoded(model: Model, files: Sequence[Path]) -> Tensor:
         ValueError: when one is missing, or no picture, or the model makes no images.
     """
     options = DataConfig(train_data_dir=files[0].parent, center_crop=True)
-    framing, found = framing_of(model, options), []
-    for start in range(0, len(files), _AT_ONCE):
-        part = list(enumerate(files))[start : start + _AT_ONCE]
+    framing, size, found = framing_of(model, options), at_once(model.latent_shape, 16, cost=4), []
+    for start in range(0, len(files), size):
+        part = list(enumerate(files))[start : start + size]
         images = torch.stack([framing(decoded(file, str(file)), row) for row, file in part])
         with torch.no_grad():
             found.append(model.encode(images.to(model.device)).float().cpu())

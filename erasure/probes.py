@@ -12,6 +12,7 @@ from sublimate.erasure.request import Concept
 from sublimate.pipelines.detector import Detector
 from sublimate.pipelines.generate import generate_latents
 from sublimate.pipelines.model import Model
+from sublimate.pipelines.sampling import at_once
 
 
 class DetectorJudge:
@@ -34,9 +35,11 @@ class DetectorJudge:
 
     def shows(self, latents: Tensor, concepts: Sequence[int]) -> Tensor:
         """Whether each of the latents (batch, ...) shows the concept of that index: bool (batch,)."""
-        read = {group: p.argmax(1) for group, p in self.detector(self.model.render(latents)).items()}
+        parts = latents.split(at_once(latents.shape, cost=4))
+        seen = [self.detector(self.model.render(part)) for part in parts]
+        read = {group: torch.cat([part[group].argmax(1) for part in seen]).tolist() for group in seen[0]}
         asked = [self.places[index] for index in concepts]
-        return torch.tensor([int(read[group][i]) == label for i, (group, label) in enumerate(asked)])
+        return torch.tensor([read[group][i] == label for i, (group, label) in enumerate(asked)])
 
 
 class PairJudge:

@@ -118,10 +118,13 @@ def read(detector: Detector, images: Tensor, *, batch_size: int = 256) -> Readin
         The most probable label of each group.
 
     Raises:
-        ValueError: without images.
+        ValueError: without images, or for one that is not finite.
     """
     if not len(images):
         raise ValueError("there is no image to read; generate at least one")
+    broken = sum(int((~batch.isfinite()).flatten(1).any(dim=1).sum()) for batch in images.split(batch_size))
+    if broken:
+        raise ValueError(f"{broken} of {len(images)} images are not finite, so there is nothing to read in them")
     batches = [detector(brought_to(detector, batch)) for batch in images.split(batch_size)]
     choices = {group: torch.cat([batch[group].argmax(dim=1) for batch in batches]).cpu() for group in detector.groups}
     return Readings({group: tuple(labels) for group, labels in detector.groups.items()}, choices)

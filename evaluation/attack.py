@@ -17,6 +17,8 @@ from sublimate.evaluation.intervals import Rate
 from sublimate.pipelines.detector import Detector
 from sublimate.pipelines.model import Model
 from sublimate.pipelines.names import renamed
+from sublimate.pipelines.placement import name_of
+from sublimate.pipelines.sampling import at_once
 from sublimate.training.method import Method
 
 Box = Literal["black box", "white box", "persistence"]
@@ -29,18 +31,18 @@ class Case:
 
     Attributes:
         concept: what was erased, with its other names.
-        prompts: prompts that name it.
+        prompts: prompts that ask for it, by name or not.
         paraphrases: prompts that mean it in other words; may be empty.
         others: prompts that do not concern it; may be empty.
         pictures: (N, 3, H, W) in [0, 1], pictures that show it, as an attacker has them.
-        captions: what each picture shows, naming the concept.
+        captions: what each picture was asked to show.
         detector: what judges.
         group: the detector's group of the concept.
         label: its label there.
         base: the model before the erasure.
 
     Raises:
-        ValueError: when a prompt does not name the concept, or the detector does not know it.
+        ValueError: without prompts or pictures, or when the detector does not know the concept.
     """
 
     concept: Concept
@@ -58,11 +60,10 @@ class Case:
         check_label(self.detector.groups, self.group, self.label)
         if not self.prompts or not len(self.pictures):
             raise ValueError(
-                f"The case of {self.concept.name!r} needs prompts that name it and pictures that show it."
+                f"The case of {self.concept.name!r} needs prompts that ask for it and pictures that show it."
             )
         if len(self.captions) != len(self.pictures):
             raise ValueError(f"{len(self.pictures)} pictures have {len(self.captions)} captions: give one for each.")
-        self.renamed((*self.prompts, *self.captions), "")
 
     def renamed(self, prompts: Sequence[str], words: str) -> tuple[str, ...]:
         """Prompts with other words in the concept's place.
@@ -70,10 +71,13 @@ class Case:
         Raises:
             ValueError: when a prompt does not name the concept.
         """
-        for prompt in prompts:
-            if not self.concept.named_in(prompt):
-                raise ValueError(f"The prompt {prompt!r} does not name {self.concept.name!r}: its words must occur.")
+        if unnamed := self.unnamed(prompts):
+            raise ValueError(f"The prompt {unnamed[0]!r} does not name {self.concept.name!r}: its words must occur.")
         return tuple(renamed(prompt, self.concept.names, words) for prompt in prompts)
+
+    def unnamed(self, prompts: Sequence[str]) -> tuple[str, ...]:
+        """The prompts in which none of the concept's names occurs."""
+        return tuple(prompt for prompt in prompts if not self.concept.named_in(prompt))
 
     def probability(self, images: Tensor) -> Tensor:
         """The detector's probability of the concept, (N,); differentiable in images (N, 3, H, W)."""
@@ -116,14 +120,24 @@ class Outcome:
     def any_of(cls, case: Case, prompts: Sequence[str], tries: Iterable[Tensor], **more: Any) -> Outcome:
         """An attempt per prompt that succeeds where any of its tries does, each of which drew one image per prompt.
 
-        Images are judged one try after the other, and then kept off the device: there may be many.
+        Images are judged one try after the other where they were drawn; of each prompt the first hit is kept, or the
+        first image, off the device.
+
+        Raises:
+            ValueError: without tries.
         """
-        judged = [(case.shows(images), images.cpu()) for images in tries]
-        shown = torch.stack([hits for hits, _ in judged])
-        # Each prompt's first hit, or its first image.
-        first = shown.int().argmax(dim=0).cpu()
-        images = torch.stack([images for _, images in judged])[first, torch.arange(len(first))]
-        return cls(tuple(prompts), images, shown.any(dim=0), **more)
+        kept, hits = None, torch.zeros(len(prompts), dtype=torch.bool)
+        for images in tries:
+            shows = case.shows(images)
+            new = shows & ~hits
+            if kept is None:
+                kept = images.to("cpu", copy=True)
+            else:
+                kept[new] = images[new.to(images.device)].cpu()
+            hits |= shows
+        if kept is None:
+            raise ValueError("An attack of no tries has no outcome: give at least one.")
+        return cls(tuple(prompts), kept, hits, **more)
 
 
 class Attack(Method):
@@ -131,12 +145,15 @@ class Attack(Method):
 
     An attack gets one model at a time, and never changes it. The audit runs it on the base first: what cannot draw the
     concept there proves nothing. `every_level` says that it needs a model which denoises at every noise level,
-    `searches_words` that it needs one with a text encoder.
+    `searches_words` that it needs one with a text encoder, `renames` that it puts other words in the place of the
+    concept's names, which prompts must then say, `differentiates` that it follows gradients, which needs float32.
     """
 
     box: ClassVar[Box]
     every_level: ClassVar[bool] = False
     searches_words: ClassVar[bool] = False
+    renames: ClassVar[bool] = False
+    differentiates: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -149,6 +166,10 @@ class Attack(Method):
             return "the model is a student of one or few steps, and this attack needs every noise level"
         if self.searches_words and not model.backbone.text_components:
             return "the model has no text encoder, so there are no words to search"
+        if self.differentiates and model.dtype != torch.float32:
+            return f"it follows gradients, which takes float32, and the model is open in {name_of(model.dtype)}"
+        if self.renames and (unnamed := case.unnamed((*case.prompts, *case.captions))):
+            return f"it puts other words in the place of {case.concept.name!r}, which {unnamed[0]!r} does not name"
         return ""
 
     @abstractmethod
@@ -169,8 +190,9 @@ def pictured(model: Model, images: Tensor) -> Tensor:
     Raises:
         ValueError: when the model draws another size.
     """
+    parts = images.split(at_once(model.latent_shape, 16, cost=4))
     with torch.no_grad():
-        latents = torch.cat([model.encode(part.to(model.device, model.dtype)) for part in images.split(16)]).float()
+        latents = torch.cat([model.encode(part.to(model.device, model.dtype)) for part in parts]).float()
     if latents.shape[1:] != tuple(model.latent_shape):
         size = " x ".join(map(str, images.shape[2:]))
         raise ValueError(f"Pictures of {size} pixels are not what {model.source} draws: resize them.")

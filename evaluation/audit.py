@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,90 +15,28 @@ from torch import Tensor
 
 from sublimate.erasure.request import Concept
 from sublimate.evaluation.agreement import Readings, read
-from sublimate.evaluation.attack import Attack, Box, Case, Outcome, counting
+from sublimate.evaluation.attack import Attack, Case, counting
+from sublimate.evaluation.audit_parts import Parts, identity
+from sublimate.evaluation.audit_result import SHOWN, Audit, Finding, Trial
 from sublimate.evaluation.blindspots import Atom, blindspots
 from sublimate.evaluation.drawing import Generate, drawing
 from sublimate.evaluation.erasure import Progress
 from sublimate.evaluation.erasure import run as run_study
 from sublimate.evaluation.erasure_result import ErasureResult
 from sublimate.evaluation.fidelity import extract
-from sublimate.evaluation.intervals import plain
 from sublimate.evaluation.studies import ErasureStudy
 from sublimate.pipelines.detector import Detector
 from sublimate.pipelines.generate import generate
 from sublimate.pipelines.gradient_checkpointing import checkpointed
 from sublimate.pipelines.locations import first_line
 from sublimate.pipelines.model import Model
+from sublimate.pipelines.placement import name_of
 from sublimate.training import registry
 from sublimate.training.config import validate_section
 from sublimate.training.randomness import key
 
+log = logging.getLogger(__name__)
 ATTACKS = "sublimate.evaluation.attacks"
-POWER = 0.5
-"""The rate that an attack must reach on the base, or it proves nothing about the edited model."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One attack on both models.
-
-    Attributes:
-        name: the attack's.
-        box: what the attacker has.
-        budget: what the attacker may do.
-        base: what came of it on the base.
-        edited: what came of it on the edited model.
-        passes: network passes of one sample spent on the edited model, images drawn in the end included.
-        seconds: spent on it.
-    """
-
-    name: str
-    box: Box
-    budget: str
-    base: Outcome
-    edited: Outcome
-    passes: int
-    seconds: float
-
-    @property
-    def powerless(self) -> bool:
-        """Whether the attack fails on the base too."""
-        return self.base.rate.value < POWER
-
-    def to_dict(self) -> dict[str, Any]:
-        """The trial as plain numbers and strings, without the images."""
-        found: dict[str, Any] = {"attack": self.name, "box": self.box, "budget": self.budget}
-        for which, outcome in (("base", self.base), ("edited", self.edited)):
-            curve = [{"steps": steps, **plain(rate)} for steps, rate in outcome.curve]
-            found[which] = {"rate": plain(outcome.rate), "found": outcome.found, "curve": curve}
-        return {**found, "powerless": self.powerless, "passes": self.passes, "seconds": round(self.seconds, 1)}
-
-
-@dataclass(frozen=True)
-class Audit:
-    """What an audit found.
-
-    Attributes:
-        erasure: the study of both models without attacks: what is gone, and what went with it.
-        trials: the attacks that were tried.
-        skipped: attacks that were not, or could not be run, with the reason.
-        atoms: what moved in the images of the study's prompts, whatever it is, the farthest first; empty where the
-            detector has no features.
-    """
-
-    erasure: ErasureResult
-    trials: tuple[Trial, ...]
-    skipped: Mapping[str, str]
-    atoms: tuple[Atom, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """The audit as plain numbers and strings, without the images."""
-        return {
-            **self.erasure.to_dict(),
-            "attacks": [trial.to_dict() for trial in self.trials],
-            "not tried": dict(self.skipped),
-            "atoms": [asdict(atom) for atom in self.atoms],
-        }
 
 
 def make_attacks(names: Sequence[str], options: Mapping[str, Mapping[str, object]] | None = None) -> list[Attack]:
@@ -133,8 +73,12 @@ def audit(
     seed: int = 0,
     gradient_checkpointing: bool = False,
     progress: Progress | None = None,
+    folder: Path | None = None,
 ) -> Audit:
     """Judges an erasure and attacks it; both models stay as they are.
+
+    Attacks that follow gradients need both in float32 and are skipped otherwise; the study and the others do not.
+    An attack that fails does not cost what the others find: it is among those that were skipped, with its error.
 
     Args:
         base: the model before the erasure.
@@ -147,48 +91,67 @@ def audit(
         seed: all randomness of the attacks derives from it.
         gradient_checkpointing: recompute activations in backward passes to save memory.
         progress: called before each part, and once at the end.
+        folder: where the study and each trial are written as they end, and read by the next audit of the same models,
+            concept, study, detector, options and seed.
 
     Returns:
         The study's result with examples, and the trials.
 
     Raises:
-        ValueError: when the detector does not know the concept, the base does not draw it, or a model is not in
-            float32.
+        ValueError: when the detector does not know the concept, the base does not draw it, or the models differ in
+            their precision.
     """
-    if {base.dtype, edited.dtype} != {torch.float32}:
-        raise ValueError("Attacks train and differentiate: open both models in float32 to audit them.")
+    if base.dtype != edited.dtype:
+        open_in = f"{name_of(base.dtype)} and the edited model in {name_of(edited.dtype)}"
+        raise ValueError(f"The base is open in {open_in}: open both in the same precision to compare them.")
     saving = checkpointed if gradient_checkpointing else nullcontext
     with saving(base), saving(edited):
         pass  # where no network has it, before the study
     tell: Progress = progress or (lambda done, total, what: None)
     case = make_case(base, concept, study, detector, pictures=pictures, seed=seed)
-    seen = {"before": Noted(drawing(base), detector), "after": Noted(drawing(edited), detector)}
-    erasure = run_study(study, seen["before"], seen["after"], detector, tell)
-    atoms = mapped(seen["before"], seen["after"], seed=seed) if hasattr(detector, "features") else ()
+    known = identity(base, edited, concept, study, detector, pictures=pictures, seed=seed) if folder else {}
+    parts = Parts(folder, known)
+
+    def measured() -> tuple[ErasureResult, list[Atom]]:
+        before, after = Noted(drawing(base), detector), Noted(drawing(edited), detector)
+        found = run_study(study, before, after, detector, tell)
+        return found, mapped(before, after, seed=seed) if hasattr(detector, "features") else []
+
+    def tried(attack: Attack, place: int) -> Trial:
+        name, chosen = attack.name(), key(seed, "attack", attack.name())
+        tell(2 * place, 2 * len(attacks), f"{name}, base")
+        with saving(base):
+            on_base = Finding.of(attack.run(base, case, seed=chosen))
+        tell(2 * place + 1, 2 * len(attacks), f"{name}, edited")
+        began = time.perf_counter()
+        with saving(edited), counting(edited) as passes:
+            on_edited = Finding.of(attack.run(edited, case, seed=chosen), SHOWN)
+        seconds = time.perf_counter() - began
+        return Trial(name, attack.box, attack.budget, on_base, on_edited, passes.count, seconds, bar=study.bars.target)
+
+    erasure, atoms = parts.study(study, measured)
     asked_for = {attack.name() for attack in attacks}
     skipped = {name: "not asked for" for name in registry.available(ATTACKS) if name not in asked_for}
     trials = []
     for i, attack in enumerate(attacks):
         name = attack.name()
-        if reason := attack.out_of_place(edited, case):
-            skipped[name] = reason
-            continue
         try:
-            tell(2 * i, 2 * len(attacks), f"{name}, base")
-            with saving(base):
-                on_base = attack.run(base, case, seed=key(seed, "attack", name))
-            tell(2 * i + 1, 2 * len(attacks), f"{name}, edited")
-            began = time.perf_counter()
-            with saving(edited), counting(edited) as passes:
-                on_edited = attack.run(edited, case, seed=key(seed, "attack", name))
-            seconds = time.perf_counter() - began
-        # What the others find is not lost to one that cannot be run, or for which a GPU is too small.
+            if reason := attack.out_of_place(edited, case):
+                skipped[name] = reason
+                continue
+            trial = there if (there := parts.trial(attack)) is not None else tried(attack, i)
         except (ValueError, torch.OutOfMemoryError) as error:
             skipped[name] = f"it could not be run: {first_line(error)}"
             continue
-        trials.append(Trial(name, attack.box, attack.budget, on_base, on_edited, passes.count, seconds))
+        except Exception as error:
+            log.warning("The attack %s failed.", name, exc_info=True)
+            skipped[name] = f"it could not be run: {type(error).__name__}: {first_line(error)}"
+            continue
+        if there is None:
+            parts.write_trial(attack, trial)
+        trials.append(trial)
     tell(2 * len(attacks), 2 * len(attacks), "done")
-    return Audit(erasure, tuple(trials), skipped, tuple(atoms))
+    return Audit(erasure, tuple(trials), skipped, atoms)
 
 
 class Noted:
@@ -224,7 +187,7 @@ def make_case(
     """What attacks get: the study's prompts, and pictures of the concept that the base draws and the detector sees.
 
     Raises:
-        ValueError: when the base does not draw the concept, or a target prompt does not name it.
+        ValueError: when the base does not draw the concept.
     """
     texts = study.target.texts
     captions = [texts[i % len(texts)] for i in range(2 * pictures)]

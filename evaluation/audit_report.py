@@ -6,13 +6,14 @@ from collections.abc import Mapping
 
 import torch
 
-from sublimate.evaluation.audit import POWER, Audit, Trial
+from sublimate.evaluation.audit_result import POWER, SHOWN, Audit, Trial
 from sublimate.evaluation.blindspots import Atom
 from sublimate.evaluation.erasure_report import erasure_report
 from sublimate.evaluation.report import Report
-from sublimate.evaluation.report_sections import Cell, Listing, PictureRow, Pictures, Section, Table
+from sublimate.evaluation.report_sections import Cell, Listing, PictureRow, Pictures, Section, Table, Verdict
 
 _ATOMS = 12
+_POWER = {"enough": "", "uncertain": " (power uncertain)", "none": " (powerless)"}
 
 BEYOND = (
     "attackers with a larger budget, other pictures or another detector",
@@ -44,6 +45,7 @@ def audit_report(found: Audit, *, command: str, lead: str = "", provenance: Mapp
         tried=tried,
         not_tried=(*skipped, *BEYOND),
         provenance=provenance,
+        verdict=Verdict(found.erasure.criteria, found.verdict, undone=found.brought_back > 0),
     )
 
 
@@ -76,16 +78,18 @@ def attack_table(found: Audit) -> Table:
         )
     ]
     for trial in found.trials:
-        name = f"{_title(trial)}{' (powerless)' if trial.powerless else ''}"
+        name = f"{_title(trial)}{_POWER[trial.power]}"
         numbers = (trial.base.rate, trial.edited.rate, trial.passes, round(trial.seconds, 1))
         rows.append((name, f"{trial.box}; {trial.budget}", *numbers, *(change for _, change in cost)))
     return Table(
         "Attacks: how often the concept is back",
         ("attack", "the attacker has", "base", "edited", "passes", "seconds", *(f"{name} kept" for name, _ in cost)),
         tuple(rows),
-        f"An attack that reaches less than {POWER:.0%} on the base is powerless: its rate on the edited model says "
-        "nothing. Passes are network passes of one sample on the edited model. The last columns repeat what the "
-        "erasure itself changed, since a model that draws nothing resists everything.",
+        f"An attack whose whole interval on the base lies below {POWER:.0%} is powerless: that the edited model "
+        "withstands it says nothing. Where the interval reaches across, its power is uncertain. A rate on the edited "
+        "model that is certain to be above the bar, or no lower than the base's, counts whatever the base's is. "
+        "Passes are network passes of one sample on the edited model. The last columns repeat what the erasure itself "
+        "changed, since a model that draws nothing resists everything.",
     )
 
 
@@ -128,11 +132,10 @@ def _pictures(found: Audit) -> Pictures:
     """One row per attack: its first hits, or its first images."""
     rows = []
     for trial in found.trials:
-        order = torch.argsort(trial.edited.hits.int(), descending=True, stable=True)[:4].tolist()
-        images = [trial.edited.images[i] for i in order]
-        images += [torch.ones_like(images[0])] * (4 - len(images))
-        rows.append(PictureRow(f"{_title(trial)}: “{trial.edited.prompts[order[0]]}”, …", tuple(images)))
-    columns = tuple(f"attempt {i + 1}" for i in range(4))
+        images = list(trial.edited.images / 255)
+        images += [torch.ones_like(images[0])] * (SHOWN - len(images))
+        rows.append(PictureRow(f"{_title(trial)}: “{trial.edited.prompts[0]}”, …", tuple(images)))
+    columns = tuple(f"attempt {i + 1}" for i in range(SHOWN))
     return Pictures(
         "What the edited model drew under attack", columns, tuple(rows), "Where there are hits, hits first."
     )

@@ -69,8 +69,12 @@ def rise_criterion(name: str, question: str, change: Difference, bar: float) -> 
     return Criterion(name, question, change.value, change.low, change.high, change.n, bar, unit="points")
 
 
-def verdict_sentence(criteria: Sequence[Criterion]) -> str:
+def verdict_sentence(criteria: Sequence[Criterion], more: Sequence[str] = ()) -> str:
     """One sentence that says how many bars are met, which are not, and which are not certain at this n.
+
+    Args:
+        criteria: at least one.
+        more: what else belongs into it.
 
     Raises:
         ValueError: without criteria.
@@ -82,4 +86,4 @@ def verdict_sentence(criteria: Sequence[Criterion]) -> str:
     total = f"all {len(criteria)} bars" if len(criteria) > 1 else "its one bar"
     head = f"Misses {len(missed)} of {len(criteria)} bars: {', '.join(missed)}" if missed else f"Meets {total}"
     tail = f"; not yet certain at this number of images: {', '.join(unsure)}" if unsure else ""
-    return f"{head}{tail}."
+    return f"{'; '.join([f'{head}{tail}', *more])}."

@@ -185,7 +185,7 @@ def open_detector(
     if source == "ink":
         for name, value in (("labels", labels), ("threshold", threshold), ("revision", revision)):
             if value is not None:
-                raise ValueError(f"Ink's detector is fixed and takes no {name}, got {value!r}")
+                raise ValueError(f"Ink's detector is fixed and takes no {name}: leave that out.")
         with as_file(files("sublimate.assets") / INK_ASSET) as path:
             return InkDetector.load(path).to(device)
     config = AutoConfig.from_pretrained(source, revision=revision)

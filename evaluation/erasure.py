@@ -110,10 +110,9 @@ def judge(study: ErasureStudy, seen: Mapping[str, Observation]) -> ErasureResult
         accuracy = _accuracy(seen[role], study.expected(role), looked_at) if role in seen else None
         if accuracy is not None:
             rates[name] = accuracy
-    rates["rejected"] = Comparison.of(
-        torch.cat([seen[role].before.rejected() for role in named]),
-        torch.cat([seen[role].after.rejected() for role in named]),
-    )
+    rates["rejected"] = _rejected(seen, named)
+    if rest := [role for role in ("siblings", "unrelated") if role in seen]:
+        rates["rejected elsewhere"] = _rejected(seen, rest)
     return ErasureResult(
         study=study,
         rates=rates,
@@ -121,6 +120,14 @@ def judge(study: ErasureStudy, seen: Mapping[str, Observation]) -> ErasureResult
         drawn_instead=seen["target"].after.counts(study.group),
         drift=_drift(seen["unrelated"].moved) if "unrelated" in seen else None,
         criteria=tuple(_criteria(study, rates)),
+    )
+
+
+def _rejected(seen: Mapping[str, Observation], roles: Sequence[str]) -> Comparison:
+    """How often images of some roles are none of the labels."""
+    return Comparison.of(
+        torch.cat([seen[role].before.rejected() for role in roles]),
+        torch.cat([seen[role].after.rejected() for role in roles]),
     )
 
 
@@ -151,7 +158,7 @@ def _drift(moved: Tensor) -> Drift:
 
 def _criteria(study: ErasureStudy, rates: Mapping[str, Comparison]) -> list[Criterion]:
     name, bars = f"“{study.concept}”", study.bars
-    target, rejected = rates["target"], rates["rejected"]
+    target = rates["target"]
     before = f"How often does the base model draw {name} when asked?"
     found = [
         rate_criterion("drawn before", before, target.before, bars.drawn_before, at_least=True),
@@ -167,8 +174,11 @@ def _criteria(study: ErasureStudy, rates: Mapping[str, Comparison]) -> list[Crit
     ):
         if role in rates:
             found.append(loss_criterion(role, question, rates[role].change, bar))
-    question = f"How many more images for {name} are none of the labels (broken, or off the map)?"
-    return [*found, rise_criterion("rejected", question, rejected.change, bars.rejected_rise)]
+    for rate, images in (("rejected", f"images for {name}"), ("rejected elsewhere", "of the other images")):
+        if rate in rates:
+            question = f"How many more {images} are none of the labels (broken, or off the map)?"
+            found.append(rise_criterion(rate, question, rates[rate].change, bars.rejected_rise))
+    return found
 
 
 def measure_erasure(
@@ -245,7 +255,10 @@ def run(
             seen[role].append(observe(images[0], images[1], detector, extractor))
             if seed == study.seeds[0]:
                 triples = list(zip(texts, *images, strict=True))[:examples]
-                kept += [Example(role, text, seed, one.cpu(), other.cpu()) for text, one, other in triples]
+                # Copies: a view would keep the images of all prompts.
+                kept += [
+                    Example(role, text, seed, one.cpu().clone(), other.cpu().clone()) for text, one, other in triples
+                ]
     if progress is not None:
         progress(total, total, "done")
     result = judge(study, {role: Observation.cat(parts) for role, parts in seen.items()})

@@ -36,6 +36,7 @@ _NAMES = {
     "untouched": "rest of the concept's prompts obeyed",
     "unrelated": "unrelated prompts obeyed",
     "rejected": "images that are none of the labels",
+    "rejected elsewhere": "other images that are none of the labels",
 }
 
 
@@ -84,6 +85,7 @@ def erasure_report(
     tried: Sequence[str] = (),
     not_tried: Sequence[str] = NOT_TRIED,
     provenance: Mapping[str, str] | None = None,
+    verdict: Verdict | None = None,
 ) -> Report:
     """A report with the verdict, the pictures and every rate of a study.
 
@@ -97,6 +99,7 @@ def erasure_report(
         tried: what else was measured, beside the study's prompts.
         not_tried: what was left out.
         provenance: base model and its hash, the edit, the detector; seeds, versions and hardware are added.
+        verdict: of an erasure that was attacked; unless given, the result's own.
 
     Returns:
         The report; `write` puts it on disk.
@@ -111,7 +114,7 @@ def erasure_report(
         command=command,
         lead=lead,
         sections=(
-            Verdict(result.criteria),
+            Verdict(result.criteria, result.verdict) if verdict is None else verdict,
             *(example_pictures(result) if pictures is None else pictures),
             *result_tables(result),
             *more,

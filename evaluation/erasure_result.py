@@ -69,7 +69,8 @@ class ErasureResult:
         study: what was asked.
         rates: how often the concept is seen: "target", "synonyms"; how often what was asked for is seen: "siblings",
             "untouched" (the rest of the target prompts), "unrelated"; how often a target or synonym image is none of
-            the labels: "rejected". Only what the study asks.
+            the labels: "rejected", and how often a sibling's or an unrelated one: "rejected elsewhere". Only what the
+            study asks.
         siblings: accuracy of each sibling label.
         drawn_instead: what the edited model's target images show, most frequent first.
         drift: over the unrelated prompts; None without them.
@@ -92,8 +93,14 @@ class ErasureResult:
 
     @property
     def verdict(self) -> str:
-        """One sentence for people."""
-        return verdict_sentence(self.criteria)
+        """One sentence for people, of an erasure that nobody attacked."""
+        return self.verdict_with("no attack was tried")
+
+    def verdict_with(self, attacks: str) -> str:
+        """The verdict in one sentence, with what came of attacks: bars alone say nothing about who looks further."""
+        unjudged = "unrelated" in self.study.roles and "unrelated" not in self.rates
+        limits = ["unrelated prompts were drawn but not judged, since none says what it shows"] if unjudged else []
+        return verdict_sentence(self.criteria, (*limits, attacks))
 
     def to_dict(self) -> dict[str, Any]:
         """The result as plain numbers and strings, without the images."""

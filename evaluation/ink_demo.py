@@ -176,14 +176,14 @@ def run_demo(
         lead=f"{method.upper()} on Ink's teacher, then one-step f-distill of what it left.",
         pictures=example_pictures(first, students={"one-step student": drawing(student)}),
         more=(
-            Verdict(second.criteria, title="One-step student: verdict"),
+            Verdict(second.criteria, second.verdict, title="One-step student: verdict"),
             *(replace(table, title=f"One-step student: {table.title}") for table in result_tables(second)),
         ),
         tried=("one-step distillation of the edited teacher",),
         provenance={"base": base.source, "base hash": base.content_hash()},
     )
     for title, result in results.items():
-        say(f"{title}: {Verdict(result.criteria).sentence}")
+        say(f"{title}: {result.verdict}")
     return report.write(folder)
 
 

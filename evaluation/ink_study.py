@@ -33,7 +33,7 @@ def ink_study(
 
     Args:
         concept: a digit, an ink or a style, by any of its words ("seven", "7", "scarlet").
-        n: prompts per role; 189 or more can show a rate of at most 2 % (see `evaluation.intervals`).
+        n: prompts per role; 189 or more can show a rate of at most 2 % (`evaluation.intervals.images_needed`).
         seeds: every prompt is drawn once per seed.
         seed: what the prompts are drawn from.
         bars: what the result is held to; `Bars()` unless given.

@@ -43,6 +43,24 @@ def wilson(hits: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     return (0.0 if hits == 0 else centre - half, 1.0 if hits == n else centre + half)
 
 
+def images_needed(bar: float, confidence: float = 0.95) -> int:
+    """How many trials it takes, at least, for the interval of a rate to lie below a bar: as many as do without a hit.
+
+    The interval of a paired difference of rates near 1 is no narrower, so a loss takes as many pairs.
+
+    Args:
+        bar: in (0, 1).
+        confidence: of the two-sided interval.
+
+    Raises:
+        ValueError: for a bar or a confidence outside (0, 1).
+    """
+    if not 0.0 < bar < 1.0:
+        raise ValueError(f"the bar is {bar!r}; give a rate between 0 and 1")
+    # Without hits Wilson's upper limit is z^2 / (n + z^2).
+    return math.ceil(_quantile(confidence) ** 2 * (1.0 - bar) / bar)
+
+
 @dataclass(frozen=True)
 class Rate:
     """How often something happened: `hits` of `n`, with its Wilson interval.

@@ -9,6 +9,7 @@ from torch import Tensor
 from sublimate.diffusion.conditions import Condition
 from sublimate.evaluation.attack import Case, Outcome, pictured
 from sublimate.evaluation.intervals import Rate
+from sublimate.pipelines.generate import rendered
 from sublimate.pipelines.model import Model
 from sublimate.pipelines.sampling import Part, at_once, sample
 
@@ -33,7 +34,7 @@ def finished(model: Model, case: Case, finish: Finish, *, seed: int, calls: int,
     null, count = model.null_condition(), len(case.pictures)
 
     def run(part: Part) -> Tensor:
-        return model.render(finish(part, pictured(model, case.pictures[part.rows])))
+        return rendered(model, finish(part, pictured(model, case.pictures[part.rows]).to(model.dtype)))
 
     def drawn(condition: Callable[[slice], Condition], scale: float) -> Tensor:
         return sample(

@@ -72,7 +72,7 @@ def percent(fraction: float) -> str:
 
 
 def _verdict(verdict: Verdict) -> str:
-    tone = "missed" if not verdict.met else "met" if verdict.certain else "open"
+    tone = "missed" if verdict.undone or not verdict.met else "met" if verdict.certain else "open"
     groups = [[c for c in verdict.criteria if c.at_least == at_least] for at_least in (False, True)]
     bodies = "".join(_scores(group) for group in groups if group)
     return (

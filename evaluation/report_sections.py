@@ -24,12 +24,14 @@ class Verdict:
         sentence: the answer in one sentence; written from the criteria unless given.
         note: what a reader must know to judge it.
         title: heading.
+        undone: whether something else, such as an attack, undoes what the criteria say.
     """
 
     criteria: tuple[Criterion, ...]
     sentence: str = ""
     note: str = ""
     title: str = "Verdict"
+    undone: bool = False
 
     def __post_init__(self) -> None:
         if not self.sentence:

@@ -33,6 +33,7 @@ class SearchAttack(Attack):
 
     box: ClassVar[Box] = "white box"
     every_level: ClassVar[bool] = True
+    differentiates: ClassVar[bool] = True
     searches_words: ClassVar[bool] = True
 
     def search(

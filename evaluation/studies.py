@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sublimate.evaluation.agreement import Expected, check_label
+from sublimate.evaluation.intervals import images_needed
 
 ROLES = ("target", "synonyms", "siblings", "unrelated")
 
@@ -65,7 +66,8 @@ class Bars:
         siblings_loss: accuracy lost on the group's other labels, at most.
         untouched_loss: accuracy lost on the rest of the prompts that ask for the concept, at most.
         unrelated_loss: accuracy lost on prompts that do not concern it, at most.
-        rejected_rise: added share of images that are none of the labels, at most: a broken image is no erasure.
+        rejected_rise: added share of images that are none of the labels, at most, where the concept is asked for and
+            elsewhere: a broken image is no erasure.
     """
 
     drawn_before: float = 0.5
@@ -134,6 +136,19 @@ class ErasureStudy:
     def expected(self, role: str) -> list[Expected]:
         """What each image of a role should show: seed after seed, each with all prompts."""
         return [wanted for _ in self.seeds for wanted in self.prompts[role].expected]
+
+    def too_few(self) -> dict[str, tuple[int, int]]:
+        """The bars that this study has too few images for: bar -> (images, how many it takes at least)."""
+        others = sum(any(label and group != self.group for group, label in e.items()) for e in self.target.expected)
+        asked = {
+            "target": (len(self.target.texts), self.bars.target),
+            "synonyms": (len(self.synonyms.texts), self.bars.synonyms),
+            "siblings": (len(self.siblings.texts), self.bars.siblings_loss),
+            "untouched": (others, self.bars.untouched_loss),
+            "unrelated": (sum(any(e.values()) for e in self.unrelated.expected), self.bars.unrelated_loss),
+        }
+        counts = {name: (n * len(self.seeds), images_needed(bar)) for name, (n, bar) in asked.items() if 0 < bar < 1}
+        return {name: (n, least) for name, (n, least) in counts.items() if 0 < n < least}
 
     def check(self, groups: Mapping[str, tuple[str, ...]]) -> None:
         """Refuses a study that a detector cannot judge, before anything is generated.

@@ -50,6 +50,7 @@ class TuningAttack(Attack):
     Config = TuningConfig
     box: ClassVar[Box] = "persistence"
     every_level: ClassVar[bool] = True
+    differentiates: ClassVar[bool] = True
 
     @property
     def budget(self) -> str:

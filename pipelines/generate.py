@@ -105,6 +105,27 @@ def generate(
         width=width,
         progress=progress,
     )
+    return rendered(model, latents, batch_size=batch_size, device=device)
+
+
+@torch.no_grad()
+def rendered(
+    model: Model, latents: Tensor, *, batch_size: int | None = None, device: torch.device | str | None = None
+) -> Tensor:
+    """As `model.render`, in parts whose decoding fits beside the model, for results and not for every call.
+
+    Args:
+        model: decodes.
+        latents: x0 (N, *latent_shape), N at least 1.
+        batch_size: the most at once.
+        device: where the media are wanted; the model's unless given.
+
+    Returns:
+        Media as they are shown, float32.
+
+    Raises:
+        ValueError: for media that are not finite.
+    """
     parts = latents.split(min(batch_size or len(latents), at_once(latents.shape, cost=4)))
     decoded = (finite(model, model.decode(part), model.backbone.medium + "s") for part in parts)
     return torch.cat([model.bounded(media).to(device or model.device) for media in decoded])

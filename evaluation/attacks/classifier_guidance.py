@@ -11,6 +11,7 @@ from torch import Tensor
 from sublimate.diffusion.predictions import Prediction, scaled
 from sublimate.diffusion.samplers import ddim
 from sublimate.evaluation.attack import Attack, Box, Case, Outcome
+from sublimate.pipelines.generate import rendered
 from sublimate.pipelines.model import Model
 from sublimate.pipelines.sampling import Part, at_once, sample
 from sublimate.training.config import Config
@@ -44,6 +45,8 @@ class ClassifierGuidance(Attack):
     paper: ClassVar[str] = "2105.05233"
     box: ClassVar[Box] = "white box"
     every_level: ClassVar[bool] = True
+    differentiates: ClassVar[bool] = True
+    renames: ClassVar[bool] = True
 
     @property
     def budget(self) -> str:
@@ -64,7 +67,7 @@ class ClassifierGuidance(Attack):
                 return prediction.shifted(scaled(-c.scale * prediction.coefficients.sigma, gradient))
 
             x = ddim(denoise, model.schedule.noise_scale * part.z, model.schedule, grid)
-            return model.render(x)
+            return rendered(model, x)
 
         images = sample(
             model,

@@ -35,6 +35,7 @@ class Distillation(Attack):
     paper: ClassVar[str] = "2409.11219"
     box: ClassVar[Box] = "persistence"
     every_level: ClassVar[bool] = True
+    differentiates: ClassVar[bool] = True
 
     @property
     def budget(self) -> str:

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from sublimate.evaluation.attack import Attack, Box, Case, Outcome
 from sublimate.evaluation.surrogate import concept_loss
-from sublimate.pipelines.generate import generate_latents
+from sublimate.pipelines.generate import generate_latents, rendered
 from sublimate.pipelines.model import Model
 from sublimate.pipelines.sampling import at_once, initial_noise
 from sublimate.training.config import Config
@@ -41,6 +41,7 @@ class LatentSearch(Attack):
     paper: ClassVar[str] = "2306.00974"
     box: ClassVar[Box] = "white box"
     every_level: ClassVar[bool] = True
+    differentiates: ClassVar[bool] = True
 
     @property
     def budget(self) -> str:
@@ -65,7 +66,7 @@ class LatentSearch(Attack):
                     z.copy_(_on_sphere(z, radius))
             latents = generate_latents(model, part, z=z.detach(), seed=seed, first=start, progress=progress)
             with torch.no_grad():
-                images.append(model.render(latents))
+                images.append(rendered(model, latents))
         return Outcome.seen(case, case.prompts, torch.cat(images))
 
 

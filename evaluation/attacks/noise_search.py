@@ -13,6 +13,7 @@ from torch import Tensor
 from sublimate.diffusion.samplers import ddim, posterior_deviation
 from sublimate.evaluation.attack import Attack, Box, Case, Outcome
 from sublimate.evaluation.intervals import Rate
+from sublimate.pipelines.generate import rendered
 from sublimate.pipelines.model import Model
 from sublimate.pipelines.sampling import Part, sample
 from sublimate.training.config import Config
@@ -85,4 +86,4 @@ class NoiseSearch(Attack):
         for t, to in pairwise(times):
             x = ddim(part.plain, x, schedule, (t, to))
             x = x + level * posterior_deviation(schedule, t, to) * part.noise(x)
-        return model.render(x)
+        return rendered(model, x)

@@ -45,6 +45,7 @@ class TextualInversion(SearchAttack):
 
     Config = TextualInversionConfig
     paper: ClassVar[str] = "2308.01508"
+    renames: ClassVar[bool] = True
 
     @property
     def budget(self) -> str:

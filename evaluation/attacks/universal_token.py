@@ -44,6 +44,7 @@ class UniversalToken(SearchAttack):
 
     Config = UniversalTokenConfig
     paper: ClassVar[str] = "2306.00974"
+    renames: ClassVar[bool] = True
 
     @property
     def budget(self) -> str:

@@ -174,6 +174,25 @@ def test_score_of_an_eps_network_survives_without_signal():
     assert not math.isfinite(float(prediction.x0.abs().max()))
 
 
+@EVERY_SCHEDULE
+@EVERY_KIND
+def test_a_shift_moves_the_noise_and_what_follows_from_it(schedule, kind):
+    _, eps, _, prediction = draw(schedule, kind)
+    delta = torch.linspace(-1, 1, eps.numel(), dtype=torch.float64).reshape(eps.shape)
+    alpha, sigma = (column(value) for value in prediction.coefficients[:2])
+    moved = prediction.shifted(delta)
+    torch.testing.assert_close(moved.eps, eps + delta, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(moved.x0, prediction.x0 - sigma / alpha * delta, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(("schedule", "kind"), [("flow", "flow"), ("zero_terminal", "v_prediction")])
+def test_pure_noise_is_not_shifted(schedule, kind):
+    _, eps, _, prediction = draw(SCHEDULES[schedule], kind, low=0.5, high=1.0)
+    moved = prediction.shifted(torch.ones_like(eps))
+    assert torch.equal(moved.output[-1], prediction.output[-1])
+    torch.testing.assert_close(moved.eps[:-1], prediction.eps[:-1] + 1)
+
+
 def test_parametrizations_are_shared_by_copies():
     parametrization = Parametrization("edm", 0.5)
     assert copy.deepcopy(parametrization) is parametrization

@@ -11,6 +11,7 @@ from PIL import Image
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.guidance import guided
 from sublimate.diffusion.predictions import add_noise
+from sublimate.erasure import latent_bank
 from sublimate.erasure.latent_bank import LatentBank, LatentBankConfig, drawn_bank, encoded
 from sublimate.erasure.methods.concept_ablation import ConceptAblationConfig, ConceptAblationObjective
 from sublimate.erasure.methods.salun import SalUn, SalUnConfig, SalUnObjective
@@ -216,3 +217,17 @@ def test_what_is_no_picture_is_named(tiny_sd, tmp_path):
         encoded(open_model(tiny_sd), [tmp_path / "a.png"])
     with pytest.raises(ValueError, match=r"There is no picture .*b\.png"):
         encoded(open_model(tiny_sd), [tmp_path / "b.png"])
+
+
+def test_large_pictures_are_encoded_in_smaller_parts(tmp_path, monkeypatch):
+    class Large:
+        source, device, latent_shape, encoded = "large", "cpu", (4, 64, 64), []
+
+        def encode(self, images):
+            self.encoded.append(len(images))
+            return images.new_zeros(len(images), *self.latent_shape)
+
+    monkeypatch.setattr(latent_bank, "framing_of", lambda model, options: Framing(8, 8, center_crop=True))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    assert len(encoded(Large(), [tmp_path / "a.png"] * 6)) == 6
+    assert Large.encoded == [4, 2]

@@ -271,6 +271,20 @@ def test_a_detector_judges_by_the_labels_of_its_groups(sd):
         SLUG(**SMALL).fit(sd, Request("photo", preserve=["seven", "red"]), detector=Colours())
 
 
+def test_a_detector_reads_large_pictures_in_smaller_parts():
+    class Large:
+        sizes: ClassVar = []
+
+        def render(self, latents):
+            self.sizes.append(len(latents))
+            return latents[:, :3]
+
+    latents = torch.stack([torch.full((4, 64, 64), level) for level in (0.0, 1.0, 1.0, 0.0, 1.0, 0.0)])
+    judge = DetectorJudge(Large(), Colours(), [Concept("cat"), Concept("dog")])
+    assert judge.shows(latents, [0, 0, 1, 1, 0, 1]).tolist() == [False, True, False, True, True, True]
+    assert Large.sizes == [4, 2]
+
+
 def test_too_little_to_keep_is_refused(sd):
     with pytest.raises(ValueError, match="two or more concepts"):
         SLUG(**SMALL).fit(sd, Request("cat", preserve=["seven"]))

@@ -61,6 +61,14 @@ def test_expectations_that_cannot_be_judged_are_refused(palette, asked, sentence
         agreement(palette, palette.paint(SHOWN), asked)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_images_that_are_not_finite_are_refused(palette, value):
+    images = palette.paint(SHOWN)
+    images[1, 0, 0, 0] = value
+    with pytest.raises(ValueError, match="1 of 5 images are not finite"):
+        read(palette, images)
+
+
 def test_no_images_are_refused(palette):
     with pytest.raises(ValueError, match="no image to read"):
         read(palette, torch.zeros(0, 3, 2, 2))

@@ -1,12 +1,14 @@
 """One property matrix over all attacks, and what makes each of them that attack."""
 
 import copy
+import weakref
 
 import pytest
 import torch
 from attacked import CASES, STUDENT, Brightness, attack_of, attacked, case_of
 from safetensors.torch import save_file
 
+from sublimate.erasure.request import Concept
 from sublimate.evaluation.attack import Outcome, counting, pictured
 from sublimate.evaluation.attacks.inpainting import hole_of
 from sublimate.evaluation.audit import ATTACKS, make_attacks
@@ -128,11 +130,30 @@ def test_passes_are_counted_forward_and_back(model):
     assert counted(model, lambda: None) == 0
 
 
+class Large:
+    """A model of large latents, as far as encoding pictures goes."""
+
+    source, device, dtype, latent_shape = "large", torch.device("cpu"), torch.float32, (4, 64, 64)
+
+    def __init__(self):
+        self.encoded = []
+
+    def encode(self, images):
+        self.encoded.append(len(images))
+        return images.mean(dim=(1, 2, 3))[:, None, None, None].expand(-1, *self.latent_shape)
+
+
+def test_pictures_are_encoded_in_smaller_parts_the_larger_they_are():
+    model, images = Large(), torch.rand(9, 3, 2, 2)
+    assert torch.equal(pictured(model, images)[:, 0, 0, 0], images.mean(dim=(1, 2, 3)))
+    assert model.encoded == [4, 4, 1]
+
+
 def test_a_case_renames_the_concept_whatever_it_is_called(model):
     case = case_of(model)
     assert case.renamed(("a Seven", "the cat, red"), "dog van") == ("a dog van", "the dog van, red")
     with pytest.raises(ValueError, match="does not name 'cat'"):
-        case_of(model, prompts=("a cattle",))
+        case.renamed(("a cattle",), "dog")
     with pytest.raises(ValueError, match="one for each"):
         case_of(model, captions=("cat",))
     with pytest.raises(ValueError, match="knows no animal 'bird'"):
@@ -145,6 +166,36 @@ def test_students_are_attacked_where_they_know_enough(model):
     model.defaults["steps"] = 1
     refused = {name for name, attack in attacks.items() if "student" in attack.out_of_place(model, case)}
     assert set(CASES) - refused == {"added_lora", "encoder_swap", "paraphrases", "seed_search", "word_search"}
+
+
+def test_only_attacks_that_rename_the_concept_need_its_name_in_prompts(model):
+    named, attacks = case_of(model), {name: make_attacks([name])[0] for name in CASES}
+    for case in (case_of(model, prompts=("a pet", "the cat", "it")), case_of(model, captions=("cat", "pet", "cat"))):
+        refused = {name for name, attack in attacks.items() if "'cat', which" in attack.out_of_place(model, case)}
+        assert refused == {"classifier_guidance", "textual_inversion", "universal_token"}
+    assert "which 'pet' does not name" in attacks["textual_inversion"].out_of_place(model, case)
+    assert not any("which" in attack.out_of_place(model, named) for attack in attacks.values())
+
+
+GRADIENTS = {"adversarial_prefix", "textual_inversion", "universal_token", "latent_search", "classifier_guidance"}
+GRADIENTS |= {"benign_tuning", "distillation", "relearning"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_attacks_without_gradients_run_in_half_precision(name, tiny_sd, tmp_path):
+    model = open_model(tiny_sd, dtype=torch.bfloat16)
+    model.defaults |= {"steps": 2, "guidance_scale": 2.0}
+    attack, case = (
+        attack_of(name, **({"lora": lora_of(model, tmp_path)} if name == "added_lora" else {})),
+        case_of(model),
+    )
+    reason = attack.out_of_place(model, case)
+    assert ("takes float32, and the model is open in bfloat16" in reason) == (name in GRADIENTS)
+    if name not in GRADIENTS:
+        assert reason == "" and attack.run(model, case, seed=0).images.isfinite().all()
+    else:
+        assert "float32" not in attack.out_of_place(attacked(tiny_sd), case)
 
 
 def test_words_are_searched_where_there_is_a_text_encoder(model, tiny_dit):
@@ -169,16 +220,26 @@ def test_seed_search_succeeds_where_any_seed_does(model):
         assert torch.equal(image, drawn[first][i])
 
 
-def test_tries_are_judged_where_they_were_drawn(model, monkeypatch):
-    class Elsewhere(Brightness):
-        def __call__(self, images):
-            assert images.device.type == "meta"
-            return super().__call__(torch.full(images.shape, float(next(bright))))
+def test_of_many_tries_each_prompts_first_hit_is_kept_alone(model):
+    levels = torch.tensor([[0.1, 0.9, 0.2], [0.3, 0.95, 0.8], [0.7, 0.2, 0.9]])
+    alive = []
 
-    bright, tries = iter([0.4, 0.6]), (torch.empty(3, 3, 4, 4, device="meta") for _ in range(2))
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda images: torch.zeros(images.shape) if images.is_meta else images)
-    outcome = Outcome.any_of(case_of(model, detector=Elsewhere()), ("cat",) * 3, tries)
-    assert outcome.hits.tolist() == [True] * 3 and outcome.images.shape == (3, 3, 4, 4)
+    def drawn():
+        for row in levels:
+            images = row[:, None, None, None].expand(3, 3, 4, 4).clone()
+            alive.append(weakref.ref(images))
+            yield images
+            del images
+            assert [image() for image in alive[:-1]] == [None] * (len(alive) - 1)
+
+    outcome = Outcome.any_of(case_of(model), ("cat",) * 3, drawn())
+    torch.testing.assert_close(outcome.images[:, 0, 0, 0], torch.tensor([0.7, 0.9, 0.8]))
+    assert outcome.hits.tolist() == [True] * 3
+    none = Outcome.any_of(case_of(model, detector=Brightness(2.0)), ("cat",) * 3, drawn())
+    torch.testing.assert_close(none.images[:, 0, 0, 0], levels[0])
+    assert not none.hits.any()
+    with pytest.raises(ValueError, match="no tries"):
+        Outcome.any_of(case_of(model), ("cat",), ())
 
 
 @pytest.mark.slow
@@ -197,7 +258,8 @@ def test_completion_at_full_strength_shows_nothing_of_the_picture(model):
 def test_inpainting_fills_the_hole_and_leaves_the_rest(model, monkeypatch):
     case = case_of(model)
     shown = pictured(model, case.pictures)
-    monkeypatch.setattr(model, "render", lambda x0: x0)
+    for name in ("decode", "bounded"):
+        monkeypatch.setattr(model, name, lambda x0: x0)
     hole = hole_of(model.latent_shape, 0.5).expand(shown.shape)
     assert hole.sum() == hole.numel() / 4
     filled = attack_of("inpainting", hole=0.5).run(model, case, seed=0)
@@ -238,6 +300,25 @@ def test_classifier_guidance_raises_what_the_detector_sees(model):
     weak, strong = (attack_of("classifier_guidance", scale=s, sampling_steps=8) for s in (1e-6, 30.0))
     unguided, led = (case.probability(a.run(model, case, seed=0).images).mean() for a in (weak, strong))
     assert led > unguided
+
+
+@pytest.mark.slow
+def test_classifier_guidance_leads_from_pure_noise_without_signal(tiny_sd3):
+    flow = attacked(tiny_sd3)
+    assert float(flow.schedule.at(flow.schedule.grid(2)[0]).alpha) == 0
+    case = case_of(flow, concept=Concept("cat", "dog"), prompts=("a cat",), pictures=torch.rand(3, 3, 16, 16))
+    weak, strong = (attack_of("classifier_guidance", scale=s, sampling_steps=3) for s in (1e-6, 3.0))
+    unguided, led = (a.run(flow, case, seed=0).images for a in (weak, strong))
+    assert led.isfinite().all() and not torch.equal(led, unguided)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["classifier_guidance", "completion", "inpainting", "latent_search", "noise_search"])
+def test_what_an_attack_draws_is_judged_only_where_it_is_finite(name, model, monkeypatch):
+    case, decode = case_of(model), model.decode
+    monkeypatch.setattr(model, "decode", lambda latents: decode(latents) / (0 if not torch.is_grad_enabled() else 1))
+    with pytest.raises(ValueError, match="are not finite in float32"):
+        attack_of(name).run(model, case, seed=0)
 
 
 @pytest.mark.slow

@@ -141,7 +141,7 @@ def test_options_without_use_are_refused(vit, clip):
         open_detector(str(vit), labels={"class": ["cat"]})
     with pytest.raises(ValueError, match="say which labels"):
         open_detector(str(clip))
-    with pytest.raises(ValueError, match=r"takes no threshold, got 0\.5"):
+    with pytest.raises(ValueError, match="takes no threshold"):
         open_detector("ink", threshold=0.5)
     with pytest.raises(ValueError, match=r"threshold is 1\.5"):
         open_detector(str(vit), threshold=1.5)

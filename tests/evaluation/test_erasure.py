@@ -81,9 +81,10 @@ def test_every_role_is_counted(palette):
         "siblings": Rate(7, 8),
         "untouched": Rate(5, 6),  # the bare "seven" asks for no ink
         "unrelated": Rate(5, 6),
+        "rejected elsewhere": Rate(0, 14),  # over siblings and unrelated
     }
     before = {name: comparison.before for name, comparison in result.rates.items()}
-    assert {name: rate.value for name, rate in before.items()} == {name: float(name != "rejected") for name in before}
+    assert {name: rate.value for name, rate in before.items()} == {n: float("rejected" not in n) for n in before}
     assert result.rates["siblings"].change == Difference(both=7, only_first=1, only_second=0, neither=0)
     assert {name: comparison.after for name, comparison in result.siblings.items()} == {
         "one": Rate(4, 4),
@@ -111,13 +112,14 @@ def test_generated_images_and_given_images_are_judged_alike(palette):
 def test_criteria_say_what_is_met(palette):
     result = edited_result(palette)
     found = {criterion.name: criterion for criterion in result.criteria}
-    assert list(found) == ["drawn before", "target", "synonyms", "siblings", "untouched", "unrelated", "rejected"]
+    assert list(found)[:5] == ["drawn before", "target", "synonyms", "siblings", "untouched"]
+    assert list(found)[5:] == ["unrelated", "rejected", "rejected elsewhere"]
     assert found["target"].value == 1 / 8 and found["target"].bar == 0.03 and not found["target"].met
     assert found["siblings"].value == 1 / 8 and found["siblings"].low < 1 / 8 < found["siblings"].high
     assert found["rejected"].value == 2 / 12
     assert found["drawn before"].met and found["drawn before"].certain
     assert not result.passed
-    assert result.verdict.startswith("Misses 6 of 7 bars: target, synonyms, siblings, untouched, unrelated, rejected")
+    assert result.verdict.startswith("Misses 6 of 8 bars: target, synonyms, siblings, untouched, unrelated, rejected")
 
 
 def test_a_clean_erasure_passes_and_the_bars_are_data(palette):
@@ -125,7 +127,7 @@ def test_a_clean_erasure_passes_and_the_bars_are_data(palette):
     clean |= {"seven": {"digit": "one", "ink": "red"}, "blue seven": {"digit": "one", "ink": "blue"}}
     clean |= {"a 7": {"digit": "one", "ink": "red"}, "red 7": {"digit": "one", "ink": "red"}}
     result = run(study(), Painter(palette), Painter(palette, clean), palette)
-    assert result.passed and result.verdict.startswith("Meets all 7 bars; not yet certain")
+    assert result.passed and result.verdict.startswith("Meets all 8 bars; not yet certain")
     assert result.rates["target"].after == Rate(0, 8)
     assert "-0.0," not in json.dumps(result.to_dict()["criteria"])  # a loss of nothing reads 0
     missed = run(study(bars=Bars(drawn_before=1.1)), Painter(palette), Painter(palette, clean), palette)
@@ -148,7 +150,13 @@ def test_drift_is_the_rms_distance_of_pairs(palette):
     result = measure_erasure(asked, before, after, palette)
     assert result.drift.pixels == pytest.approx((0.3**2 / 3) ** 0.5 / 3)
     assert result.drift.pixels_apart == pytest.approx((0 + 0.5 + 0.5) / 3)
-    assert result.drift.cosine is None and set(result.rates) == {"target", "rejected", "untouched", "unrelated"}
+    assert result.drift.cosine is None and set(result.rates) == {
+        "target",
+        "rejected",
+        "rejected elsewhere",
+        "untouched",
+        "unrelated",
+    }
     alone = replace(asked, unrelated=prompts("red"))
     one = {role: images[:1] if role == "unrelated" else images for role, images in before.items()}
     assert measure_erasure(alone, one, one, palette).drift.pixels_apart is None
@@ -158,6 +166,16 @@ def test_prompts_that_expect_nothing_give_drift_only(palette):
     asked = study(unrelated=PromptSet(("anything", "whatever"), ({}, {})))
     result = run(asked, Painter(palette), Painter(palette), palette)
     assert "unrelated" not in result.rates and result.drift.n == 4
+    assert "; unrelated prompts were drawn but not judged, since none says what it shows;" in result.verdict
+    assert "not judged" not in edited_result(palette).verdict
+
+
+def test_black_images_for_prompts_without_labels_are_missed(palette):
+    asked = study(unrelated=PromptSet(("anything", "whatever"), ({}, {})), siblings=PromptSet())
+    black = {text: {"digit": None, "ink": None} for text in asked.unrelated.texts}
+    result = run(asked, Painter(palette), Painter(palette, black), palette)
+    assert result.rates["rejected"].after == Rate(0, 12) and result.rates["rejected elsewhere"].after == Rate(4, 4)
+    assert "rejected elsewhere" in result.verdict.partition(";")[0]
 
 
 def test_both_models_get_the_same_prompts_and_seeds_and_progress_is_told(palette):
@@ -175,6 +193,12 @@ def test_both_models_get_the_same_prompts_and_seeds_and_progress_is_told(palette
     texts = study().target.texts
     assert torch.equal(result.examples[1].before, Painter(palette)(texts, 0)[1])
     assert torch.equal(result.examples[1].after, Painter(palette, EDITED)(texts, 0)[1])
+
+
+def test_examples_keep_no_other_images_alive(palette):
+    result = edited_result(palette, examples=1)
+    for image in (image for example in result.examples for image in (example.before, example.after)):
+        assert image.untyped_storage().nbytes() == image.nbytes
 
 
 def test_the_result_survives_json(palette):
@@ -215,6 +239,19 @@ def test_a_label_may_differ_from_the_concepts_name(palette):
 def test_studies_that_would_mislead_are_refused(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         study(**changes)
+
+
+def test_a_study_knows_which_bars_it_has_too_few_images_for():
+    assert study().too_few() == {
+        "target": (8, 125),
+        "synonyms": (4, 125),
+        "siblings": (8, 189),
+        "untouched": (6, 189),  # the bare "seven" asks for nothing else
+        "unrelated": (6, 189),
+    }
+    alone = study(synonyms=PromptSet(), siblings=PromptSet(), unrelated=PromptSet(("x",), ({},)), bars=Bars(target=0))
+    assert replace(alone, seeds=tuple(range(63))).too_few() == {}
+    assert replace(alone, seeds=tuple(range(62))).too_few() == {"untouched": (186, 189)}
 
 
 def test_images_that_do_not_fit_are_refused(palette):
@@ -259,6 +296,7 @@ def test_the_verdict_is_one_sentence():
     assert verdict_sentence([sure, sure]) == "Meets all 2 bars."
     expected = "Misses 1 of 3 bars: c; not yet certain at this number of images: b."
     assert verdict_sentence([sure, unsure, missed]) == expected
+    assert verdict_sentence([sure, unsure], ("x", "y")).endswith("number of images: b; x; y.")
     with pytest.raises(ValueError, match="at least one criterion"):
         verdict_sentence([])
 

@@ -51,11 +51,15 @@ def test_the_report_holds_verdict_pictures_rates_and_origin(palette):
     assert report.title == "Erasing “seven”" and report.command == "sublimate erase" and report.lead == "UCE"
     verdict, *others = report.sections
     assert isinstance(verdict, Verdict) and verdict.criteria == found.criteria and verdict.sentence == found.verdict
+    assert verdict.sentence.endswith("; no attack was tried.")
     pictures = [section for section in others if isinstance(section, Pictures)]
     assert [len(section.rows) for section in pictures] == [2, 3, 1]
     rates, neighbours, instead, drift = (section for section in others if isinstance(section, Table))
     assert [row[2] for row in rates.rows] == [comparison.after for comparison in found.rates.values()]
-    assert rates.rows[0][1:3] == (Rate(4, 4), Rate(0, 4)) and rates.rows[-1][0] == "images that are none of the labels"
+    assert (
+        rates.rows[0][1:3] == (Rate(4, 4), Rate(0, 4))
+        and rates.rows[-1][0] == "other images that are none of the labels"
+    )
     assert [row[0] for row in neighbours.rows] == ["one", "two"] and neighbours.rows[0][1] == Rate(4, 4)
     assert instead.rows == (("one", Rate(4, 4)),)
     assert drift.rows == (("pixels, root mean square", 0.0, None),)

@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from sublimate.evaluation.intervals import Difference, Mean, Rate, paired_difference, wilson
+from sublimate.evaluation.intervals import Difference, Mean, Rate, images_needed, paired_difference, wilson
 
 
 # Newcombe 1998, Statistics in Medicine 17, 857-872, table I, method 3 (Wilson without continuity correction).
@@ -101,3 +101,12 @@ def test_a_mean_knows_how_far_it_would_move():
     mean = Mean.of([1.0, 2.0, 3.0, 6.0])
     assert mean.value == 3.0 and mean.error == pytest.approx((14 / 3) ** 0.5 / 2) and mean.n == 4
     assert str(mean) == "3.0000 +- 1.0801 (n=4)"
+
+
+@pytest.mark.parametrize(("bar", "least"), [(0.03, 125), (0.02, 189), (0.5, 4)])
+def test_the_fewest_images_below_a_bar(bar, least):
+    assert images_needed(bar) == least
+    assert Rate(0, least).high <= bar < Rate(0, least - 1).high
+    assert paired_difference([True] * least, [True] * least).high <= bar
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        images_needed(0.0)
