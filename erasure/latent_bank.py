@@ -20,8 +20,6 @@ from sublimate.training.data_config import DataConfig
 from sublimate.training.randomness import SampleRandom, key
 from sublimate.training.sources import framing_of
 
-"""Pictures that are encoded together."""
-
 
 class LatentBank:
     """Latents in rows that match those of a `PromptBank`; a draw takes one of its row's, each with equal chances.

@@ -277,21 +277,21 @@ def test_a_student_starts_and_reads_without_what_is_attached_to_its_teacher(mode
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_players_of_an_attached_network_keep_it_and_learn_through_it(model, kind):
+@pytest.mark.parametrize("options", [{}, {"kind": "lora", "rank": 2}], ids=["full", "lora"])
+def test_players_of_an_attached_network_keep_it_and_learn_through_it(model, options):
     x_t = torch.linspace(-2, 2, 3 * 4 * 64).view(3, 4, 8, 8)
     condition = model.encode_prompts(PROMPTS)
     edit = shifted(model, "unet/conv_in", by=3.0)
     unedited = model.denoiser(x_t, 500, condition).output
     edit.apply(model)
     expected = model.denoiser(x_t, 500, condition).output
-    player = make_player(model.denoiser, PlayerConfig(kind=kind, rank=2))
+    player = make_player(model.denoiser, PlayerConfig(**options))
     installed = dict(model.attached[0].module.named_parameters())
     assert torch.equal(player.module(x_t, 500, condition).output, expected) and not torch.equal(expected, unedited)
     player.set_trainable(True)
     player.module(x_t, 500, condition).output.square().mean().backward()
     assert all(p.grad is None for p in installed.values())
-    first = player.module.network.conv_in.weight if kind == "full" else next(iter(player.trainable().values()))
+    first = player.module.network.conv_in.weight if not options else next(iter(player.trainable().values()))
     assert first.grad is not None
     edit.remove(model)
     assert torch.equal(model.denoiser(x_t, 500, condition).output, unedited)
