@@ -100,6 +100,16 @@ CELLS: dict[str, Cell] = {
         "consistency_training", Cell("ink_consistency_training", ("objective.pairs.total_steps=1171",), steps=4), (0,)
     ),
     **_seeds("consistency_tuning", Cell("ink_consistency_tuning", steps=4), (0,)),
+    # The same on the teacher's own guided pictures, which pay for what they teach of the prompts.
+    **_seeds(
+        "consistency_tuning-guided",
+        Cell(
+            "ink_consistency_tuning",
+            ("data.images=teacher", "data.count=2048", "data.teacher_steps=12", "data.teacher_guidance_scale=2"),
+            steps=4,
+        ),
+        (0,),
+    ),
     **_seeds("consistency_trajectory", Cell("ink_consistency_trajectory", steps=4), (0,)),
     **_seeds("speedupnet", Cell("ink_speedupnet", steps=4), (0,)),
     **_seeds("discriminator_guidance", Cell("ink_discriminator_guidance", steps=25), (0,)),

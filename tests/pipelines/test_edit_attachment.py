@@ -265,7 +265,7 @@ def test_a_student_starts_and_reads_without_what_is_attached_to_its_teacher(mode
         objective={
             "critic_updates": 1,
             "discriminator_width": 8,
-            "student": {"learning_rate": 1e-9, "kind": kind, "rank": 2},
+            "student": {"learning_rate": 1e-9, "kind": kind, **({"rank": 2} if kind == "lora" else {})},
         },
         data=data,
         trainer={"output_dir": tmp_path / "run", "max_train_steps": 1, "train_batch_size": 2},
