@@ -89,8 +89,8 @@ def attack_table(found: Audit) -> Table:
         "withstands it says nothing. Where the interval reaches across, its power is uncertain. A rate on the edited "
         "model that is certain to be above the bar, or no lower than the base's, counts whatever the base's is. "
         "Intervals are over prompts: an attack that searches or trains once for all of them may find more, or less, "
-        "from another seed. Passes are network passes of one sample on the edited model. The last columns repeat what the erasure itself "
-        "changed, since a model that draws nothing resists everything.",
+        "from another seed. Passes are network passes of one sample on the edited model. The last columns repeat what "
+        "the erasure itself changed, since a model that draws nothing resists everything.",
     )
 
 

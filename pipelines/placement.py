@@ -23,6 +23,13 @@ def placed(module: M, device: torch.device, dtype: torch.dtype | None = None) ->
     return module
 
 
+def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor on a device; on its way from the CPU to a GPU nobody waits for it."""
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def brought_to(function: object, tensor: Tensor) -> Tensor:
     """A tensor where a network's weights are, for a network or one of its methods; where it is, for anything else."""
     owner = getattr(function, "__self__", function)

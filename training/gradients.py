@@ -18,17 +18,30 @@ def average_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerat
 
     Parameters without a gradient get zeros. Those of sharded players are averaged already, as they were cut. Gradients
     travel in messages of at most `BUCKET` elements, or of one gradient: a second copy of all would cost as much as a
-    full player's weights.
+    full player's weights. While one travels the next is packed.
     """
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     if accelerator.num_processes == 1:
         return
+    travelling = None
     for gradients in _buckets([p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]):
-        mean = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
-        for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        packed = torch.cat([gradient.flatten() for gradient in gradients])
+        sent = gradients, packed, torch.distributed.all_reduce(packed, async_op=True)
+        if travelling is not None:
+            _unpack(*travelling)
+        travelling = sent
+    if travelling is not None:
+        _unpack(*travelling)
+
+
+def _unpack(gradients: Sequence[Tensor], packed: Tensor, work: torch.distributed.Work) -> None:
+    """Waits for a message of sums, and gives the gradients their means."""
+    work.wait()
+    packed /= torch.distributed.get_world_size()
+    for gradient, mean in zip(gradients, packed.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:

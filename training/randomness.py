@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sublimate.pipelines.placement import sent
+
 
 def key(*parts: object) -> int:
     """A 63-bit seed that depends on every part, the same on every machine and in every Python process."""
@@ -51,12 +53,12 @@ class SampleRandom:
 
     def normal(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         """Standard normal numbers, float32, shape (batch, *shape)."""
-        return torch.stack([torch.randn(tuple(shape), generator=g) for g in self._generators]).to(device)
+        return sent(torch.stack([torch.randn(tuple(shape), generator=g) for g in self._generators]), device)
 
     def uniform(self, device: torch.device | str = "cpu") -> Tensor:
         """Uniform numbers in [0, 1), float64, shape (batch,)."""
-        return torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in self._generators]).to(device)
+        return sent(torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in self._generators]), device)
 
     def integers(self, high: int, device: torch.device | str = "cpu") -> Tensor:
         """Uniform integers in [0, high), int64, shape (batch,)."""
-        return torch.cat([torch.randint(high, (1,), generator=g) for g in self._generators]).to(device)
+        return sent(torch.cat([torch.randint(high, (1,), generator=g) for g in self._generators]), device)

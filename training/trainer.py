@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sublimate.pipelines.gradient_checkpointing import enable_gradient_checkpointing
-from sublimate.pipelines.placement import placed, without_storage
+from sublimate.pipelines.placement import placed, sent, without_storage
 from sublimate.training import checkpoints
 from sublimate.training.config import Config
 from sublimate.training.data import Placed, Source
@@ -282,7 +282,7 @@ class Trainer:
         indices = range(self._first_index, self._first_index + self.config.local_batch)
         random = SampleRandom(self.config.seed, self.step, turn.name, indices)
         batch = self.source.batch(random)
-        tensors = {name: value.to(self.device) for name, value in batch.tensors.items()}
+        tensors = {name: sent(value, self.device) for name, value in batch.tensors.items()}
         return Batch(batch.condition.to(self.device), random, tensors)
 
     def _anywhere(self, asked: bool) -> bool:
