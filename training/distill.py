@@ -245,7 +245,7 @@ def _run(
 
 def _validator(
     model: Model, objective: Objective, config: DistillConfig, source: Source
-) -> Callable[[int], None] | None:
+) -> Callable[[int], Tensor | None] | None:
     """Draws `validation_prompts` with the student into `<output_dir>/samples/`, the same noise every time.
 
     A model that is shown pictures is shown some of the source's.
@@ -270,7 +270,7 @@ def _validator(
         if isinstance(source, Placed) and place is not None:
             source.seek(place)
 
-    def validate(step: int) -> None:
+    def validate(step: int) -> Tensor | None:
         artefact, seed, size = objective.exports(), config.trainer.seed, at_once(model.latent_shape)
         parts = [slice(first, first + size) for first in range(0, len(z), size)]
         with autocast(model.device, config.trainer.mixed_precision):
@@ -279,7 +279,7 @@ def _validator(
             ]
         # Sharded players draw in all processes together.
         if not accelerator().is_main_process:
-            return
+            return None
         folder = config.trainer.output_dir / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         with at_hand(model, "vae"):
@@ -287,6 +287,7 @@ def _validator(
             media = torch.cat([model.render(part) for part in latents])
         picture = image_grid(pictures_of(media, model.backbone.medium), columns=8)
         (folder / f"{step:07d}.png").write_bytes(to_png(picture))
+        return picture
 
     return validate
 

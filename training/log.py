@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from torch import Tensor
 
 from sublimate.pipelines.folders import file_written_aside
+
+# How trackers are told where an array's channels are.
+_LAYOUTS: Mapping[str, Mapping[str, str]] = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
 
 
 class Log:
@@ -45,6 +49,15 @@ class Log:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+
+    def show(self, step: int, picture: Tensor | None) -> None:
+        """Shows a sample picture, (3, height, width) in [0, 1], in the trackers that take arrays."""
+        if picture is None:
+            return
+        array = (255 * picture.clamp(0, 1)).round().byte().permute(1, 2, 0)[None].cpu().numpy()
+        for tracker in self.accelerator.trackers:
+            if tracker.name in _LAYOUTS:
+                tracker.log_images({"samples": array}, step=step, **_LAYOUTS[tracker.name])
 
     def close(self) -> None:
         """Has the tracker write what it still holds. `Accelerator.end_training` would part the processes, too."""

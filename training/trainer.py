@@ -126,7 +126,8 @@ class Trainer:
         objective: what to train.
         source: where conditions and images come from.
         config: options.
-        validate: called in every process with the step every `validation_steps`, with averaged weights in place.
+        validate: called in every process with the step every `validation_steps`, with averaged weights in place; what
+            it returns, a picture (3, H, W) in [0, 1], trackers show.
         fingerprint: of all else that a checkpoint must agree with to be resumed from (`checkpoints.fingerprint`).
         about: what a tracker shows of the run beside its method; None shows `config`.
         progress: show a progress bar.
@@ -138,7 +139,7 @@ class Trainer:
         source: Source,
         config: TrainerConfig,
         *,
-        validate: Callable[[int], None] | None = None,
+        validate: Callable[[int], Tensor | None] | None = None,
         fingerprint: str = "",
         about: Mapping[str, Any] | None = None,
         progress: bool = True,
@@ -168,9 +169,8 @@ class Trainer:
             for name, player in self.players.items()
             if player.ema and config.ema_decay is not None
         }
-        self.log = Log(config.output_dir, self.accelerator)
         self.about = config.model_dump(mode="json") if about is None else about
-        self.step = 0
+        self.log, self.step = Log(config.output_dir, self.accelerator), 0
 
     def run(self) -> None:
         """Trains up to `max_train_steps`, resuming if asked, and leaves players (and averages) in their final state.
@@ -311,7 +311,7 @@ class Trainer:
             self.log.write(self.step, {**values, **rates})
         if self.validate is not None and config.validation_steps and self.step % config.validation_steps == 0:
             with torch.no_grad(), self.averaged():
-                self.validate(self.step)
+                self.log.show(self.step, self.validate(self.step))
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
