@@ -69,7 +69,7 @@ class TrainerConfig(Config):
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"] = "constant"
     lr_warmup_steps: int = Field(default=0, ge=0)
     ema_decay: float | None = Field(default=None, ge=0, lt=1)
-    checkpointing_steps: int | None = Field(default=None, ge=1)
+    checkpointing_steps: int | None = Field(default=500, ge=1)
     checkpoints_total_limit: int | None = Field(default=2, ge=1)
     resume_from_checkpoint: str | None = "latest"
     report_to: str | None = None
