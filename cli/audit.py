@@ -112,6 +112,7 @@ def command(
         after = open_model(edited, revision=edited_revision, variant=edited_variant, **placed)
     else:
         after = beside(before, Edit.load(edited))
+    hashes = {"base hash": before.content_hash(), "edited hash": after.content_hash()}
     for model in (before, after):
         model.to(dtype=precision)
 
@@ -149,9 +150,8 @@ def command(
         lead=f"{edited} against {base}.",
         provenance={
             "base": before.source,
-            "base hash": before.content_hash(),
             "edited": edited,
-            "edited hash": after.content_hash(),
+            **hashes,
             "precision": dtype,
             "detector": detector,
             **({} if labels is None else {"detector's labels": str(labels)}),

@@ -122,8 +122,12 @@ class Eraser(Method):
         for concepts, read in ((request.erase, self.uses_images), (request.preserve, self.uses_kept_images)):
             if pictured := [concept.name for concept in concepts if concept.images and not read]:
                 raise ValueError(f"{self.name()} learns from no pictures of {pictured[0]!r}: leave out its images.")
-        if anchored := [concept for concept in request.erase if concept.anchor and not self.uses_anchor]:
-            log.warning("%s reads no anchor: that of %r has no effect.", self.name(), anchored[0].name)
+        inside = () if request.within is None else (request.within,)
+        if pictured := [concept.name for concept in inside if concept.images]:
+            raise ValueError(f"{self.name()} reads no pictures of {pictured[0]!r}: leave out its images.")
+        erased = () if self.uses_anchor else request.erase
+        if anchored := [concept for concept in (*erased, *inside, *request.preserve) if concept.anchor]:
+            log.warning("%s reads no anchor of %r: it has no effect.", self.name(), anchored[0].name)
 
     def plan(self, model: Model, request: Request) -> Costs:
         """What `fit` will need, without fitting.

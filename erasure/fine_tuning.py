@@ -17,7 +17,7 @@ from torch import Tensor
 from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.denoisers import Denoiser
 from sublimate.erasure.eraser import Changes, Eraser
-from sublimate.erasure.prompt_bank import PromptBank, concept_groups, telling
+from sublimate.erasure.prompt_bank import PromptBank, concept_groups, with_guidance
 from sublimate.erasure.request import Concept, Request, Templates
 from sublimate.erasure.trained_weights import denoiser_changes, denoiser_player, full_keys
 from sublimate.erasure.weights import Rule
@@ -144,7 +144,7 @@ class StudentObjective(SoloObjective):
 
     def __init__(self, model: Model, config: StudentConfig, request: Request, *, seed: int = 0) -> None:
         self.guidance, self.seed = self.guidance_told(model, config), seed
-        self.null = telling(model.null_condition(), self.guidance)
+        self.null = with_guidance(model.null_condition(), self.guidance)
         if not model.any_condition().text_keys:
             raise ValueError(f"{model.source} knows no prompts, so there is nothing to erase by name.")
         if self.every_level:

@@ -32,7 +32,7 @@ class PromptBank:
         prompts = [prompt for group in groups for prompt in group]
         parts = (prompts[start : start + _AT_ONCE] for start in range(0, len(prompts), _AT_ONCE))
         with torch.no_grad():
-            self._condition = telling(Condition.cat([model.encode_prompts(part) for part in parts]), guidance)
+            self._condition = with_guidance(Condition.cat([model.encode_prompts(part) for part in parts]), guidance)
 
     def draw(self, random: SampleRandom) -> Tensor:
         """Rows of the bank, one per sample, (batch,) int64 on the CPU."""
@@ -58,7 +58,7 @@ def concept_groups(
     return [[phrase.anchored if anchored else phrase.text for phrase in own] for own in phrases]
 
 
-def telling(condition: Condition, guidance: float | None) -> Condition:
+def with_guidance(condition: Condition, guidance: float | None) -> Condition:
     """A condition with the guidance scale that a network reads; itself where that is None, or nothing is told."""
     if guidance is None or not condition:
         return condition

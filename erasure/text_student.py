@@ -15,7 +15,7 @@ from sublimate.diffusion.conditions import Condition
 from sublimate.diffusion.denoisers import Denoiser
 from sublimate.erasure.eraser import Changes
 from sublimate.erasure.fine_tuning import StudentConfig, StudentObjective
-from sublimate.erasure.prompt_bank import PromptBank, concept_groups, telling
+from sublimate.erasure.prompt_bank import PromptBank, concept_groups, with_guidance
 from sublimate.erasure.request import Concept
 from sublimate.erasure.targets import squared_error
 from sublimate.pipelines.gradient_checkpointing import enable_gradient_checkpointing
@@ -147,7 +147,7 @@ class TextBank(PromptBank):
 
     def condition(self, rows: Tensor, device: torch.device | str) -> Condition:
         told = self.student.encode_prompts([self.prompts[row] for row in rows.tolist()])
-        return telling(told, self.guidance).to(device)
+        return with_guidance(told, self.guidance).to(device)
 
     def unmoved(self, rows: Tensor, device: torch.device | str) -> Condition:
         """What the model's own encoders say of these rows."""

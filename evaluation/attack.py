@@ -160,6 +160,10 @@ class Attack(Method):
     def budget(self) -> str:
         """What the attacker may do, in a few words with numbers."""
 
+    def depends_on(self) -> dict[str, Any]:
+        """What its results depend on beside the model and the case, as JSON; files that are named are read anew."""
+        return self.config.model_dump(mode="json")
+
     def out_of_place(self, model: Model, case: Case) -> str:
         """Why there is nothing to attack this way, in one sentence; empty when there is."""
         if self.every_level and model.is_student:

@@ -34,6 +34,7 @@ from sublimate.pipelines.placement import name_of
 from sublimate.training import registry
 from sublimate.training.config import validate_section
 from sublimate.training.randomness import key
+from sublimate.training.trainer import Interrupted
 
 log = logging.getLogger(__name__)
 ATTACKS = "sublimate.evaluation.attacks"
@@ -140,6 +141,8 @@ def audit(
                 skipped[name] = reason
                 continue
             trial = there if (there := parts.trial(attack)) is not None else tried(attack, i)
+        except Interrupted as stop:  # what trains saves when it is told to stop
+            raise KeyboardInterrupt from stop
         except (ValueError, torch.OutOfMemoryError) as error:
             skipped[name] = f"it could not be run: {first_line(error)}"
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -129,10 +129,19 @@ def _model(model: Model) -> dict[str, Any]:
 
 
 def _options(attack: Attack) -> dict[str, Any]:
-    """An attack's options; files count by what they hold."""
-    paths = {name: value for name, value in attack.config if isinstance(value, Path) and value.is_file()}
-    digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}
-    return {**attack.config.model_dump(mode="json"), **digests, "budget": attack.budget}
+    """What an attack's results depend on; files that it names count by what they hold."""
+    options = attack.depends_on()
+    texts = {value for value in _leaves(options) if isinstance(value, str) and len(value) < 4096}
+    files = sorted(text for text in texts if Path(text).is_file())
+    return {**options, "files": [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files]}
+
+
+def _leaves(values: Any) -> Iterator[Any]:
+    if isinstance(values, Mapping | list | tuple):
+        for value in values.values() if isinstance(values, Mapping) else values:
+            yield from _leaves(value)
+    else:
+        yield values
 
 
 def _result(study: ErasureStudy, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ErasureResult:

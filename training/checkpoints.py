@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sublimate.pipelines.folders import written_aside
 from sublimate.training.whole import share
@@ -129,19 +130,22 @@ def lasting(options: object) -> object:
 def load_exactly(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], what: str) -> None:
     """Copies tensors, or this process's shares, into the parameters of the same names, which must match one to one.
 
+    Args:
+        parameters: of the run.
+        tensors: whole ones.
+        what: whose they are, for messages: "The checkpoint's player student".
+
     Raises:
         ValueError: when names or shapes differ.
     """
     if parameters.keys() != tensors.keys():
         differing = sorted(parameters.keys() ^ tensors.keys())
-        raise ValueError(
-            f"The checkpoint's {what} does not fit this run: {len(differing)} names differ, e.g. {differing[0]}."
-        )
+        raise ValueError(f"{what} does not fit this run: {len(differing)} names differ, e.g. {differing[0]}.")
     for name, parameter in parameters.items():
         if parameter.shape != tensors[name].shape:
             raise ValueError(
-                f"The checkpoint's {what} does not fit this run: {name} has shape {tuple(tensors[name].shape)}, "
-                f"the run needs {tuple(parameter.shape)}."
+                f"{what} does not fit this run: {name} has shape {tuple(tensors[name].shape)}, the run needs "
+                f"{tuple(parameter.shape)}."
             )
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -173,4 +177,8 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
         elif field == "step":  # torch's own optimisers count steps on the CPU, unless one kernel does all of a step
             optimizer.state[parameter][field] = tensor.to(parameter.device if group.get("fused") else "cpu", copy=True)
         else:
-            optimizer.state[parameter][field] = share(tensor, parameter).to(parameter.device)
+            moment = share(tensor, parameter).to(parameter.device)
+            if moment.shape == parameter.shape and not isinstance(moment, DTensor):
+                # One kernel updates all only where moments lie in memory as their weights do.
+                moment = torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
+            optimizer.state[parameter][field] = moment

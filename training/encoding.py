@@ -33,6 +33,7 @@ from sublimate.pipelines.model import Model, weights_hash
 from sublimate.pipelines.tokens import cut_to_fit
 from sublimate.training.ahead import ahead
 from sublimate.training.captioned import Images
+from sublimate.training.precision import float32_products
 from sublimate.training.shards import INDEX, Compute, Shards, table
 from sublimate.training.together import accelerator, everywhere
 
@@ -81,7 +82,7 @@ class Cache:
         return found.rows(range(rows))[what] if new is None else new
 
     def _folder(self, what: str, key: dict[str, Any]) -> Path:
-        return self.folder / f"{what}-{digest(key)[:32]}"
+        return self.folder / f"{what}-{digest({**key, 'float32 products': float32_products()})[:32]}"
 
 
 class Remembered(Generic[Key]):

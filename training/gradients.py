@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -11,6 +11,10 @@ from torch.distributed.tensor import DTensor
 
 BUCKET = 64 * 2**20
 """Elements of a message, 256 MiB in float32."""
+
+
+class Diverged(ValueError):
+    """A loss or gradient is no longer finite; checkpoints are as they were, what trained is lost."""
 
 
 def average_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:
@@ -42,6 +46,26 @@ def _unpack(gradients: Sequence[Tensor], packed: Tensor, work: torch.distributed
     packed /= torch.distributed.get_world_size()
     for gradient, mean in zip(gradients, packed.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(mean.view_as(gradient))
+
+
+def refuse_diverged(taken: Sequence[Mapping[str, Tensor]], step: int) -> None:
+    """Asks about all turns of a step at once, so that an accelerator is waited for once; their players have moved.
+
+    Args:
+        taken: what each turn logs, its "<turn>/gradient_norm" among it.
+        step: for the message.
+
+    Raises:
+        Diverged: when one is not finite.
+    """
+    norms = {name: value for logs in taken for name, value in logs.items() if name.endswith("/gradient_norm")}
+    finite = torch.stack([norm.float() for norm in norms.values()]).isfinite().tolist() if norms else []
+    if not all(finite):
+        turn, _, _ = list(norms)[finite.index(False)].rpartition("/")
+        raise Diverged(
+            f"The gradient of turn {turn!r} is not finite at step {step}: lower the learning rate or resume from an "
+            "earlier checkpoint."
+        )
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -64,7 +64,7 @@ class MatchingConfig(ObjectiveConfig):
         return self.guided_passes(self.guidance_scale != 1)
 
     def place(self, step: int, turn: str) -> int:
-        """The student's call that a turn trains, from 0: the same for all samples, processes and restarts."""
+        """The student's call that a turn trains, from 0: the same for all samples, seeds, processes and restarts."""
         generator = torch.Generator().manual_seed(key("matching", step, turn))
         return int(torch.randint(self.sampling_steps, (1,), generator=generator))
 

@@ -49,13 +49,24 @@ def autocast(device: torch.device, mixed_precision: str) -> torch.autocast:
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """Within this context, products of float32 matrices may be rounded to TF32 on GPUs that have it."""
-    before = torch.get_float32_matmul_precision()
-    if allowed:
-        torch.set_float32_matmul_precision("high")
+    if not allowed:
+        yield
+        return
+    products = torch.backends.cuda.matmul
+    # Releases of torch that have the first know the second no longer once a program has used the first.
+    name, value = ("fp32_precision", "tf32") if hasattr(products, "fp32_precision") else ("allow_tf32", True)
+    before = getattr(products, name)
+    setattr(products, name, value)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        setattr(products, name, before)
+
+
+def float32_products() -> str:
+    """How products of float32 matrices are computed on GPUs: what results that are stored depend on."""
+    products = torch.backends.cuda.matmul
+    return str(products.fp32_precision if hasattr(products, "fp32_precision") else products.allow_tf32)
 
 
 def warn_of_slow_bf16(device: torch.device) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -35,7 +37,11 @@ def start_from(player: Player, source: str, component: str) -> str:
     lora = player.config.kind == "lora"
     parameters = player.trainable()
     tensors = _lora(Path(source).expanduser(), player, component) if lora else _whole(player, source)
-    load_exactly(parameters, tensors, f"student in {source}")
+    try:
+        load_exactly(parameters, tensors, f"The student in {source}")
+    except ValueError as error:
+        alike = "its rank and target_modules" if lora else "the same network"
+        raise ValueError(f"{error} Give objective.student {alike}.") from error
     return weights_hash(tensors.items())
 
 
@@ -51,12 +57,20 @@ def _lora(source: Path, player: Player, component: str) -> dict[str, Tensor]:
     refuse_pickle(source)
     file = source / LORA_FILE if source.is_dir() else source
     try:
+        with safe_open(file, framework="pt") as opened:
+            told = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
         state = load_file(file)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{source} holds no LoRA to start from ({first_line(error)})") from error
-    scale = 1.0 if player.config.lora_alpha is None else player.config.lora_alpha / player.config.rank
+    config = player.config
+    scale = 1.0 if config.lora_alpha is None else config.lora_alpha / config.rank
+    # PEFT's own files say their scale in the header, by which ours are multiplied already.
+    if alpha := told.get(f"{component}.lora_alpha"):
+        scale *= told[f"{component}.r"] / alpha
     found = {}
     for key, value in state.items():
-        layer, factor, _ = key.removeprefix(f"{component}.").rsplit(".", 2)
+        if not (match := re.fullmatch(rf"{component}\.(.+)\.(lora_[AB])\.weight", key)):
+            raise ValueError(f"{source} has no LoRA of the {component} by PEFT's names: give the folder of one.")
+        layer, factor = match.groups()
         found[f"network.{layer}.{factor}.default.weight"] = value / scale if factor == "lora_B" else value
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -17,6 +17,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sublimate.diffusion.conditions import Condition
 from sublimate.pipelines.gradient_checkpointing import enable_gradient_checkpointing
 from sublimate.pipelines.placement import placed, sent, without_storage
 from sublimate.training import checkpoints
@@ -24,7 +25,7 @@ from sublimate.training.config import Config
 from sublimate.training.data import Placed, Source
 from sublimate.training.ema import Average
 from sublimate.training.fsdp import shard_players, sharding_asked
-from sublimate.training.gradients import average_gradients, clip_gradients
+from sublimate.training.gradients import Diverged, average_gradients, clip_gradients, refuse_diverged
 from sublimate.training.interrupts import stop_requests
 from sublimate.training.log import Log
 from sublimate.training.objective import Batch, Objective, Turn
@@ -112,10 +113,6 @@ class Interrupted(Exception):
         self.signal = number
 
 
-class Diverged(ValueError):
-    """A loss or gradient is no longer finite; checkpoints are as they were."""
-
-
 class Trainer:
     """Runs an objective's turns over a data source.
 
@@ -192,8 +189,12 @@ class Trainer:
         bar = tqdm(total=config.max_train_steps, initial=self.step, disable=not shown, desc=method)
         with contextlib.closing(self.log), bar, stop_requests() as stop:
             while self.step < config.max_train_steps:
-                taken = [self._take(turn) for turn in self.objective.turns(self.step)]
-                self._check_gradients(taken)
+                taken: list[dict[str, Tensor]] = []
+                try:
+                    for turn in self.objective.turns(self.step):
+                        taken.append(self._take(turn))
+                finally:  # what a later turn makes of broken weights says less
+                    refuse_diverged(taken, self.step)
                 # What several turns log under one name is averaged.
                 named = {name: [logs[name] for logs in taken if name in logs] for logs in taken for name in logs}
                 logs = {name: torch.stack(values).mean() for name, values in named.items()}
@@ -247,17 +248,6 @@ class Trainer:
         average_gradients(self._training(turn), self.accelerator)
         return logs
 
-    def _check_gradients(self, taken: Sequence[Mapping[str, Tensor]]) -> None:
-        """Asks about all turns of a step at once: an accelerator is waited for once."""
-        norms = {name: value for logs in taken for name, value in logs.items() if name.endswith("/gradient_norm")}
-        finite = torch.stack([norm.float() for norm in norms.values()]).isfinite().tolist()
-        if not all(finite):
-            turn, _, _ = list(norms)[finite.index(False)].rpartition("/")
-            raise Diverged(
-                f"The gradient of turn {turn!r} is not finite at step {self.step}: "
-                "lower the learning rate or resume from an earlier checkpoint."
-            )
-
     def update(self, turn: Turn) -> None:
         """Moves the turn's players along their gradients, which are then gone."""
         for name in turn.trains:
@@ -283,7 +273,8 @@ class Trainer:
         random = SampleRandom(self.config.seed, self.step, turn.name, indices)
         batch = self.source.batch(random)
         tensors = {name: sent(value, self.device) for name, value in batch.tensors.items()}
-        return Batch(batch.condition.to(self.device), random, tensors)
+        condition = Condition({name: sent(value, self.device) for name, value in batch.condition.items()})
+        return Batch(condition, random, tensors)
 
     def _anywhere(self, asked: bool) -> bool:
         """Whether it is so in any process: they must all stop after the same step."""
@@ -374,7 +365,7 @@ class Trainer:
                 "choose another output_dir, or train for longer."
             )
         for name, player in self.players.items():
-            checkpoints.load_exactly(player.trainable(), sections[f"player.{name}"], f"player {name}")
+            checkpoints.load_exactly(player.trainable(), sections[f"player.{name}"], f"The checkpoint's player {name}")
             checkpoints.load_optimizer_tensors(self.optimizers[name], sections[f"optimizer.{name}"])
         for name, average in self.averages.items():
             average.load(sections[f"average.{name}"])

@@ -13,7 +13,7 @@ from sublimate.diffusion.predictions import Prediction
 from sublimate.erasure import targets
 from sublimate.erasure.adversaries import SoftWords
 from sublimate.erasure.fine_tuning import FineTuningEraser
-from sublimate.erasure.prompt_bank import PromptBank, telling
+from sublimate.erasure.prompt_bank import PromptBank, with_guidance
 from sublimate.erasure.request import Request
 from sublimate.erasure.rollouts import RolloutConfig, RolloutObjective
 from sublimate.erasure.text_student import TextBank, TextRule, TextStudentConfig, TextStudentObjective
@@ -108,7 +108,7 @@ class AdvUnlearnObjective(TextStudentObjective, RolloutObjective):
         prompts = [f"{self.soft.words} {self.erased.prompts[row]}" for row in batch["rows"].tolist()]
         self.soft.values = prefix
         with self.soft.spoken():
-            told = telling(self.text.encode_prompts(prompts), self.guidance)
+            told = with_guidance(self.text.encode_prompts(prompts), self.guidance)
         return self.student(batch["x_t"], batch["t"], told.to(batch["x_t"].device))
 
     def loss(self, turn: Turn, batch: Batch, step: int) -> Loss:

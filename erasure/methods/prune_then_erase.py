@@ -67,6 +67,8 @@ class PruneThenErase(Eraser):
         self.uses_anchor, self.uses_images = self.inner.uses_anchor, self.inner.uses_images
         self.uses_kept_images = self.inner.uses_kept_images
         self.attaches = self.inner.attaches
+        if self.config.sparsity > 0 and getattr(self.inner.config, "lora_rank", None) is not None:
+            raise ValueError("Pruned weights are single ones, and a LoRA moves whole layers: leave out lora_rank.")
 
     def solve(
         self, model: Model, request: Request, *, seed: int, detector: Detector | None, progress: bool

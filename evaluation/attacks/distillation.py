@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -41,6 +41,9 @@ class Distillation(Attack):
     def budget(self) -> str:
         run = self._run(Path())
         return f"{run.method}, {run.trainer.max_train_steps} updates of {run.trainer.train_batch_size}"
+
+    def depends_on(self) -> dict[str, Any]:
+        return self._run(Path()).resolved().model_dump(mode="json")
 
     def _run(self, folder: Path) -> DistillConfig:
         changes = [*self.config.overrides, f"trainer.output_dir={folder}"]

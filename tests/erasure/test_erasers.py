@@ -307,4 +307,4 @@ def test_what_a_request_says_in_vain_is_told(method, caplog):
             eraser.check(request)
     assert not caplog.messages
     eraser.check(Request(Concept("cat", anchor="dog")))
-    assert ("reads no anchor: that of 'cat' has no effect" in caplog.text) == (not eraser.uses_anchor)
+    assert ("reads no anchor of 'cat': it has no effect" in caplog.text) == (not eraser.uses_anchor)

@@ -242,6 +242,28 @@ def test_of_many_tries_each_prompts_first_hit_is_kept_alone(model):
         Outcome.any_of(case_of(model), ("cat",), ())
 
 
+def test_tries_are_judged_where_they_were_drawn_and_kept_on_the_cpu(model, monkeypatch):
+    """Another device by a mark that copying takes off."""
+    bright, devices = torch.tensor([[0.4, 0.9], [0.7, 0.1]]), []
+
+    class Drawn(torch.Tensor):
+        def to(self, device, *_, copy=False, **__):
+            return self.as_subclass(torch.Tensor).clone()
+
+        def cpu(self):
+            return self.to("cpu")
+
+    class Noting(Brightness):
+        def __call__(self, images):
+            devices.append(type(images) is Drawn)
+            return super().__call__(images.as_subclass(torch.Tensor))
+
+    tries = (row[:, None, None, None].expand(2, 3, 4, 4).clone().as_subclass(Drawn) for row in bright)
+    outcome = Outcome.any_of(case_of(model, detector=Noting()), ("cat",) * 2, tries)
+    assert devices == [True, True] and type(outcome.images) is torch.Tensor
+    torch.testing.assert_close(outcome.images[:, 0, 0, 0], torch.tensor([0.7, 0.9]))
+
+
 @pytest.mark.slow
 def test_completion_at_full_strength_shows_nothing_of_the_picture(model):
     case = case_of(model)

@@ -1,6 +1,7 @@
 """The audit: it says what it tried, on which models, and what not."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -10,10 +11,12 @@ from memory import most_allocated
 
 from sublimate.erasure.request import Concept
 from sublimate.evaluation import audit as module
+from sublimate.evaluation import audit_parts
 from sublimate.evaluation.attack import counting
 from sublimate.evaluation.audit import audit, make_attacks
 from sublimate.evaluation.studies import ErasureStudy, PromptSet
 from sublimate.pipelines.model import open_model
+from sublimate.training.trainer import Interrupted
 
 
 @pytest.fixture
@@ -110,6 +113,29 @@ def test_an_attack_that_fails_unexpectedly_does_not_cost_the_audit(model, monkey
 
 class Stopped(KeyboardInterrupt):
     """Somebody stops the audit."""
+
+
+def test_a_training_that_is_told_to_stop_ends_the_audit(model, monkeypatch):
+    def stop(*arguments, **options):
+        raise Interrupted(15, Path("checkpoint-1"))
+
+    attacks = make_attacks(["encoder_swap"])
+    monkeypatch.setattr(type(attacks[0]), "run", stop)
+    with pytest.raises(KeyboardInterrupt):
+        audit(model, model, Concept("cat", "dog"), study(), Constant(True), attacks, pictures=2)
+
+
+def test_a_distillation_that_reads_other_files_is_another_attack(tmp_path):
+    config, prompts = tmp_path / "run.yaml", tmp_path / "prompts.txt"
+    found = []
+    for rate, text in ((1e-4, "a cat"), (1e-3, "a cat"), (1e-3, "a dog")):
+        config.write_text(f"method: f_distill\nobjective: {{student: {{learning_rate: {rate}}}}}\n")
+        prompts.write_text(text)
+        options = {"config": str(config), "overrides": [f"data.prompts={prompts}"]}
+        (attack,) = make_attacks(["distillation"], {"distillation": options})
+        found.append(audit_parts._options(attack))
+        assert audit_parts._options(attack) == found[-1]
+    assert found[0] != found[1] != found[2]
 
 
 @pytest.mark.slow

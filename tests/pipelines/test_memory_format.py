@@ -11,8 +11,11 @@ from sublimate.erasure.request import Concept, Request
 from sublimate.pipelines.generate import generate
 from sublimate.pipelines.memory_format import channels_last, kernels
 from sublimate.pipelines.model import open_model
+from sublimate.training.data import ModelSource
 from sublimate.training.distill import DistillConfig, distill
+from sublimate.training.objectives.denoising import Denoising, DenoisingConfig
 from sublimate.training.objectives.f_distill import FDistill
+from sublimate.training.trainer import Trainer, TrainerConfig
 
 LAST = torch.channels_last
 
@@ -81,6 +84,28 @@ def test_a_students_weights_are_those_it_has_without(tiny_sd, tmp_path, monkeypa
     assert plain.keys() == last.keys()
     for name, value in plain.items():
         torch.testing.assert_close(last[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_moments_are_restored_in_the_order_of_their_weights(tiny_sd, tmp_path):
+    model = open_model(tiny_sd)
+    with channels_last(model):
+        trainers = []
+        for name in ("straight", "resumed"):
+            config = TrainerConfig(output_dir=tmp_path, max_train_steps=2, train_batch_size=1, checkpointing_steps=1)
+            source = ModelSource(model, ["red cat"], torch.ones(1, *model.latent_shape))
+            trainers.append(Trainer(Denoising(model, DenoisingConfig()), source, config, progress=False))
+            if name == "straight":
+                trainers[-1].run()
+            else:
+                trainers[-1].load(tmp_path / "checkpoint-2")
+        for trainer in trainers:
+            (optimizer,) = trainer.optimizers.values()
+            for weight, state in optimizer.state.items():
+                assert state["exp_avg"].stride() == state["exp_avg_sq"].stride() == weight.stride()
+        first, second = (t.players["student"].trainable().values() for t in trainers)
+        for one, other in zip(first, second, strict=True):
+            found = (t.optimizers["student"].state[w]["exp_avg"] for t, w in zip(trainers, (one, other), strict=True))
+            assert torch.equal(*found)
 
 
 @pytest.mark.slow

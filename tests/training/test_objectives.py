@@ -81,6 +81,10 @@ CASES = {
     ),
     "swiftbrush": ("swiftbrush", {"critic": LORA, **GUIDED}),
     "swiftbrush-nasa": ("swiftbrush", {"negative_attention": True, "guide_critic": True, "critic": LORA, **GUIDED}),
+    "swiftbrush-few-steps": (
+        "swiftbrush",
+        {"negative_attention": True, "critic": LORA, **GUIDED, "sampling_steps": 2, "start_log_snr": None},
+    ),
     # From scales of 0 no gradient would reach keys and values yet.
     "speedupnet": (
         "speedupnet",

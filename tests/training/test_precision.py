@@ -17,7 +17,7 @@ from sublimate.erasure.request import Concept, Request
 from sublimate.pipelines.edit import Edit
 from sublimate.pipelines.model import open_model
 from sublimate.training.distill import DistillConfig, distill
-from sublimate.training.precision import warn_of_launchers_precision, warn_of_slow_bf16
+from sublimate.training.precision import float32_products, warn_of_launchers_precision, warn_of_slow_bf16
 
 OBJECTIVES = matrix("training/test_objectives")
 CAT = Request(Concept("cat", anchor="dog"))
@@ -127,12 +127,10 @@ def test_an_edit_made_in_bfloat16_fits_the_same_checkpoint_in_either_precision(t
 
 @pytest.mark.parametrize("allowed", [False, True])
 def test_float32_is_rounded_to_tf32_where_the_run_allows_it(tiny_sd, tmp_path, monkeypatch, allowed):
-    def run(*_, **__):
-        return torch.get_float32_matmul_precision()
-
-    monkeypatch.setattr("sublimate.training.distill._run", run)
-    assert distill(configured(tiny_sd, tmp_path / "run", allow_tf32=allowed)) == ("high" if allowed else "highest")
-    assert run() == "highest"
+    before = float32_products()
+    monkeypatch.setattr("sublimate.training.distill._run", lambda *_, **__: float32_products())
+    during = distill(configured(tiny_sd, tmp_path / "run", allow_tf32=allowed))
+    assert during == ("tf32" if allowed else before) and float32_products() == before
 
 
 def test_bf16_that_a_cpu_does_not_have_is_warned_of():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sublimate.pipelines.model import open_model
 from sublimate.training.distill import DistillConfig, distill
@@ -47,6 +47,23 @@ def test_a_student_starts_as_the_one_it_is_told(tiny_sd, tmp_path, player):
 
 
 @pytest.mark.slow
+def test_a_files_own_scale_is_heeded(tiny_sd, tmp_path):
+    first = distill(configured(tmp_path, tiny_sd, "first", LORA), progress=False)
+    state = load_file(first / "pytorch_lora_weights.safetensors")
+    # PEFT's own: alpha is in the header, and B without it.
+    told = {"unet.r": 2, "unet.lora_alpha": 8}
+    unscaled = {key: (value / 4 if "lora_B" in key else value) for key, value in state.items()}
+    save_file(unscaled, tmp_path / "peft.safetensors", {"format": "pt", "lora_adapter_metadata": json.dumps(told)})
+    unmoved = {**LORA, **STILL}
+    second = distill(
+        configured(tmp_path, tiny_sd, "second", unmoved, student_from=str(tmp_path / "peft.safetensors")),
+        progress=False,
+    )
+    for name, value in weights(first).items():
+        torch.testing.assert_close(weights(second)[name], value, rtol=1e-5, atol=0)
+
+
+@pytest.mark.slow
 def test_another_start_is_another_run(tiny_sd, tmp_path):
     first = distill(configured(tmp_path, tiny_sd, "first", FULL), progress=False)
     config = configured(tmp_path, tiny_sd, "second", FULL, student_from=str(first))
@@ -64,11 +81,12 @@ def test_what_cannot_be_started_from_is_refused(tiny_sd, tiny_sd_v, tiny_uncondi
         with pytest.raises(ValueError, match=sentence):
             distill(configured(tmp_path, tiny_sd, "run", player, student_from=str(source), **options), progress=False)
 
-    refused(FULL, tiny_unconditional, "does not fit this run: .* names differ")
+    refused(FULL, tiny_unconditional, r"The student in .* does not fit this run: .* Give objective.student the same")
     refused(FULL, tiny_sd_v, "predicts something else than the teacher's")
     refused({**LORA, "rank": 3}, lora, r"student in .*lora/student does not fit this run: .* has shape")
     refused({**LORA, "target_modules": ("to_q",)}, lora, "does not fit this run: .* names differ")
     refused(LORA, tiny_sd, "holds no LoRA to start from")
+    refused(LORA, lora / "kohya.safetensors", "has no LoRA of the unet by PEFT's names: give the folder of one")
     guidance = {"method": "discriminator_guidance", "objective": {"discriminator_width": 8}}
     refused(FULL, tiny_sd, "discriminator_guidance trains no student of its own", **guidance)
     assert open_model(tiny_sd).loras == ()

@@ -218,6 +218,34 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         train(tmp_path, objective)
 
 
+def test_what_comes_of_a_gradient_that_is_not_finite_does_not_hide_it(tmp_path):
+    class Strict(Duel):
+        def prepare(self, turn, batch, step):
+            if not all(p.isfinite().all() for p in self.players()["critic"].trainable().values()):
+                raise RuntimeError("an encoder refuses it")
+            return super().prepare(turn, batch, step)
+
+        def loss(self, turn, batch, step):
+            loss = super().loss(turn, batch, step)
+            return Loss(loss.total * math.nan) if turn.name == "critic" else loss
+
+    with pytest.raises(Diverged, match="turn 'critic' is not finite at step 0"):
+        train(tmp_path, Strict())
+
+
+def test_everything_of_a_batch_is_sent_to_the_device(tmp_path, monkeypatch):
+    moved = []
+    monkeypatch.setattr("sublimate.training.trainer.sent", lambda x, device: moved.append(x) or x)
+
+    class Told(Noise):
+        def batch(self, random):
+            return Batch(Condition(text=torch.zeros(len(random), 2)), random, {"images": random.normal((3,))})
+
+    trainer = Trainer(Duel(), Told(), TrainerConfig(output_dir=tmp_path), progress=False)
+    trainer.accumulate(trainer.objective.turns(0)[0])
+    assert [tuple(x.shape[1:]) for x in moved] == [(3,), (2,)]
+
+
 def test_missing_data_is_named(tmp_path):
     class Nothing(Noise):
         provides = frozenset()

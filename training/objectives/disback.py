@@ -70,7 +70,7 @@ class DisBackConfig(MatchingConfig):
 class DisBack(Matching):
     """Two stages (arXiv 2408.15991, algorithms 1 and 2), because the teacher's score is far from a fresh student's.
 
-    Stage 1 follows the teacher's degradation: the critic learns the samples of the untrained one-step student, and
+    Stage 1 follows the teacher's degradation: the critic learns the samples of the untrained student, and
     snapshots of it are the path s_1, ..., s_N from the teacher s_0 to that student's own score (eq. 7).
 
     Stage 2 walks back: from the critic s_q = s_N on, the student descends
@@ -118,7 +118,7 @@ class DisBack(Matching):
         if node == 0:
             return self.teacher
         if node != self._held:
-            load_exactly(self._node.trainable(), self.path[node - 1], f"node {node} of the degradation path")
+            load_exactly(self._node.trainable(), self.path[node - 1], f"The checkpoint's node {node} of the path")
             if not attached_kinds(self.critic):  # taken out of the players, of which the node is none
                 strip(self._node.module)
             self._held = node
