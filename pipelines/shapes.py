@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from sublimate.pipelines.backbones.base import backbone_for
 from sublimate.pipelines.carried import carried, without
 from sublimate.pipelines.checkpoints import INDEX, read_json
-from sublimate.pipelines.locations import checkpoint_folder
-from sublimate.pipelines.model import DEFAULTS_FILE, Model
+from sublimate.pipelines.locations import DEFAULTS_FILE, checkpoint_folder
+from sublimate.pipelines.model import Model
 from sublimate.pipelines.progress import without_bars
 
 

@@ -290,25 +290,6 @@ def test_what_the_hub_answers_is_one_sentence(monkeypatch, error, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_hub_id_is_downloaded_as_safetensors_and_then_opened(tiny_sd, monkeypatch):
-    asked = {}
-
-    def download(name, **options):
-        asked.update(options, name=name)
-        return str(tiny_sd)
-
-    monkeypatch.setattr(DiffusionPipeline, "download", download)
-    model = open_model("owner/name", revision="v1", token="secret")
-    assert asked == {
-        "name": "owner/name",
-        "revision": "v1",
-        "variant": None,
-        "token": "secret",
-        "use_safetensors": True,
-    }
-    assert model.source == "owner/name"
-
-
 @pytest.mark.slow
 def test_packaged_models_are_found_by_name(tiny_sd, tmp_path, monkeypatch):
     assets = tmp_path / "assets"
