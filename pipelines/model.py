@@ -296,7 +296,7 @@ def open_model(
             lacks, as those of FLUX.1 and many of Stable Diffusion 3 do, is opened from there.
         loras: added to the weights in this order, for good: files, folders or hub ids of the checkpoint's family. With
             the folder of a student that this library wrote, the model is sampled as that student.
-        dtype: precision of all weights that are not quantised.
+        dtype: precision of all weights that are neither quantised nor kept in float32 by transformers, as T5's `wo`.
         device: where to put them.
 
     Raises:

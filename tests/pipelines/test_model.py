@@ -108,14 +108,6 @@ def test_a_checkpoint_of_mixed_precision_opens_in_one(broken, dtype):
 
 
 @pytest.mark.slow
-def test_a_t5_opens_in_one_precision(tiny_sd3):
-    # transformers keeps some of T5's layers in float32.
-    encoder = DiffusionPipeline.from_pretrained(tiny_sd3, dtype=torch.float16).text_encoder_3
-    assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float16, torch.float32}
-    assert dtypes(open_model(tiny_sd3, dtype=torch.float16)) == {torch.float16}
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny_sd", "tiny_sdxl"])
 def test_variants(request, tmp_path, name):
     folder = request.getfixturevalue(name)
