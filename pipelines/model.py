@@ -292,8 +292,9 @@ def open_model(
         variant: of the weights' files, such as "fp16".
         token: for gated or private repositories of the hub.
         config: a diffusers folder, or hub id, with the configuration and tokenizers of a single file's architecture;
-            of a whole Stable Diffusion file it comes from the hub unless given. What a file without text encoders
-            lacks, as those of FLUX.1 and many of Stable Diffusion 3 do, is opened from there.
+            of a whole Stable Diffusion file it comes from the hub unless given, but for Stable Diffusion 2, whose
+            files rarely say what they predict. What a file without text encoders lacks, as those of FLUX.1 and many of
+            Stable Diffusion 3 do, is opened from there.
         loras: added to the weights in this order, for good: files, folders or hub ids of the checkpoint's family. With
             the folder of a student that this library wrote, the model is sampled as that student.
         dtype: precision of all weights that are neither quantised nor kept in float32 by transformers, as T5's `wo`.
