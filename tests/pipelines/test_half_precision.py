@@ -1,6 +1,9 @@
-"""Half precision: text encoders keep in float32 what transformers keeps, wherever precision is given."""
+"""Half precision: what stays, or runs, in float32 as in stock pipelines."""
 
 from __future__ import annotations
+
+import gc
+import weakref
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from transformers import T5EncoderModel
 
 from sublimate.erasure.methods.uce import UCE
 from sublimate.erasure.request import Concept, Request
+from sublimate.pipelines.autoencoders import exact
 from sublimate.pipelines.export import save_model
 from sublimate.pipelines.model import Model, open_model
 from sublimate.pipelines.shapes import open_shapes
@@ -62,3 +66,42 @@ def test_an_edit_made_in_float16_fits_the_checkpoint_in_either_precision(tiny_sd
         assert model.content_hash() == before
     again = open_model(save_model(half, tmp_path / "saved"), dtype=torch.float16)
     assert again.content_hash() == half.content_hash()
+
+
+@pytest.fixture(params=["tiny_sdxl", "tiny_upscaling"])
+def upcast(request):
+    """A model whose autoencoder overflows in float16."""
+    return open_model(request.getfixturevalue(request.param), dtype=torch.float16)
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_an_autoencoder_that_overflows_runs_in_float32(upcast):
+    vae, x0 = upcast.pipeline.vae, torch.randn(1, *upcast.latent_shape, dtype=torch.float16)
+    image = torch.rand(1, 3, 16, 16, dtype=torch.float16)
+    ours, latents = upcast.decode(x0), upcast.encode(image)
+    assert ours.dtype == latents.dtype == vae.dtype == torch.float16
+    scale = vae.config.scaling_factor
+    expected = vae.float().decode(x0.float() / scale).sample / 2 + 0.5
+    torch.testing.assert_close(ours, expected.half(), atol=0, rtol=0)
+    expected = vae.encode(2 * image.float() - 1).latent_dist.mode() * scale
+    torch.testing.assert_close(latents, expected.half(), atol=0, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_its_copy_in_float32_is_made_once_for_its_weights_and_options(upcast):
+    vae, x0 = upcast.pipeline.vae, torch.randn(1, *upcast.latent_shape, dtype=torch.float16)
+    twin, before = exact(vae), upcast.decode(x0)
+    assert twin is exact(vae) is not vae
+    vae.decoder.conv_out.bias.add_(1)
+    assert exact(vae) is not twin
+    torch.testing.assert_close(upcast.decode(x0), before + 0.5, atol=2e-3, rtol=1e-3)
+    vae.enable_slicing()
+    assert exact(vae).use_slicing
+    vae.decoder.conv_out.bias.data = torch.zeros_like(vae.decoder.conv_out.bias)
+    assert not exact(vae).decoder.conv_out.bias.any()
+    kept = weakref.ref(exact(vae))
+    assert exact(vae.float()) is vae
+    gc.collect()
+    assert kept() is None
