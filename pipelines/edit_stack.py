@@ -37,11 +37,12 @@ class EditStack:
     def base_hash_in(self, model: Model, dtype: torch.dtype) -> str:
         """The hash that the unedited weights have where the checkpoint is opened in another precision."""
         pristine = {own_key(model, key): tensor for key, tensor in self.pristine.items()}
-        named = ((key, *key.split("/", 1), tensor) for key, tensor in model.tensors(pristine).items())
-        return weights_hash(
-            (key, tensor.to(precision_of(model.component(component), name, dtype)))
-            for key, component, name, tensor in named
-        )
+
+        def there(key: str) -> torch.dtype:
+            component, _, name = key.partition("/")
+            return precision_of(model.component(component), name, dtype)
+
+        return weights_hash((key, tensor.to(there(key))) for key, tensor in model.tensors(pristine).items())
 
     def push(self, model: Model, edit: Edit) -> None:
         """Puts an edit on top and writes what it touches.
