@@ -10,6 +10,7 @@ from diffusers import DDIMScheduler
 from hub import COMMIT, Hub
 from students import with_lora
 
+from sublimate.pipelines.attachments import export_attachment
 from sublimate.pipelines.export import export_lora, export_student
 from sublimate.pipelines.model import open_model
 
@@ -49,6 +50,9 @@ def test_the_card_of_what_is_made_of_it_names_it_and_its_license(hub, tmp_path):
     card = (export_lora(model, with_lora(model, {}), tmp_path / "lora") / "README.md").read_text()
     assert "license: openrail++\nbase_model: owner/plain\n" in card
     assert '.from_pretrained("owner/plain")' in card
+    told = {"name": "adapter", "options": {}, "usage": "", "summary": ""}
+    attachment = export_attachment(model, torch.nn.Linear(1, 1), tmp_path / "attachment", **told)
+    assert "license: openrail++\nbase_model: owner/plain\n" in (attachment / "README.md").read_text()
 
 
 @pytest.mark.slow
