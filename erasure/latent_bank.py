@@ -54,7 +54,7 @@ class LatentBankConfig(Config):
 
     images: int = Field(default=20, ge=1)
     sampling_steps: int = Field(default=50, ge=1)
-    start_guidance: float = Field(default=7.5, ge=0)
+    start_guidance: float = Field(default=7.5, ge=1)
 
     def draw(self, model: Model, texts: Sequence[str], *, seed: int, batch_size: int | None) -> list[Tensor]:
         """Latents of each text, (images, *latent_shape) float32 on the CPU.

@@ -12,10 +12,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sublimate.pipelines.cards import model_card, public_name
+from sublimate.pipelines.cards import inherited_license, model_card, public_name
 from sublimate.pipelines.checkpoints import read_json
 from sublimate.pipelines.folders import written_aside
-from sublimate.pipelines.model import DEFAULTS_FILE, Model
+from sublimate.pipelines.locations import CARD_FILE, DEFAULTS_FILE
+from sublimate.pipelines.model import Model
 
 ATTACHMENT_FILE = "attachment.safetensors"
 
@@ -96,11 +97,12 @@ def export_attachment(
         usage=usage,
         base=model.source,
         provenance=made,
+        license=inherited_license(model.folder),
     )
     with written_aside(Path(folder), ATTACHMENT_FILE) as aside:
         save_file(tensors, aside / ATTACHMENT_FILE, {"format": "pt", "name": name, "options": json.dumps(options)})
         (aside / DEFAULTS_FILE).write_text(json.dumps({**record, "provenance": made}, indent=2, sort_keys=True) + "\n")
-        (aside / "README.md").write_text(card, encoding="utf-8")
+        (aside / CARD_FILE).write_text(card, encoding="utf-8")
     return Path(folder)
 
 

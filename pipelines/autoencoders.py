@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+# Copies in float32, with the state of the autoencoder that they are copies of.
+_TWINS: WeakKeyDictionary[nn.Module, tuple[Any, nn.Module]] = WeakKeyDictionary()
 
 
 def encode_images(vae: Any, images: Tensor) -> Tensor:
@@ -54,6 +59,24 @@ def decode_media(vae: Any, latents: Tensor) -> Tensor:
     """Media, in the autoencoder's own units, of latents as the denoiser sees them; differentiable in the latents."""
     shift, factor = _affine(vae)
     return vae.decode(latents.to(vae.dtype) / factor + shift).sample
+
+
+def exact(vae: Any) -> Any:
+    """The autoencoder, in float32 where it overflows in float16 (`force_upcast`), as some stock pipelines have it.
+
+    The copy in float32 is kept as long as the autoencoder, its weights and its options are what they were.
+    """
+    if vae.dtype != torch.float16 or not vae.config.force_upcast:
+        _TWINS.pop(vae, None)
+        return vae
+    weights = tuple((id(t), t.data_ptr(), t._version) for t in (*vae.parameters(), *vae.buffers()))
+    # Tiles and slices.
+    options = {name: value for name, value in vars(vae).items() if isinstance(value, bool | int | float)}
+    state, (known, twin) = (weights, options), _TWINS.pop(vae, (None, None))
+    if twin is None or known != state:
+        twin = copy.deepcopy(vae).float()
+    _TWINS[vae] = state, twin
+    return twin
 
 
 def _affine(vae: Any) -> tuple[Tensor | float, Tensor | float]:

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import yaml
 
+from sublimate.pipelines.locations import CARD_FILE, is_hub_id
+
 Kind = Literal["weights", "lora", "attachment"]
 
 _KINDS: dict[str, str] = {
@@ -56,7 +58,7 @@ def model_card(
         front |= {"license": "other", "license_name": "as-base-model"}
     else:
         front["license"] = license
-    if _is_hub_id(base):
+    if is_hub_id(base):
         front["base_model"] = base
         front["base_model_relation"] = "finetune" if kind == "weights" else "adapter"
     blocks = {name: value for name, value in provenance.items() if isinstance(value, str) and "\n" in value}
@@ -92,10 +94,10 @@ def public_values(value: Any) -> Any:
     return value
 
 
-def inherited_license(folder: Path) -> str | None:
+def inherited_license(folder: Path | None) -> str | None:
     """The license that a checkpoint's own model card names, if any."""
-    card = folder / "README.md"
-    if not card.is_file():
+    card = None if folder is None else folder / CARD_FILE
+    if card is None or not card.is_file():
         return None
     found = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL)
     try:
@@ -104,10 +106,6 @@ def inherited_license(folder: Path) -> str | None:
         return None
     named = front.get("license") if isinstance(front, dict) else None
     return named if isinstance(named, str) and named != "other" else None
-
-
-def _is_hub_id(source: str) -> bool:
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source)) and not Path(source).exists()
 
 
 def _cell(value: Any) -> str:

@@ -332,7 +332,7 @@ def beside(model: Model, edit: Edit) -> Model:
         shared = {id(tensor): tensor for tensor in held_tensors(module) if id(tensor) not in touched}
         setattr(pipeline, name, copy.deepcopy(module, shared))
     second = Model(pipeline, model.source, model.defaults, model.carried)
-    second.loras = model.loras
+    second.loras, second.folder = model.loras, model.folder
     edit.apply(second)
     return second
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sublimate.pipelines.model import weights_hash
-from sublimate.pipelines.quantised import check_unquantised
+from sublimate.pipelines.quantised import check_unquantised, precision_of
 
 if TYPE_CHECKING:
     from sublimate.pipelines.edit import Edit
@@ -37,7 +37,12 @@ class EditStack:
     def base_hash_in(self, model: Model, dtype: torch.dtype) -> str:
         """The hash that the unedited weights have where the checkpoint is opened in another precision."""
         pristine = {own_key(model, key): tensor for key, tensor in self.pristine.items()}
-        return weights_hash((key, tensor.to(dtype)) for key, tensor in model.tensors(pristine).items())
+
+        def there(key: str) -> torch.dtype:
+            component, _, name = key.partition("/")
+            return precision_of(model.component(component), name, dtype)
+
+        return weights_hash((key, tensor.to(there(key))) for key, tensor in model.tensors(pristine).items())
 
     def push(self, model: Model, edit: Edit) -> None:
         """Puts an edit on top and writes what it touches.

@@ -24,9 +24,9 @@ from sublimate.pipelines.edit_attachment import refuse_attached
 from sublimate.pipelines.edit_stack import differs_from_disk
 from sublimate.pipelines.few_steps import FewSteps
 from sublimate.pipelines.folders import written_aside
-from sublimate.pipelines.locations import packaged_folder
+from sublimate.pipelines.locations import CARD_FILE, DEFAULTS_FILE, is_hub_id
 from sublimate.pipelines.lora_files import LORA_FILE, lora_state, save_lora
-from sublimate.pipelines.model import DEFAULTS_FILE, Model
+from sublimate.pipelines.model import Model
 from sublimate.pipelines.progress import without_bars
 from sublimate.pipelines.quantised import check_unquantised
 from sublimate.pipelines.speedupnet import attached_speedupnet
@@ -138,10 +138,11 @@ def export_lora(
     stock = stock_sampling(model, "lora", t, few_steps, as_base=as_base)
     record = _record("lora", model, provenance, stock, t, as_base)
     scheduler = type(stock.scheduler).__name__
+    base = model.source if is_hub_id(model.source) else "path/to/the/base/model"
     usage = [
         f"from diffusers import {scheduler}, {stock.pipeline_class}",
         "",
-        f'pipeline = {stock.pipeline_class}.from_pretrained("path/to/the/base/model")',
+        f'pipeline = {stock.pipeline_class}.from_pretrained("{base}")',
         'pipeline.load_lora_weights("path/to/this/folder")',
         f'pipeline.scheduler = {scheduler}.from_pretrained("path/to/this/folder", subfolder="scheduler")',
     ]
@@ -331,7 +332,7 @@ def _card(model: Model, record: Mapping[str, Any], usage: list[str], title: str,
         base=model.source,
         provenance=record["provenance"],
         tags=(_pace(record).lower(), "distillation") if student else (),
-        license=license or inherited_license(packaged_folder(model.source) or Path(model.source)),
+        license=license or inherited_license(model.folder),
     )
 
 
@@ -384,5 +385,5 @@ def _write(
             for file in aside.rglob("*.safetensors"):
                 cast_file(file, dtype)
         (aside / DEFAULTS_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        (aside / "README.md").write_text(card, encoding="utf-8")
+        (aside / CARD_FILE).write_text(card, encoding="utf-8")
     return folder

@@ -340,8 +340,11 @@ def _corrected(discriminator: DiscriminatorGuidance, grid: Tensor, name: str) ->
 
 
 def _null(model: Model, scale: float, negative_prompt: str | None, reads_guidance: bool) -> Condition:
-    if not scale >= 0:
-        raise ValueError(f"The guidance scale cannot be {scale}: 1 is no guidance, larger is stronger.")
+    if not scale >= 1:
+        raise ValueError(
+            f"The guidance scale cannot be {scale}: 1 is no guidance here, where stock pipelines also write 0, and "
+            "larger is stronger."
+        )
     if negative_prompt is not None and scale == 1:
         raise ValueError("A negative prompt needs guidance: set guidance_scale above 1.")
     if reads_guidance:

@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 
 import diffusers
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HTTPError,
@@ -17,6 +18,14 @@ from huggingface_hub.errors import (
 )
 
 from sublimate.pipelines.checkpoints import refuse_pickle
+
+DEFAULTS_FILE = "sublimate.json"
+"""Beside `model_index.json`: how a checkpoint wants to be sampled, and where it comes from."""
+
+SCHEDULER_FILE = "scheduler/scheduler_config.json"
+
+CARD_FILE = "README.md"
+"""The model card of a folder or of a repository of the hub."""
 
 
 def checkpoint_folder(
@@ -44,12 +53,34 @@ def checkpoint_folder(
             raise ValueError(f"{name} is a local folder: it has no revision {revision!r}.")
         return local
     refuse_pickle(path)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or path.suffix == ".safetensors":
+    if not is_hub_id(name) or path.suffix == ".safetensors":
         raise ValueError(
             f"There is no checkpoint {name}: give a diffusers folder, a .safetensors file, a hub id like owner/name "
             f"or the name of a packaged model ({', '.join(packaged_names()) or 'none is installed'})."
         )
     return _download(name, revision, variant, token) if weights else _download_descriptions(name, revision, token)
+
+
+def lora_folder(source: str | Path, *, token: str | bool | None = None) -> Path:
+    """The folder that tells how the student of a LoRA is sampled: its own, or what the hub has beside its weights.
+
+    Args:
+        source, token: as `fuse_lora` takes them.
+
+    Raises:
+        ValueError: when the hub does not answer.
+    """
+    path, name = Path(source).expanduser(), str(source)
+    if path.exists() or not is_hub_id(name):
+        return path
+    found = _described(name, None, token, DEFAULTS_FILE)
+    # Of one commit, whatever the branch moves to meanwhile.
+    return path if found is None else _described(name, found.name, token, SCHEDULER_FILE) or found
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a source is owner/name on the hub, and nothing on disk."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source)) and not Path(source).exists()
 
 
 def packaged_names() -> list[str]:
@@ -65,13 +96,29 @@ def packaged_folder(name: str) -> Path | None:
 
 def _download(name: str, revision: str | None, variant: str | None, token: str | bool | None) -> Path:
     try:
-        return Path(
+        folder = Path(
             diffusers.DiffusionPipeline.download(
                 name, revision=revision, variant=variant, token=token, use_safetensors=True
             )
         )
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         raise ValueError(_hub_problem(name, revision, error)) from error
+    # diffusers leaves out what no component needs. A snapshot is named as its commit.
+    for file in (DEFAULTS_FILE, CARD_FILE):
+        _described(name, folder.name, token, file)
+    return folder
+
+
+def _described(name: str, revision: str | None, token: str | bool | None, file: str) -> Path | None:
+    """Fetches one file of a repository that need not have it; the snapshot's folder, None where there is none."""
+    try:
+        found = Path(hf_hub_download(name, file, revision=revision, token=token))
+    except EntryNotFoundError:
+        # Not in the repository, or offline and not in the cache.
+        return None
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:
+        raise ValueError(_hub_problem(name, revision, error)) from error
+    return found.parents[file.count("/")]
 
 
 def _download_descriptions(name: str, revision: str | None, token: str | bool | None) -> Path:

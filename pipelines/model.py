@@ -24,7 +24,7 @@ from sublimate.pipelines.checkpoints import (
     read_json,
     read_scheduler,
 )
-from sublimate.pipelines.locations import checkpoint_folder, first_line
+from sublimate.pipelines.locations import DEFAULTS_FILE, checkpoint_folder, first_line, lora_folder
 from sublimate.pipelines.lora_files import fuse_lora
 from sublimate.pipelines.progress import without_bars
 from sublimate.pipelines.quantised import cast, is_quantised, plain_tensors
@@ -34,9 +34,6 @@ from sublimate.pipelines.wholeness import check_loaded
 
 if TYPE_CHECKING:
     from sublimate.pipelines.edit_attachment import InstalledAttachment
-
-DEFAULTS_FILE = "sublimate.json"
-"""Beside `model_index.json`: how a checkpoint wants to be sampled, and where it comes from."""
 
 
 class Model:
@@ -50,6 +47,7 @@ class Model:
         source: what it was opened from.
         defaults: "guidance_scale", "steps", "start", "few_steps", "sampler" and "noise_scale" (of the initial noise)
             from the checkpoint's `sublimate.json`, or, without that file, as far as its folder or family says them.
+        folder: where on disk its checkpoint lies; None for one file, and for a pipeline that was never saved.
         loras: what was added to its weights when it was opened, for good.
         attached: what applied edits carry beside the weights, in the order in which it acts.
         carried: components that nothing here reads and the pipeline is without, such as a safety checker: still on
@@ -67,6 +65,7 @@ class Model:
         self.backbone: Backbone = backbone_for(type(pipeline).__name__)
         self.source = source
         self.defaults = dict(defaults or {})
+        self.folder: Path | None = None
         self.loras: tuple[str, ...] = ()
         self.attached: list[InstalledAttachment] = []
         self.carried = carried
@@ -293,11 +292,12 @@ def open_model(
         variant: of the weights' files, such as "fp16".
         token: for gated or private repositories of the hub.
         config: a diffusers folder, or hub id, with the configuration and tokenizers of a single file's architecture;
-            of a whole Stable Diffusion file it comes from the hub unless given. What a file without text encoders
-            lacks, as those of FLUX.1 and many of Stable Diffusion 3 do, is opened from there.
+            of a whole Stable Diffusion file it comes from the hub unless given, but for Stable Diffusion 2, whose
+            files rarely say what they predict. What a file without text encoders lacks, as those of FLUX.1 and many of
+            Stable Diffusion 3 do, is opened from there.
         loras: added to the weights in this order, for good: files, folders or hub ids of the checkpoint's family. With
             the folder of a student that this library wrote, the model is sampled as that student.
-        dtype: precision of all weights that are not quantised.
+        dtype: precision of all weights that are neither quantised nor kept in float32 by transformers, as T5's `wo`.
         device: where to put them.
 
     Raises:
@@ -323,7 +323,7 @@ def open_model(
     defaults = {} if file is None else read_json(file)
     for lora in loras:
         fuse_lora(pipeline, lora, token=token)
-        record = Path(lora).expanduser() / DEFAULTS_FILE
+        record = lora_folder(lora, token=token) / DEFAULTS_FILE
         if record.is_file() and "start" in (found := read_json(record)):
             # It is a student, and sampled as it was made to be.
             file, defaults, pipeline.scheduler = record, found, read_scheduler(record.parent)
@@ -332,6 +332,7 @@ def open_model(
     # transformers keeps the precision of a text encoder's file; a mixed pipeline would fail at its first step.
     model = Model(pipeline, name, defaults, unread).to(device, dtype)
     model.loras = tuple(map(str, loras))
+    model.folder = None if path.is_file() else folder
     return model
 
 

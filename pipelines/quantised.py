@@ -6,6 +6,7 @@ tensors, scales as buffers or in objects beside the weight). What is told here d
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -62,17 +63,37 @@ def plain_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield from plain_tensors(f"{name}.{part}", getattr(tensor, part))
 
 
+def precision_of(module: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The precision of a weight in a network of `dtype`: float32 for what overflows there, such as T5's `wo`.
+
+    transformers opens text encoders so: its classes list, as patterns, what stays float32 in float16, and what does in
+    bfloat16 too.
+
+    Args:
+        module: the network.
+        name: of its parameter or buffer.
+        dtype: of the network.
+    """
+    patterns: list[str] = []
+    if dtype == torch.float16:
+        patterns += getattr(module, "_keep_in_fp32_modules", None) or ()
+    if dtype in (torch.float16, torch.bfloat16):
+        patterns += getattr(module, "_keep_in_fp32_modules_strict", None) or ()
+    return torch.float32 if any(re.search(p.replace("*", ".*"), name) for p in patterns) else dtype
+
+
 def cast(module: nn.Module, dtype: torch.dtype) -> None:
-    """Gives all weights of a network one precision, in place; quantised ones keep theirs."""
-    if not has_quantised(module):
+    """Gives all weights of a network one precision, in place, but for `precision_of`; quantised ones keep theirs."""
+    mixed = any(precision_of(module, name, dtype) != dtype for name, _ in module.named_parameters())
+    if not mixed and not has_quantised(module):
         # diffusers warns about every conversion, so only what needs one is converted.
         if any(p.dtype != dtype for p in module.parameters()):
             module.to(dtype=dtype)
         return
-    # diffusers refuses to convert a network that has some.
-    for tensor in (*module.parameters(), *module.buffers()):
+    # diffusers refuses to convert a network that has quantised ones.
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if not is_quantised(tensor):
-            tensor.data = tensor.data.to(dtype)
+            tensor.data = tensor.data.to(precision_of(module, name, dtype))
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 from sublimate.pipelines.backbones.base import backbone_for
 from sublimate.pipelines.carried import carried, without
 from sublimate.pipelines.checkpoints import INDEX, read_json
-from sublimate.pipelines.locations import checkpoint_folder
-from sublimate.pipelines.model import DEFAULTS_FILE, Model
+from sublimate.pipelines.locations import DEFAULTS_FILE, checkpoint_folder
+from sublimate.pipelines.model import Model
 from sublimate.pipelines.progress import without_bars
+from sublimate.pipelines.quantised import precision_of
 
 
 class Shapes(FakeTensorMode):
@@ -77,14 +78,17 @@ def open_shapes(source: str | Path, *, revision: str | None = None, dtype: torch
 def in_precision(shapes: Model, dtype: torch.dtype) -> Model:
     """As `Model.to(dtype=...)`, for a model without storage: its tensors cannot change in place and are replaced."""
     cast: dict[int, nn.Parameter] = {}
-    for module in (module for network in shapes.components().values() for module in network.modules()):
+    everywhere = ((net, at, module) for net in shapes.components().values() for at, module in net.named_modules())
+    for network, at, module in everywhere:
         for key, parameter in module._parameters.items():
-            if parameter is not None and parameter.dtype != dtype:
+            precision = precision_of(network, f"{at}.{key}", dtype)
+            if parameter is not None and parameter.dtype != precision:
                 if id(parameter) not in cast:  # some are held by two modules
-                    cast[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+                    cast[id(parameter)] = nn.Parameter(parameter.detach().to(precision), requires_grad=False)
                 module._parameters[key] = cast[id(parameter)]
         for key, buffer in module._buffers.items():
-            module._buffers[key] = buffer.to(dtype) if buffer is not None and buffer.is_floating_point() else buffer
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[key] = buffer.to(precision_of(network, f"{at}.{key}", dtype))
     return shapes
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from diffusers import DDIMScheduler
 from diffusers.loaders.single_file_utils import SingleFileComponentError, infer_diffusers_model_type
 from safetensors import safe_open
 
 from sublimate.pipelines.backbones.base import backbone_for
-from sublimate.pipelines.checkpoints import INDEX, check_safetensors, read_json, refuse_pickle
+from sublimate.pipelines.checkpoints import INDEX, check_safetensors, read_json, read_scheduler, refuse_pickle
 from sublimate.pipelines.locations import first_line
 from sublimate.pipelines.progress import without_bars
 from sublimate.pipelines.wholeness import check_loaded, unfilled
@@ -32,6 +35,9 @@ _FAMILIES = {
 # What names begin with in files that hold text encoders, and an autoencoder.
 _TEXTS = ("cond_stage_model.", "conditioner.embedders.", "text_encoders.")
 _AUTOENCODER = ("first_stage_model.", "vae.")
+
+# Names of empty tensors that say what a network predicts and how it was noised: velocity, up to pure noise.
+_V_PREDICTION, _ZERO_SNR = "v_pred", "ztsnr"
 
 
 def holds_texts(path: Path) -> bool:
@@ -55,9 +61,17 @@ def open_whole(path: Path, dtype: torch.dtype, token: str | bool | None = None, 
         config: a folder of its architecture; from the hub unless given.
 
     Raises:
-        ValueError: for a file of no known family, one that lacks weights, or another architecture.
+        ValueError: for a file of no known family, one that lacks weights, or another architecture; and for one of
+            Stable Diffusion 2 without config: those of 512 pixels predict noise and those of 768 velocity, with the
+            same names and shapes, and few say which.
     """
-    kind = single_file_family(path)
+    family, names = _family(path), check_safetensors(path)
+    kind = _FAMILIES[family]
+    if family == "v2" and config is None and _V_PREDICTION not in names:
+        raise ValueError(
+            f"{path} is of Stable Diffusion 2 and does not say whether it predicts noise (512 pixels) or velocity "
+            "(768): give the diffusers folder or hub id of such a checkpoint as config."
+        )
     try:
         pipeline = getattr(diffusers, kind).from_single_file(
             path, dtype=dtype, token=token, config=None if config is None else str(config)
@@ -74,12 +88,15 @@ def open_whole(path: Path, dtype: torch.dtype, token: str | bool | None = None, 
             f"{source} ({first_line(error)})"
         ) from error
     check_loaded(pipeline, path)
+    pipeline.scheduler = _as_marked(pipeline.scheduler, names)
     return pipeline
 
 
 @without_bars()
 def open_parts(path: Path, dtype: torch.dtype, folder: Path) -> dict[str, Any]:
-    """The network of a file, and its autoencoder if it has one, by the names of the components that they replace.
+    """The network of a file, its autoencoder if it has one, and the scheduler if it says what the network predicts.
+
+    They have the names of the components that they replace.
 
     Args:
         path, dtype: as `open_model` takes them.
@@ -89,9 +106,10 @@ def open_parts(path: Path, dtype: torch.dtype, folder: Path) -> dict[str, Any]:
         ValueError: for a file of another architecture, or one that diffusers reads no single files of.
     """
     index = read_json(folder / INDEX)
+    held = check_safetensors(path)
     names = [backbone_for(str(index.get("_class_name"))).network_attribute]
-    names += ["vae"] * any(name.startswith(_AUTOENCODER) for name in check_safetensors(path))
-    found = {}
+    names += ["vae"] * any(name.startswith(_AUTOENCODER) for name in held)
+    found: dict[str, Any] = {"scheduler": _as_marked(read_scheduler(folder), held)} if _V_PREDICTION in held else {}
     for name in names:
         cls = getattr(diffusers, index[name][1])
         if not hasattr(cls, "from_single_file"):
@@ -114,6 +132,11 @@ def single_file_family(path: Path) -> str:
     Raises:
         ValueError: when the file is damaged or of no known family.
     """
+    return _FAMILIES[_family(path)]
+
+
+def _family(path: Path) -> str:
+    """Its family, as diffusers calls it: one of `_FAMILIES`."""
     names = check_safetensors(path)
     with safe_open(path, framework="pt") as file:
         header = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
@@ -128,7 +151,18 @@ def single_file_family(path: Path) -> str:
             f"{path} is not a whole Stable Diffusion 1, 2, 3 or XL checkpoint: give one, or a diffusers folder; of a "
             "network alone, one with all other parts as config (LoRA files and edits are applied to an open model)."
         )
-    return _FAMILIES[family]
+    return family
+
+
+def _as_marked(scheduler: Any, names: Container[str]) -> Any:
+    """The scheduler, with what a file's marks say; DDIM's on the same table where its class knows no zero SNR."""
+    if _V_PREDICTION not in names:
+        return scheduler
+    zero_snr = {"rescale_betas_zero_snr": True} if _ZERO_SNR in names else {}
+    known = zero_snr.keys() <= inspect.signature(type(scheduler).__init__).parameters.keys()
+    return (type(scheduler) if known else DDIMScheduler).from_config(
+        scheduler.config, prediction_type="v_prediction", **zero_snr
+    )
 
 
 def _is_unet(name: str) -> bool:

@@ -52,7 +52,7 @@ class SLUGConfig(LatentBankConfig):
     templates: Templates = ("{}", "a {}", "a photo of a {}")
     images: int = Field(default=8, ge=1)
     sampling_steps: int = Field(default=100, ge=1)
-    start_guidance: float = Field(default=9.0, ge=0)
+    start_guidance: float = Field(default=9.0, ge=1)
     pair_steps: int = Field(default=300, ge=1)
     layers: Literal["deepest", "front"] = "deepest"
     probe_images: int = Field(default=3, ge=1)

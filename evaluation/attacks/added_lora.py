@@ -24,7 +24,7 @@ class AddedLoRAConfig(Config):
 
     lora: FilePath | None = None
     steps: int | None = Field(default=None, ge=1)
-    guidance_scale: float | None = Field(default=None, ge=0)
+    guidance_scale: float | None = Field(default=None, ge=1)
 
 
 class AddedLoRA(Attack):

@@ -16,6 +16,7 @@ from sublimate.pipelines.few_steps import FewSteps
 from sublimate.pipelines.negative_attention import MASK, NEGATIVE, STRENGTH, negative_arguments
 from sublimate.pipelines.one_step import ddim_at
 from sublimate.pipelines.patches import patched_shape
+from sublimate.pipelines.published_students import published_defaults
 from sublimate.pipelines.stock_few_steps import table_sampling
 from sublimate.pipelines.tokens import TokenSpan
 
@@ -44,6 +45,11 @@ class PixArtAlpha(Backbone):
 
     as_asked: ClassVar[Mapping[str, Any]] = {"clean_caption": False, "use_resolution_binning": False}
     """Options of the stock call that leave prompts and sizes as they are."""
+
+    def published_defaults(self, pipe: Pipeline) -> dict[str, Any]:
+        """Those of a consistency model, by its scheduler; no PixArt is told the guidance scale."""
+        found = published_defaults(pipe.scheduler, self.schedule(pipe), told_guidance=False)
+        return {**found, "call": {**found["call"], **self.as_asked}} if "call" in found else found
 
     @staticmethod
     def call(

@@ -38,6 +38,10 @@ class StableDiffusion3(Backbone):
     "text" is a sequence: the two CLIPs' tokens side by side, padded with zeros to T5's width, then T5's tokens.
     "text.pooled" is the two CLIPs' pooled embeddings. Keys and values of the joint attention see mixed states, so text
     enters where both are projected first.
+
+    T5's limit is the prompt's; of a longer one than the CLIPs read, they read the beginning, as in the stock pipeline.
+    Without T5 the limit is theirs. Where words are (`prompt_rows`, `find_concept`) is told of prompts alone that every
+    part reads whole.
     """
 
     pipeline_classes = ("StableDiffusion3Pipeline",)
@@ -82,8 +86,9 @@ class StableDiffusion3(Backbone):
         return patched_shape(pipe, height, width)
 
     def encode_prompts(self, pipe: Pipeline, prompts: Sequence[str]) -> Condition:
-        first, pooled_first = penultimate_states(pipe.tokenizer, pipe.text_encoder, prompts)
-        second, pooled_second = penultimate_states(pipe.tokenizer_2, pipe.text_encoder_2, prompts)
+        told = {"beginning": pipe.text_encoder_3 is not None}
+        first, pooled_first = penultimate_states(pipe.tokenizer, pipe.text_encoder, prompts, **told)
+        second, pooled_second = penultimate_states(pipe.tokenizer_2, pipe.text_encoder_2, prompts, **told)
         clip = torch.cat([first, second], dim=-1)
         width = pipe.transformer.config.joint_attention_dim
         if pipe.text_encoder_3 is None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sublimate.diffusion.conditions import Condition
-from sublimate.pipelines.autoencoders import decode_latents, encode_images
+from sublimate.pipelines.autoencoders import decode_latents, encode_images, exact
 from sublimate.pipelines.backbones.base import EntryPoint, Network, Pipeline
 from sublimate.pipelines.backbones.stable_diffusion import StableDiffusion, call_unet
 from sublimate.pipelines.text_encoders import penultimate_states
@@ -69,10 +67,10 @@ class StableDiffusionXL(StableDiffusion):
         return Condition({TIME_IDS: ids})
 
     def encode(self, pipe: Pipeline, images: Tensor) -> Tensor:
-        return encode_images(_exact(pipe.vae), images).to(pipe.vae.dtype)
+        return encode_images(exact(pipe.vae), images).to(pipe.vae.dtype)
 
     def decode(self, pipe: Pipeline, latents: Tensor) -> Tensor:
-        return decode_latents(_exact(pipe.vae), latents).to(pipe.vae.dtype)
+        return decode_latents(exact(pipe.vae), latents).to(pipe.vae.dtype)
 
     def text_entry_points(self, pipe: Pipeline) -> list[EntryPoint]:
         """Keys and values, and the pooled state's columns, which come before those of the embedded numbers."""
@@ -80,8 +78,3 @@ class StableDiffusionXL(StableDiffusion):
         columns = slice(0, pipe.text_encoder_2.config.projection_dim)
         pooled = EntryPoint("unet", "add_embedding.linear_1", POOLED, columns, layer.bias is not None)
         return [*super().text_entry_points(pipe), pooled]
-
-
-def _exact(vae: Any) -> Any:
-    """The autoencoder, in float32 where it overflows in float16 (`force_upcast`), as the stock pipeline has it."""
-    return copy.deepcopy(vae).float() if vae.dtype == torch.float16 and vae.config.force_upcast else vae

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sublimate.diffusion.conditions import Condition
+from sublimate.pipelines.autoencoders import decode_latents, encode_images, exact
 from sublimate.pipelines.backbones.base import Draws, Network, Pipeline, StockSampling
 from sublimate.pipelines.backbones.stable_diffusion import StableDiffusion, call_unet
 from sublimate.pipelines.few_steps import FewSteps
@@ -72,6 +73,12 @@ class Upscaling(StableDiffusion):
         small = F.interpolate(images, scale_factor=1 / pipe.vae_scale_factor, mode="area")
         noise, level = draws.normal(small.shape[1:]), draws.integers(pipe.config.max_noise_level + 1)
         return self.show(pipe, low_res=small, noise=noise, noise_level=level)
+
+    def encode(self, pipe: Pipeline, images: Tensor) -> Tensor:
+        return encode_images(exact(pipe.vae), images).to(pipe.vae.dtype)
+
+    def decode(self, pipe: Pipeline, latents: Tensor) -> Tensor:
+        return decode_latents(exact(pipe.vae), latents).to(pipe.vae.dtype)
 
     def few_steps(self, pipe: Pipeline, few: FewSteps) -> StockSampling:
         stock = super().few_steps(pipe, few)

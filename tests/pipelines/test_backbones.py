@@ -86,10 +86,25 @@ def test_prompts_are_encoded_as_the_stock_pipeline_does(models, name, prompts):
     torch.testing.assert_close(model.null_condition()["text"], null[:1], atol=1e-6, rtol=0)
 
 
+@torch.no_grad()
+def test_a_prompt_that_t5_reads_whole_is_no_long_one_for_sd3(models):
+    model, prompt = models["tiny_sd3"], " ".join(["a red cat"] * 20)  # more than a CLIP reads
+    with cut_to_fit() as cut:
+        ours = model.encode_prompts([prompt])
+    assert not cut
+    text, _, pooled, _ = model.pipeline.encode_prompt(prompt, None, None, device="cpu")
+    assert torch.equal(ours["text"], text) and torch.equal(ours["text.pooled"], pooled)
+    assert torch.equal(model.encode_prompts([prompt])["text"], text)
+    alone = copy.copy(model.pipeline)
+    alone.text_encoder_3 = None
+    with pytest.raises(ValueError, match="tokens but the model reads 16"):
+        model.backbone.encode_prompts(alone, [prompt])
+
+
 @pytest.mark.parametrize("name", TEXT_FAMILIES)
 def test_a_long_prompt_is_refused_by_name(models, name):
     long = " ".join(["cat"] * 400)
-    with pytest.raises(ValueError, match=rf"'{long}' has \d+ tokens but the model reads (16|24|80|120|300):"):
+    with pytest.raises(ValueError, match=rf"'{long}' has \d+ tokens but the model reads (16|24|80|120|256|300):"):
         models[name].encode_prompts(["a cat", long])
 
 

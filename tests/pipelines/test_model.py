@@ -108,14 +108,6 @@ def test_a_checkpoint_of_mixed_precision_opens_in_one(broken, dtype):
 
 
 @pytest.mark.slow
-def test_a_t5_opens_in_one_precision(tiny_sd3):
-    # transformers keeps some of T5's layers in float32.
-    encoder = DiffusionPipeline.from_pretrained(tiny_sd3, dtype=torch.float16).text_encoder_3
-    assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float16, torch.float32}
-    assert dtypes(open_model(tiny_sd3, dtype=torch.float16)) == {torch.float16}
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny_sd", "tiny_sdxl"])
 def test_variants(request, tmp_path, name):
     folder = request.getfixturevalue(name)
@@ -288,25 +280,6 @@ def test_what_the_hub_answers_is_one_sentence(monkeypatch, error, message):
     with pytest.raises(ValueError, match=message) as caught:
         open_model("owner/name", revision="v9")
     assert "\n" not in str(caught.value)
-
-
-def test_a_hub_id_is_downloaded_as_safetensors_and_then_opened(tiny_sd, monkeypatch):
-    asked = {}
-
-    def download(name, **options):
-        asked.update(options, name=name)
-        return str(tiny_sd)
-
-    monkeypatch.setattr(DiffusionPipeline, "download", download)
-    model = open_model("owner/name", revision="v1", token="secret")
-    assert asked == {
-        "name": "owner/name",
-        "revision": "v1",
-        "variant": None,
-        "token": "secret",
-        "use_safetensors": True,
-    }
-    assert model.source == "owner/name"
 
 
 @pytest.mark.slow

@@ -1,8 +1,10 @@
 """What sets PixArt apart: text masked and projected, a variance that is not used, sizes that a network is told."""
 
+import copy
+
 import pytest
 import torch
-from diffusers import DDIMScheduler, PixArtTransformer2DModel
+from diffusers import DDIMScheduler, LCMScheduler, PixArtTransformer2DModel
 
 from sublimate.pipelines.generate import generate, generate_latents
 from sublimate.pipelines.model import Model, open_model
@@ -37,6 +39,22 @@ def stock(model, prompts, **options):
 def test_drawing_agrees_with_the_stock_pipeline(model, options):
     ours = generate(model, PROMPTS, steps=3, seed=9, **options)
     torch.testing.assert_close(stock(model, PROMPTS, num_inference_steps=3, **options), ours, atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_a_latent_consistency_model_opens_as_the_student_it_is(model, tmp_path):
+    pipeline = copy.copy(model.pipeline)
+    pipeline.scheduler = LCMScheduler.from_config(model.pipeline.scheduler.config, original_inference_steps=50)
+    pipeline.save_pretrained(tmp_path / "lcm")
+    student = open_model(tmp_path / "lcm")
+    assert student.is_student and student.guidance_scale == 1 and not model.is_student
+    student.pipeline.set_progress_bar_config(disable=True)
+    generators = [image_generator(9, i) for i in range(len(PROMPTS))]
+    expected = student.pipeline(PROMPTS, generator=generators, output_type="pt", **student.defaults["call"]).images
+    # Stock keeps c_skip of x_t.
+    torch.testing.assert_close(generate(student, PROMPTS, seed=9), expected, atol=2e-5, rtol=0)
+    assert student.defaults["call"]["use_resolution_binning"] is False
 
 
 @torch.no_grad()

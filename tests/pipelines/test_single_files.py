@@ -11,6 +11,7 @@ from checkpoints.sdxl import sdxl
 from safetensors.torch import load_file, save_file
 from single_files import save_single_file
 
+from sublimate.pipelines.export import save_model
 from sublimate.pipelines.generate import generate
 from sublimate.pipelines.model import open_model
 from sublimate.pipelines.single_files import single_file_family
@@ -41,8 +42,18 @@ def test_single_files_are_recognised_by_their_header(tmp_path, monkeypatch, shap
         raise OSError("no network\nat all")
 
     monkeypatch.setattr(getattr(diffusers, f"{kind}Pipeline"), "from_single_file", offline)
-    with pytest.raises(ValueError, match=r"which the hub gives, or a diffusers folder as config \(no network\)"):
+    second = any("attn2" in name for name in shapes)
+    message = (
+        "does not say whether" if second else r"which the hub gives, or a diffusers folder as config \(no network\)"
+    )
+    with pytest.raises(ValueError, match=message):
         open_model(tmp_path / "model.safetensors")
+    if second:
+        save_file(
+            {"v_pred": torch.zeros(0), **{n: torch.zeros(s) for n, s in shapes.items()}}, tmp_path / "v.safetensors"
+        )
+        with pytest.raises(ValueError, match="which the hub gives"):
+            open_model(tmp_path / "v.safetensors")
 
 
 @pytest.mark.parametrize("name", [SDXL_MARK, SDXL_MARK.replace("embedders.1", "embedders.0"), "weight", SD3_MARK])
@@ -74,6 +85,35 @@ def test_a_single_file_opens_without_the_hub(request, tmp_path, name):
         open_model(file, config=tmp_path / "nowhere")
     with pytest.raises(ValueError, match="leave out config"):
         open_model(folder, config=folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("marks", [["v_pred"], ["v_pred", "ztsnr"], ["ztsnr"]])
+def test_marks_say_what_the_network_predicts(tiny_sd, tmp_path, marks, whole):
+    pipeline = open_model(tiny_sd).pipeline
+    file = save_single_file(pipeline, tmp_path / "model.safetensors")
+    states = {name: t for name, t in load_file(file).items() if whole or not name.startswith("cond_stage_model.")}
+    save_file({**states, **{name: torch.zeros(0) for name in marks}}, file)
+    model = open_model(file, config=tiny_sd)
+    velocity = "v_pred" in marks
+    assert model.denoiser.parametrization.kind == ("v_prediction" if velocity else "epsilon")
+    assert model.schedule.zero_terminal == (marks == ["v_pred", "ztsnr"])
+    again = open_model(save_model(model, tmp_path / "saved"))
+    assert again.denoiser.parametrization == model.denoiser.parametrization
+    torch.testing.assert_close(generate(again, ["a cat"], steps=2), generate(model, ["a cat"], steps=2))
+
+
+@pytest.mark.slow
+def test_a_scheduler_keeps_what_marks_do_not_speak_of(tiny_sdxl, tmp_path):
+    folder = tmp_path / "folder"
+    sdxl(open_model(tiny_sdxl).pipeline.scheduler, layers=10).save_pretrained(folder)
+    file = save_single_file(open_model(folder).pipeline, tmp_path / "model.safetensors")
+    save_file({**load_file(file), "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, file)
+    own, scheduler = open_model(folder).pipeline.scheduler, open_model(file, config=folder).pipeline.scheduler
+    assert type(scheduler) is type(own)
+    changed = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    assert {**own.config, **changed} == {**scheduler.config}
 
 
 LOST = {

@@ -17,7 +17,7 @@ from sublimate.diffusion.predictions import Parametrization
 from sublimate.diffusion.schedules import from_scheduler
 from sublimate.pipelines.cards import model_card
 from sublimate.pipelines.folders import written_aside
-from sublimate.pipelines.model import DEFAULTS_FILE
+from sublimate.pipelines.locations import DEFAULTS_FILE
 
 LATENT_SHAPE = (4, 8, 8)
 WIDTH = 128
