@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from sublimate.cli.opening import BatchSize, FileConfig, Precision, Revision, Variant, opened_as_asked
+from sublimate.cli.opening import (
+    BatchSize,
+    Device,
+    FileConfig,
+    Precision,
+    Revision,
+    Variant,
+    device_as_asked,
+    opened_as_asked,
+)
 
 
 def command(
@@ -43,7 +52,7 @@ def command(
     file_config: FileConfig = None,
     batch_size: BatchSize = None,
     dtype: Precision = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    device: Device = "auto",
 ) -> None:
     """Draw images and write them as PNG files, with a sheet of all of them; sounds as WAV files too."""
     from sublimate.pipelines.attention import set_attention
@@ -51,7 +60,7 @@ def command(
     from sublimate.pipelines.pictures import image_grid, pictures_of, to_png
     from sublimate.pipelines.sound import to_wav, waveforms
 
-    where = {"revision": revision, "variant": variant, "config": file_config, "device": device}
+    where = {"revision": revision, "variant": variant, "config": file_config, "device": device_as_asked(device)}
     opened = opened_as_asked(model, dtype, fuse_lora, edit, **where)
     if attention is not None:
         typer.echo(set_attention(opened, attention))

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
+    import torch
+
     from sublimate.pipelines.model import Model
 
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
@@ -25,6 +27,38 @@ BatchSize = Annotated[
 Precision = Annotated[
     Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="Precision of all weights.")
 ]
+
+Device = Annotated[
+    str, typer.Option(help="auto (a GPU, if there is one and ACCELERATE_USE_CPU is not 1), cpu, cuda, ...")
+]
+
+
+def device_as_asked(asked: str) -> torch.device:
+    """The device that a command was told to use, which is printed unless it is the CPU.
+
+    Apple's GPUs are left out of "auto": they have no float64, in which times are.
+
+    Args:
+        asked: torch's name of one, or "auto".
+
+    Raises:
+        ValueError: when there is none of that name here.
+    """
+    import torch
+
+    from sublimate.training.together import accelerator
+
+    if asked == "auto":
+        device = accelerator().device
+        device = torch.device("cpu") if device.type == "mps" else device
+    else:
+        try:
+            device = torch.empty(0, device=asked).device
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise ValueError(f"There is no device {asked!r} here: use auto, cpu or another that torch has.") from error
+    if device.type != "cpu" and accelerator().is_main_process:
+        typer.echo(f"device: {device}")
+    return device
 
 
 def opened_as_asked(

@@ -7,7 +7,7 @@ from typing import Annotated, cast
 
 import typer
 
-from sublimate.cli.opening import FileConfig, Revision, Variant
+from sublimate.cli.opening import Device, FileConfig, Revision, Variant, device_as_asked
 
 
 def command(
@@ -29,7 +29,7 @@ def command(
     revision: Revision = None,
     variant: Variant = None,
     file_config: FileConfig = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    device: Device = "auto",
 ) -> None:
     """Remove an object from an image and fill its place from what is around it; the model stays as it is."""
     from sublimate.pipelines.attention import set_attention
@@ -42,7 +42,7 @@ def command(
     if out.suffix.lower() != ".png":
         raise ValueError(f"{out} is not the name of a PNG file: let it end in .png.")
     pictures, masks = read_image(image)[None], read_image(mask).mean(0, keepdim=True)[None]
-    opened = open_model(model, revision=revision, variant=variant, config=file_config, device=device)
+    opened = open_model(model, revision=revision, variant=variant, config=file_config, device=device_as_asked(device))
     if attention is not None:
         typer.echo(set_attention(opened, attention))
     (erased,) = erase_object(
