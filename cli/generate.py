@@ -17,6 +17,7 @@ from sublimate.cli.opening import (
     device_as_asked,
     opened_as_asked,
 )
+from sublimate.cli.showing import shown_as_asked
 
 
 def command(
@@ -43,6 +44,19 @@ def command(
     eta: Annotated[
         float | None, typer.Option(min=0, max=1, help="Noise of the few-step samplers but consistency; 0 is none.")
     ] = None,
+    height: Annotated[
+        int | None, typer.Option(min=1, help="In pixels (of sounds: frames); the checkpoint's own by default.")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(min=1, help="In pixels (of sounds: bins); the checkpoint's own by default.")
+    ] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="What inpainting or upscaling models are shown: a picture of any size; or one per prompt."),
+    ] = None,
+    mask: Annotated[
+        list[Path] | None, typer.Option(help="Of inpainting: a picture as large as --image, white where to paint.")
+    ] = None,
     attention: Annotated[
         str | None, typer.Option(help="Attention kernel: auto, sdpa, math, flash, efficient, cudnn, eager, xformers.")
     ] = None,
@@ -65,6 +79,9 @@ def command(
     if attention is not None:
         typer.echo(set_attention(opened, attention))
     texts = [prompt for prompt in prompts or () for _ in range(count)]
+    shown, (height, width) = shown_as_asked(
+        opened, image or (), mask or (), (height, width), prompts=len(prompts or ()) or 1, count=count, seed=seed
+    )
     media = generate(
         opened,
         texts or count,
@@ -74,14 +91,17 @@ def command(
         negative_strength=negative_strength,
         sampler=sampler,
         eta=eta,
+        shown=shown,
+        height=height,
+        width=width,
         seed=seed,
         batch_size=batch_size,
         progress=True,
     )
     out.mkdir(parents=True, exist_ok=True)
     images = pictures_of(media, opened.backbone.medium).cpu()
-    for index, image in enumerate(images):
-        (out / f"{index:05d}.png").write_bytes(to_png(image))
+    for index, picture in enumerate(images):
+        (out / f"{index:05d}.png").write_bytes(to_png(picture))
     (out / "sheet.png").write_bytes(to_png(image_grid(images)))
     if opened.backbone.medium == "audio":
         for index, spectrogram in enumerate(media.split(1)):
