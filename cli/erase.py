@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sublimate.cli.opening import FileConfig, Precision, Revision, Variant, device_as_asked, opened_as_asked
+from sublimate.cli.opening import FileConfig, FuseLora, Precision, Revision, Variant, device_as_asked, opened_as_asked
 
 if TYPE_CHECKING:
     import torch
@@ -42,9 +42,7 @@ def command(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for edit.safetensors (and the model).")] = Path("runs/edit"),
     fold: Annotated[bool, typer.Option("--fold", help="Also write the edited model as a diffusers folder.")] = False,
-    fuse_lora: Annotated[
-        list[str] | None, typer.Option(help="A LoRA to add to the model's weights first; repeatable.")
-    ] = None,
+    fuse_lora: FuseLora = None,
     lora: Annotated[
         bool, typer.Option("--lora", help="Also write the edit as a LoRA, for diffusers and in kohya's layout.")
     ] = False,

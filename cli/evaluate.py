@@ -11,7 +11,9 @@ from sublimate.cli.judging import DetectorRevision, Labels, Threshold, detector_
 from sublimate.cli.opening import (
     BatchSize,
     Device,
+    Edits,
     FileConfig,
+    FuseLora,
     Precision,
     Revision,
     Variant,
@@ -26,10 +28,8 @@ if TYPE_CHECKING:
 
 def command(
     model: Annotated[str, typer.Argument(help="A packaged name (ink, ink_one_step), a folder, a file or a hub id.")],
-    fuse_lora: Annotated[
-        list[str] | None, typer.Option(help="A LoRA to add to the model's weights first; repeatable.")
-    ] = None,
-    edit: Annotated[list[Path] | None, typer.Option(help="An edit to apply first; repeatable.")] = None,
+    fuse_lora: FuseLora = None,
+    edit: Edits = None,
     n: Annotated[
         int | None, typer.Option(min=2, help="Images for the distances: 5000 on Ink, or all that --reference has.")
     ] = None,

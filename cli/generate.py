@@ -10,7 +10,9 @@ import typer
 from sublimate.cli.opening import (
     BatchSize,
     Device,
+    Edits,
     FileConfig,
+    FuseLora,
     Precision,
     Revision,
     Variant,
@@ -24,10 +26,8 @@ def command(
     model: Annotated[str, typer.Argument(help="A packaged name (ink, ink_one_step), a folder, a file or a hub id.")],
     prompts: Annotated[list[str] | None, typer.Argument(help="One image per prompt; none if unconditional.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("runs/images"),
-    fuse_lora: Annotated[
-        list[str] | None, typer.Option(help="A LoRA to add to the model's weights first; repeatable.")
-    ] = None,
-    edit: Annotated[list[Path] | None, typer.Option(help="An edit to apply first; repeatable.")] = None,
+    fuse_lora: FuseLora = None,
+    edit: Edits = None,
     count: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 1,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; the checkpoint's own by default.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(min=0, help="1 is no guidance.")] = None,
