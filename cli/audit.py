@@ -13,6 +13,8 @@ from sublimate.cli.opening import Device, FileConfig, Revision, Variant, device_
 N = 240
 """So many prompts per role that also those which ask for more than the concept can be certain to meet their bar."""
 
+SAVING_MEMORY = "take --gradient-checkpointing, or --dtype bfloat16 (which skips attacks that follow gradients)"
+
 
 def command(
     base: Annotated[

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from sublimate.erasure.request import Request
     from sublimate.pipelines.detector import Detector
 
+SAVING_MEMORY = (
+    "take --dtype bfloat16, and of a method that trains --set gradient_checkpointing=true; --dry-run counts"
+)
+
 
 def command(
     model: Annotated[str, typer.Argument(help="A packaged name (ink, ink_one_step), a folder, a file or a hub id.")],

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from sublimate.pipelines.detector import Detector
     from sublimate.pipelines.model import Model
 
+SAVING_MEMORY = "take fewer at once with --batch-size, or --dtype bfloat16"
+
 
 def command(
     model: Annotated[str, typer.Argument(help="A packaged name (ink, ink_one_step), a folder, a file or a hub id.")],

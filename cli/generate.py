@@ -21,6 +21,8 @@ from sublimate.cli.opening import (
 )
 from sublimate.cli.showing import shown_as_asked
 
+SAVING_MEMORY = "take fewer at once with --batch-size, --dtype bfloat16, or a smaller --height and --width"
+
 
 def command(
     model: Annotated[str, typer.Argument(help="A packaged name (ink, ink_one_step), a folder, a file or a hub id.")],

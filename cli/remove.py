@@ -19,6 +19,8 @@ from sublimate.cli.opening import (
     opened_as_asked,
 )
 
+SAVING_MEMORY = "take --dtype bfloat16, or a smaller image"
+
 
 def command(
     model: Annotated[
