@@ -21,7 +21,12 @@ FileConfig = Annotated[
         help="Of a single file: a diffusers folder or hub id with its configuration, and with what it lacks."
     ),
 ]
-FuseLora = Annotated[list[str] | None, typer.Option(help="A LoRA to add to the model's weights first; repeatable.")]
+FuseLora = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A LoRA to add to the model's weights first, as SOURCE, SOURCE:FILE or either with @0.7; repeatable."
+    ),
+]
 Edits = Annotated[list[Path] | None, typer.Option("--edit", help="An edit to apply first; repeatable.")]
 BatchSize = Annotated[
     int | None, typer.Option(min=1, help="Images at once, which changes nothing but rounding; fewer, the larger.")

@@ -319,6 +319,14 @@ def test_a_prompt_that_is_too_long(capsys, tmp_path, tiny_sd_v):
     assert not (tmp_path / "images").exists()
 
 
+def test_a_lora_that_cannot_be_added_as_asked(capsys, tmp_path, tiny_sd):
+    for name in "ab":
+        (tmp_path / f"{name}.safetensors").touch()
+    draw = ["generate", tiny_sd, "a cat", "--out", tmp_path / "images", "--fuse-lora"]
+    assert "is 'much': give a number" in failed(capsys, *draw, f"{tmp_path}@much")
+    assert "holds a.safetensors, b.safetensors: say which" in failed(capsys, *draw, tmp_path)
+
+
 def test_zero_steps(capsys, tiny_sd_v, distilling):
     status, _, err = sublimate(capsys, "generate", tiny_sd_v, "a cat", "--steps", "0")
     assert status == 2 and "--steps" in err
