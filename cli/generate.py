@@ -37,6 +37,9 @@ def command(
     negative_strength: Annotated[
         float | None, typer.Option(min=0, help="Steer away inside attention instead, without guidance.")
     ] = None,
+    truncate_prompts: Annotated[
+        bool, typer.Option("--truncate-prompts", help="Cut prompts that are longer than the text encoder reads.")
+    ] = False,
     sampler: Annotated[
         str | None,
         typer.Option(
@@ -96,6 +99,7 @@ def command(
         shown=shown,
         height=height,
         width=width,
+        truncate_prompts=truncate_prompts,
         seed=seed,
         batch_size=batch_size,
         progress=True,

@@ -20,6 +20,7 @@ from sublimate.pipelines.model import Model
 from sublimate.pipelines.negative_attention import STRENGTH, as_negative, negative_attention
 from sublimate.pipelines.sampling import Run, at_once, sample
 from sublimate.pipelines.speedupnet import attached_speedupnet, told_guidance
+from sublimate.pipelines.tokens import truncating
 
 SAMPLERS = ("ddim", "euler", "heun", "ancestral", "one_step", *FEW_STEP_SAMPLERS)
 STEPS = 25
@@ -45,6 +46,7 @@ def generate(
     shown: Condition | None = None,
     height: int | None = None,
     width: int | None = None,
+    truncate_prompts: bool = False,
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> Tensor:
@@ -74,6 +76,8 @@ def generate(
             for models that are told some; of batch size 1 or one per prompt.
         height, width: of images in pixels, of spectrograms in frames and bins; the checkpoint's own size unless
             given.
+        truncate_prompts: cut prompts that are longer than a text encoder reads, as stock pipelines do, and say how
+            many; they are refused unless it is set.
         device: where the images are wanted, such as "cpu" for more than a GPU holds; the model's unless given.
         progress: show a bar.
 
@@ -103,6 +107,7 @@ def generate(
         shown=shown,
         height=height,
         width=width,
+        truncate_prompts=truncate_prompts,
         progress=progress,
     )
     return rendered(model, latents, batch_size=batch_size, device=device)
@@ -152,6 +157,7 @@ def generate_latents(
     shown: Condition | None = None,
     height: int | None = None,
     width: int | None = None,
+    truncate_prompts: bool = False,
     progress: bool = False,
 ) -> Tensor:
     """As `generate`, without decoding: x0 (N, *latent_shape) in the model's precision, on its device.
@@ -165,46 +171,47 @@ def generate_latents(
         raise ValueError(f"There is nothing to draw: {len(texts)} prompts in batches of {batch_size}.")
     if z is not None and len(z) != len(texts):
         raise ValueError(f"{len(texts)} samples need as many initial noises, not {len(z)}.")
-    chosen = choose_sampling(
-        model,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        negative_prompt=negative_prompt,
-        negative_strength=negative_strength,
-        sampler=sampler,
-        eta=eta,
-        clipped_calls=clipped_calls,
-        start=start,
-        discriminator=discriminator,
-        height=height,
-        width=width,
-    )
-    if z is not None and tuple(z.shape[1:]) != chosen.shape:
-        raise ValueError(f"Initial noise of {tuple(z.shape[1:])} does not fit latents of {chosen.shape}.")
-    sizes = model.backbone.sizes(model.pipeline, height, width).expand(len(texts))
-    shown = sizes if shown is None else sizes.replace(**shown.expand(len(texts)))
-
-    def told(rows: slice) -> Condition:
-        condition = model.encode_prompts(texts[rows])
-        return condition.replace(**shown.index(rows), **chosen.negative.expand(len(texts[rows])))
-
-    with nullcontext() if negative_strength is None else negative_attention(model.denoiser.network):
-        drawn = sample(
+    with truncating(truncate_prompts):
+        chosen = choose_sampling(
             model,
-            told,
-            chosen.run,
-            len(texts),
-            null=chosen.null,
-            scale=chosen.scale,
-            reads_target=chosen.reads_target,
-            seed=seed,
-            first=first,
-            z=z,
-            shape=chosen.shape,
-            batch_size=batch_size,
-            calls=chosen.calls,
-            progress=progress,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+            negative_strength=negative_strength,
+            sampler=sampler,
+            eta=eta,
+            clipped_calls=clipped_calls,
+            start=start,
+            discriminator=discriminator,
+            height=height,
+            width=width,
         )
+        if z is not None and tuple(z.shape[1:]) != chosen.shape:
+            raise ValueError(f"Initial noise of {tuple(z.shape[1:])} does not fit latents of {chosen.shape}.")
+        sizes = model.backbone.sizes(model.pipeline, height, width).expand(len(texts))
+        shown = sizes if shown is None else sizes.replace(**shown.expand(len(texts)))
+
+        def told(rows: slice) -> Condition:
+            condition = model.encode_prompts(texts[rows])
+            return condition.replace(**shown.index(rows), **chosen.negative.expand(len(texts[rows])))
+
+        with nullcontext() if negative_strength is None else negative_attention(model.denoiser.network):
+            drawn = sample(
+                model,
+                told,
+                chosen.run,
+                len(texts),
+                null=chosen.null,
+                scale=chosen.scale,
+                reads_target=chosen.reads_target,
+                seed=seed,
+                first=first,
+                z=z,
+                shape=chosen.shape,
+                batch_size=batch_size,
+                calls=chosen.calls,
+                progress=progress,
+            )
     return finite(model, drawn, "latents")
 
 
@@ -251,6 +258,8 @@ def choose_sampling(
     Raises:
         ValueError: for options that do not fit each other or the model.
     """
+    if not isinstance(negative_prompt, str | None):
+        raise TypeError(f"Give one negative prompt, a text, which serves all prompts, not {negative_prompt!r}.")
     few = _few_steps(model, sampler, steps, start, eta=eta, clipped_calls=clipped_calls)
     adapter = attached_speedupnet(model.denoiser.network)
     defaults = {"guidance_scale": model.guidance_scale, **model.defaults, **(adapter or {})}

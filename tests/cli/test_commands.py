@@ -317,6 +317,9 @@ def test_a_prompt_that_is_too_long(capsys, tmp_path, tiny_sd_v):
     said = failed(capsys, "generate", tiny_sd_v, "cat " * 100, "--out", tmp_path / "images")
     assert "The prompt 'cat cat" in said and "tokens" in said
     assert not (tmp_path / "images").exists()
+    draw = ["generate", tiny_sd_v, "cat " * 100, "--out", tmp_path / "images", "--steps", 1]
+    assert sublimate(capsys, *draw, "--truncate-prompts")[0] == 0
+    assert (tmp_path / "images" / "00000.png").exists()
 
 
 def test_a_lora_that_cannot_be_added_as_asked(capsys, tmp_path, tiny_sd):
