@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from diffusers import DDIMScheduler
 from opened import Opened
 
 from sublimate.diffusion.denoisers import Denoiser
-from sublimate.pipelines.generate import SAMPLERS, generate, generate_latents
+from sublimate.pipelines.generate import SAMPLERS, SamplingOptions, choose_sampling, generate, generate_latents
 from sublimate.pipelines.model import Model, open_model
 from sublimate.pipelines.sampling import at_once, image_generator, initial_noise
 
@@ -237,6 +238,14 @@ def test_the_checkpoints_defaults_are_used(tiny_sd, tmp_path, monkeypatch):
 def test_options_that_do_not_fit_are_refused(models, options, message):
     with pytest.raises(ValueError, match=message):
         generate(models["tiny_sd"], ["a cat"], **options)
+
+
+def test_options_are_those_that_sampling_is_chosen_by(models):
+    chosen = signature(choose_sampling).parameters.keys() - {"model"}
+    assert SamplingOptions.__annotations__.keys() == chosen
+    assert all(name in SamplingOptions.__doc__ for name in chosen)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'step'"):
+        generate(models["tiny_sd"], ["a cat"], step=1)
 
 
 def test_prompts_that_do_not_fit_are_refused(models):
