@@ -15,7 +15,7 @@ from functools import wraps
 from importlib import metadata
 from typing import Any, NoReturn
 
-from sublimate.cli.errors import one_sentence, raise_on_sigterm
+from sublimate.cli.errors import SAVING_MEMORY, one_sentence, raise_on_sigterm
 from sublimate.training.registry import first_sentence, read_source
 
 PACKAGE = "sublimate.cli"
@@ -101,18 +101,19 @@ def _invoke(name: str, arguments: list[str], debug: bool) -> None:
         logging.lastResort.setLevel(logging.INFO)
     module = importlib.import_module(f"{PACKAGE}.{name}")
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.command()(_guarded(module.command, debug, (typer.Exit, typer.Abort, typer.BadParameter)))
+    passing = (typer.Exit, typer.Abort, typer.BadParameter)
+    app.command()(_guarded(module.command, debug, passing, getattr(module, "SAVING_MEMORY", SAVING_MEMORY)))
     app(arguments, prog_name=f"sublimate {name}")
 
 
 def _guarded(
-    function: Callable[..., Any], debug: bool, passing: tuple[type[BaseException], ...]
+    function: Callable[..., Any], debug: bool, passing: tuple[type[BaseException], ...], saving_memory: str
 ) -> Callable[..., Any]:
     """The function with its errors explained before typer sees them: typer would swallow what Ctrl-C says."""
 
     @wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        with one_sentence(debug, passing):
+        with one_sentence(debug, passing, saving_memory):
             return function(*args, **kwargs)
 
     return guarded

@@ -8,10 +8,12 @@ from typing import Annotated, Any, Literal
 import typer
 
 from sublimate.cli.judging import DetectorRevision, Labels, Threshold, detector_as_asked
-from sublimate.cli.opening import FileConfig, Revision, Variant
+from sublimate.cli.opening import Device, FileConfig, Revision, Variant, device_as_asked
 
 N = 240
 """So many prompts per role that also those which ask for more than the concept can be certain to meet their bar."""
+
+SAVING_MEMORY = "take --gradient-checkpointing, or --dtype bfloat16 (which skips attacks that follow gradients)"
 
 
 def command(
@@ -60,7 +62,7 @@ def command(
         Literal["float32", "bfloat16", "float16"],
         typer.Option(help="Precision of both models; attacks that follow gradients are skipped in any but float32."),
     ] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    device: Device = "auto",
 ) -> None:
     """Measure an erasure, then try to undo it; the report says what was tried, with which budget, and what was not."""
     import shlex
@@ -93,7 +95,8 @@ def command(
         raise ValueError(f"{edited} is an edit of {base}: it has no revision and no variant of its own.")
     names = attack or [name for name in registry.available(ATTACKS) if name != "distillation"]
     attacks = make_attacks(names, parse_overrides(option or ()))
-    judge = detector_as_asked(detector, labels, threshold, detector_revision, group=group, device=device)
+    place = device_as_asked(device)
+    judge = detector_as_asked(detector, labels, threshold, detector_revision, group=group, device=place)
     if prompts is None or group is None:
         study, asked = ink_study(concept, n=n or N, seed=seed), ink_request(concept).erase[0]
     else:
@@ -105,7 +108,7 @@ def command(
     asked = Concept(asked.name, asked.anchor if anchor is None else anchor, words)
     precision = getattr(torch, dtype)
     # Edits belong to the checkpoint in float32, and both models take their precision after.
-    placed: dict[str, Any] = {"dtype": precision if whole else torch.float32, "device": device}
+    placed: dict[str, Any] = {"dtype": precision if whole else torch.float32, "device": place}
     before = open_model(base, revision=revision, variant=variant, config=file_config, **placed)
     check_judge(before, judge)
     if whole:

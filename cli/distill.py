@@ -6,6 +6,11 @@ from typing import Annotated
 
 import typer
 
+SAVING_MEMORY = (
+    "lower trainer.train_batch_size and raise trainer.gradient_accumulation_steps, or set dtype=bfloat16, "
+    "trainer.gradient_checkpointing=true or objective.student.kind=lora; --dry-run counts"
+)
+
 
 def command(
     config: Annotated[str, typer.Argument(help="A YAML file, or the name of a packaged configuration.")],

@@ -9,12 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sublimate.cli.opening import FileConfig, Precision, Revision, Variant, opened_as_asked
+from sublimate.cli.opening import FileConfig, FuseLora, Precision, Revision, Variant, device_as_asked, opened_as_asked
 
 if TYPE_CHECKING:
+    import torch
+
     from sublimate.erasure.eraser import Eraser
     from sublimate.erasure.request import Request
     from sublimate.pipelines.detector import Detector
+
+SAVING_MEMORY = (
+    "take --dtype bfloat16, and of a method that trains --set gradient_checkpointing=true; --dry-run counts"
+)
 
 
 def command(
@@ -40,9 +46,7 @@ def command(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for edit.safetensors (and the model).")] = Path("runs/edit"),
     fold: Annotated[bool, typer.Option("--fold", help="Also write the edited model as a diffusers folder.")] = False,
-    fuse_lora: Annotated[
-        list[str] | None, typer.Option(help="A LoRA to add to the model's weights first; repeatable.")
-    ] = None,
+    fuse_lora: FuseLora = None,
     lora: Annotated[
         bool, typer.Option("--lora", help="Also write the edit as a LoRA, for diffusers and in kohya's layout.")
     ] = False,
@@ -53,8 +57,8 @@ def command(
     dtype: Precision = "float32",
     device: Annotated[
         str,
-        typer.Option(help="Where the model is opened; training goes where accelerate says (ACCELERATE_USE_CPU=1)."),
-    ] = "cpu",
+        typer.Option(help="Where the model is opened: auto, cpu, cuda, ...; training goes where accelerate says."),
+    ] = "auto",
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print request, options and their counted cost, and stop."),
@@ -96,8 +100,9 @@ def command(
     if dry_run:
         _plan(eraser, file_config or model, request, revision, dtype)
         return
-    judge = _judge(detector, device)
-    where = {"revision": revision, "variant": variant, "config": file_config, "device": device}
+    place = device_as_asked(device)
+    judge = _judge(detector, place)
+    where = {"revision": revision, "variant": variant, "config": file_config, "device": place}
     opened = opened_as_asked(model, dtype, fuse_lora, (), **where)
     out.mkdir(parents=True, exist_ok=True)  # refused now rather than after the fit
     edit = eraser.fit(opened, request, seed=seed, detector=judge, progress=True)
@@ -140,7 +145,7 @@ def _asked(concepts: Sequence[str], file: Path | None, said: Mapping[str, Any]) 
     )
 
 
-def _judge(detector: str | None, device: str) -> Detector | None:
+def _judge(detector: str | None, device: torch.device) -> Detector | None:
     """The detector that is asked for, where the model is."""
     if detector is None:
         return None

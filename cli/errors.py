@@ -14,6 +14,7 @@ from typing import NoReturn
 
 FAILED = 1
 READER_GONE = 128 + 13
+SAVING_MEMORY = "free some, or take less at once"
 DEBUG_HINT = "run again with --debug to see where it comes from"
 
 
@@ -31,12 +32,15 @@ def raise_on_sigterm() -> None:
 
 
 @contextmanager
-def one_sentence(debug: bool = False, passing: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
+def one_sentence(
+    debug: bool = False, passing: tuple[type[BaseException], ...] = (), saving_memory: str = SAVING_MEMORY
+) -> Iterator[None]:
     """Turns an exception into one sentence on stderr and an exit status.
 
     Args:
         debug: print the traceback first.
         passing: exceptions that are left alone.
+        saving_memory: what to do where memory does not suffice.
 
     Raises:
         SystemExit: in place of the exception.
@@ -51,22 +55,22 @@ def one_sentence(debug: bool = False, passing: tuple[type[BaseException], ...] =
             traceback.print_exception(error)
         if isinstance(error, BrokenPipeError) and not sys.stdout.isatty():
             _leave_quietly()
-        sentence, status = explain(error)
+        sentence, status = explain(error, saving_memory)
         print(sentence if status > 128 else f"Error: {sentence}", file=sys.stderr)
         raise SystemExit(status) from None
 
 
-def explain(error: BaseException) -> tuple[str, int]:
+def explain(error: BaseException, saving_memory: str = SAVING_MEMORY) -> tuple[str, int]:
     """The sentence and the exit status for an exception; notes added to the exception (PEP 678) follow the sentence.
 
     Exceptions with an integer attribute `signal` report a stop by that signal.
     """
-    sentence, status = _explain(error)
+    sentence, status = _explain(error, saving_memory)
     # Messages from other libraries run over many lines.
     return " ".join(" ".join([sentence, *getattr(error, "__notes__", [])]).split()), status
 
 
-def _explain(error: BaseException) -> tuple[str, int]:
+def _explain(error: BaseException, saving_memory: str) -> tuple[str, int]:
     text = str(error)
     number = getattr(error, "signal", None)
     if isinstance(number, int):
@@ -83,7 +87,7 @@ def _explain(error: BaseException) -> tuple[str, int]:
             "nothing already there was changed."
         ), FAILED
     if kind in ("OutOfMemoryError", "MemoryError"):
-        return f"Out of memory: lower the batch size or the resolution ({text.partition('.')[0] or kind}).", FAILED
+        return f"Out of memory: {saving_memory} ({text.partition('.')[0] or kind}).", FAILED
     if kind == "SafetensorError":
         return f"A safetensors file is damaged or is none ({text}): fetch or save it again.", FAILED
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("sublimate"):

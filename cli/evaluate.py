@@ -8,19 +8,30 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sublimate.cli.judging import DetectorRevision, Labels, Threshold, detector_as_asked
-from sublimate.cli.opening import BatchSize, FileConfig, Precision, Revision, Variant, opened_as_asked
+from sublimate.cli.opening import (
+    BatchSize,
+    Device,
+    Edits,
+    FileConfig,
+    FuseLora,
+    Precision,
+    Revision,
+    Variant,
+    device_as_asked,
+    opened_as_asked,
+)
 
 if TYPE_CHECKING:
     from sublimate.pipelines.detector import Detector
     from sublimate.pipelines.model import Model
 
+SAVING_MEMORY = "take fewer at once with --batch-size, or --dtype bfloat16"
+
 
 def command(
     model: Annotated[str, typer.Argument(help="A packaged name (ink, ink_one_step), a folder, a file or a hub id.")],
-    fuse_lora: Annotated[
-        list[str] | None, typer.Option(help="A LoRA to add to the model's weights first; repeatable.")
-    ] = None,
-    edit: Annotated[list[Path] | None, typer.Option(help="An edit to apply first; repeatable.")] = None,
+    fuse_lora: FuseLora = None,
+    edit: Edits = None,
     n: Annotated[
         int | None, typer.Option(min=2, help="Images for the distances: 5000 on Ink, or all that --reference has.")
     ] = None,
@@ -57,7 +68,7 @@ def command(
     file_config: FileConfig = None,
     batch_size: BatchSize = None,
     dtype: Precision = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    device: Device = "auto",
 ) -> None:
     """Draw prompts with known answers and count what a detector sees; on Ink, also FID, KID, precision and recall.
 
@@ -85,7 +96,7 @@ def command(
     if prompts is not None and (n is not None or judged is not None):
         raise ValueError("--n and --judged are for Ink's grammar: your own prompts are all drawn and judged.")
     launched = accelerator()  # chooses the process's own device, which is then "cuda"
-    where = {"revision": revision, "variant": variant, "config": file_config, "device": device}
+    where = {"revision": revision, "variant": variant, "config": file_config, "device": device_as_asked(device)}
     opened = opened_as_asked(model, dtype, fuse_lora, edit, **where)
     options = {"steps": steps, "guidance_scale": guidance_scale, "sampler": sampler, "eta": eta}
     drawn: dict[str, Any] = {"seed": seed, "batch_size": batch_size, **options}

@@ -16,6 +16,7 @@ from sublimate.pipelines.cards import public_name, public_values
 from sublimate.pipelines.detector import Detector
 from sublimate.pipelines.edit import Edit
 from sublimate.pipelines.edit_attachment import EditAttachment
+from sublimate.pipelines.lora_sources import public_lora
 from sublimate.pipelines.model import Model
 from sublimate.pipelines.placement import name_of
 from sublimate.pipelines.versions import versions
@@ -96,7 +97,7 @@ class Eraser(Method):
                 "source": public_name(model.source),
                 "content_hash": model.content_hash(),
                 **({} if model.dtype == torch.float32 else {"dtype": name_of(model.dtype)}),
-                **({"loras": [public_name(lora) for lora in model.loras]} if model.loras else {}),
+                **({"loras": [public_lora(lora) for lora in model.loras]} if model.loras else {}),
             },
             "method": self.name(),
             "paper": self.paper,

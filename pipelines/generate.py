@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -20,48 +20,22 @@ from sublimate.pipelines.model import Model
 from sublimate.pipelines.negative_attention import STRENGTH, as_negative, negative_attention
 from sublimate.pipelines.sampling import Run, at_once, sample
 from sublimate.pipelines.speedupnet import attached_speedupnet, told_guidance
+from sublimate.pipelines.tokens import truncating
 
 SAMPLERS = ("ddim", "euler", "heun", "ancestral", "one_step", *FEW_STEP_SAMPLERS)
 STEPS = 25
 
 
-@torch.no_grad()
-def generate(
-    model: Model,
-    prompts: Sequence[str] | int,
-    *,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    negative_prompt: str | None = None,
-    negative_strength: float | None = None,
-    seed: int = 0,
-    first: int = 0,
-    batch_size: int | None = None,
-    sampler: str | None = None,
-    eta: float | None = None,
-    clipped_calls: int | None = None,
-    start: float | None = None,
-    discriminator: DiscriminatorGuidance | None = None,
-    shown: Condition | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    device: torch.device | str | None = None,
-    progress: bool = False,
-) -> Tensor:
-    """Draws one image, or one sound's spectrogram, per prompt; the batch size changes nothing but rounding.
+class SamplingOptions(TypedDict, total=False):
+    """How a model is sampled; what is left out, or None, is the checkpoint's own.
 
-    Args:
-        model: what draws.
-        prompts: one per image, or how many images an unconditional model shall draw.
+    Attributes:
         steps: sampling steps; the checkpoint's own default, else 25.
         guidance_scale: 1 is none; the checkpoint's own default, else its family's. An attached SpeedUpNet is told it,
             and has a default of its own.
         negative_prompt: what guidance leads away from, instead of no text; or, with a strength, negative attention.
         negative_strength: of negative attention, for networks that are called once a step; about 0.1 to 0.5, 0 is
             none.
-        seed: keys the noise, together with each image's place in `prompts`.
-        first: the place of the first prompt: a part of a longer list, drawn alone, keeps its noise.
-        batch_size: images at once; by default fewer, the larger they are, and decoded in smaller parts.
         sampler: "ddim", "euler", "heun", "ancestral" (DDPM's, with fresh noise in every step), "one_step", or a
             few-step student's "consistency", "target_driven" or "trajectory" (see `FewSteps`); the checkpoint's own
             default, else its family's.
@@ -70,12 +44,52 @@ def generate(
         start: the schedule's time at which pure noise is put in, for a single step; the checkpoint's own default,
             else the schedule's end.
         discriminator: corrects the score of "ddim" and "heun"; its own guidance scale is then the default.
-        shown: what `model.show` makes of pictures, for models that see some, or other sizes than those that are drawn
-            for models that are told some; of batch size 1 or one per prompt.
         height, width: of images in pixels, of spectrograms in frames and bins; the checkpoint's own size unless
             given.
+    """
+
+    steps: int | None
+    guidance_scale: float | None
+    negative_prompt: str | None
+    negative_strength: float | None
+    sampler: str | None
+    eta: float | None
+    clipped_calls: int | None
+    start: float | None
+    discriminator: DiscriminatorGuidance | None
+    height: int | None
+    width: int | None
+
+
+@torch.no_grad()
+def generate(
+    model: Model,
+    prompts: Sequence[str] | int,
+    *,
+    seed: int = 0,
+    first: int = 0,
+    batch_size: int | None = None,
+    shown: Condition | None = None,
+    truncate_prompts: bool = False,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+    **options: Unpack[SamplingOptions],
+) -> Tensor:
+    """Draws one image, or one sound's spectrogram, per prompt; the batch size changes nothing but rounding.
+
+    Args:
+        model: what draws.
+        prompts: one per image, or how many images an unconditional model shall draw.
+        seed: keys the noise, together with each image's place in `prompts`.
+        first: the place of the first prompt: a part of a longer list, drawn alone, keeps its noise.
+        batch_size: images at once; by default fewer, the larger they are, and decoded in smaller parts.
+        shown: what `model.show` makes of pictures, for models that see some, or other sizes than those that are drawn
+            for models that are told some; of batch size 1 or one per prompt.
+        truncate_prompts: cut prompts that are longer than a text encoder reads, as stock pipelines do, and say how
+            many; they are refused unless it is set.
         device: where the images are wanted, such as "cpu" for more than a GPU holds; the model's unless given.
         progress: show a bar.
+        options: steps, guidance, sampler and size, see `SamplingOptions`.
 
     Returns:
         Images (N, 3, height, width) in [0, 1], or spectrograms (N, 1, frames, bins), which `sound.waveforms` plays;
@@ -88,22 +102,13 @@ def generate(
     latents = generate_latents(
         model,
         prompts,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        negative_prompt=negative_prompt,
-        negative_strength=negative_strength,
         seed=seed,
         first=first,
         batch_size=batch_size,
-        sampler=sampler,
-        eta=eta,
-        clipped_calls=clipped_calls,
-        start=start,
-        discriminator=discriminator,
         shown=shown,
-        height=height,
-        width=width,
+        truncate_prompts=truncate_prompts,
         progress=progress,
+        **options,
     )
     return rendered(model, latents, batch_size=batch_size, device=device)
 
@@ -136,23 +141,14 @@ def generate_latents(
     model: Model,
     prompts: Sequence[str] | int,
     *,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    negative_prompt: str | None = None,
-    negative_strength: float | None = None,
     seed: int = 0,
     first: int = 0,
     batch_size: int | None = None,
-    sampler: str | None = None,
-    eta: float | None = None,
-    clipped_calls: int | None = None,
-    start: float | None = None,
-    discriminator: DiscriminatorGuidance | None = None,
     z: Tensor | None = None,
     shown: Condition | None = None,
-    height: int | None = None,
-    width: int | None = None,
+    truncate_prompts: bool = False,
     progress: bool = False,
+    **options: Unpack[SamplingOptions],
 ) -> Tensor:
     """As `generate`, without decoding: x0 (N, *latent_shape) in the model's precision, on its device.
 
@@ -165,46 +161,35 @@ def generate_latents(
         raise ValueError(f"There is nothing to draw: {len(texts)} prompts in batches of {batch_size}.")
     if z is not None and len(z) != len(texts):
         raise ValueError(f"{len(texts)} samples need as many initial noises, not {len(z)}.")
-    chosen = choose_sampling(
-        model,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        negative_prompt=negative_prompt,
-        negative_strength=negative_strength,
-        sampler=sampler,
-        eta=eta,
-        clipped_calls=clipped_calls,
-        start=start,
-        discriminator=discriminator,
-        height=height,
-        width=width,
-    )
-    if z is not None and tuple(z.shape[1:]) != chosen.shape:
-        raise ValueError(f"Initial noise of {tuple(z.shape[1:])} does not fit latents of {chosen.shape}.")
-    sizes = model.backbone.sizes(model.pipeline, height, width).expand(len(texts))
-    shown = sizes if shown is None else sizes.replace(**shown.expand(len(texts)))
+    with truncating(truncate_prompts):
+        chosen = choose_sampling(model, **options)
+        if z is not None and tuple(z.shape[1:]) != chosen.shape:
+            raise ValueError(f"Initial noise of {tuple(z.shape[1:])} does not fit latents of {chosen.shape}.")
+        size = options.get("height"), options.get("width")
+        sizes = model.backbone.sizes(model.pipeline, *size).expand(len(texts))
+        shown = sizes if shown is None else sizes.replace(**shown.expand(len(texts)))
 
-    def told(rows: slice) -> Condition:
-        condition = model.encode_prompts(texts[rows])
-        return condition.replace(**shown.index(rows), **chosen.negative.expand(len(texts[rows])))
+        def told(rows: slice) -> Condition:
+            condition = model.encode_prompts(texts[rows])
+            return condition.replace(**shown.index(rows), **chosen.negative.expand(len(texts[rows])))
 
-    with nullcontext() if negative_strength is None else negative_attention(model.denoiser.network):
-        drawn = sample(
-            model,
-            told,
-            chosen.run,
-            len(texts),
-            null=chosen.null,
-            scale=chosen.scale,
-            reads_target=chosen.reads_target,
-            seed=seed,
-            first=first,
-            z=z,
-            shape=chosen.shape,
-            batch_size=batch_size,
-            calls=chosen.calls,
-            progress=progress,
-        )
+        with nullcontext() if options.get("negative_strength") is None else negative_attention(model.denoiser.network):
+            drawn = sample(
+                model,
+                told,
+                chosen.run,
+                len(texts),
+                null=chosen.null,
+                scale=chosen.scale,
+                reads_target=chosen.reads_target,
+                seed=seed,
+                first=first,
+                z=z,
+                shape=chosen.shape,
+                batch_size=batch_size,
+                calls=chosen.calls,
+                progress=progress,
+            )
     return finite(model, drawn, "latents")
 
 
@@ -246,11 +231,13 @@ def choose_sampling(
     height: int | None = None,
     width: int | None = None,
 ) -> Sampling:
-    """What `generate` does with these options, whose checkpoint's defaults are filled in.
+    """What `generate` does with these options (see `SamplingOptions`), once the checkpoint's defaults are filled in.
 
     Raises:
         ValueError: for options that do not fit each other or the model.
     """
+    if not isinstance(negative_prompt, str | None):
+        raise TypeError(f"Give one negative prompt, a text, which serves all prompts, not {negative_prompt!r}.")
     few = _few_steps(model, sampler, steps, start, eta=eta, clipped_calls=clipped_calls)
     adapter = attached_speedupnet(model.denoiser.network)
     defaults = {"guidance_scale": model.guidance_scale, **model.defaults, **(adapter or {})}

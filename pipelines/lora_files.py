@@ -12,12 +12,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sublimate.pipelines.checkpoints import refuse_pickle
 from sublimate.pipelines.locations import first_line
+from sublimate.pipelines.lora_sources import LORA_FILE, LoraSource
 from sublimate.pipelines.progress import without_bars
 from sublimate.pipelines.quantised import has_quantised
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "kohya.safetensors"
 
 _KOHYA_FACTORS = {"lora_A": "lora_down", "lora_B": "lora_up"}
@@ -86,20 +85,24 @@ def save_lora(state: Mapping[str, Tensor], folder: Path) -> None:
         save_file(kohya_state(contiguous), folder / KOHYA_FILE, {"format": "pt"})
 
 
-def fuse_lora(pipeline: Any, source: str | Path, *, token: str | bool | None = None) -> None:
+def fuse_lora(pipeline: Any, source: str | Path, *, token: str | bool | None = None) -> Path:
     """Adds a LoRA to the weights of a stock pipeline, in place: as if it had been saved after `fuse_lora`.
 
     Args:
         pipeline: a diffusers pipeline, in the precision in which the sum is to be rounded.
-        source: a `.safetensors` file, a folder with `LORA_FILE`, or a hub id; any layout that diffusers reads.
+        source: a `.safetensors` file, a folder or a hub id; any layout that diffusers reads. `SOURCE:FILE` names one
+            of several files of a folder or a hub id, and `@0.7` behind either a scale other than 1.
         token: for gated or private repositories of the hub.
 
+    Returns:
+        where it lies, as it was named; of a hub id no such path exists.
+
     Raises:
-        ValueError: when it is a pickle, missing or damaged, when nothing of it fits the pipeline, or when the pipeline
-            takes no LoRAs or is quantised.
+        ValueError: when it is a pickle, missing, damaged or one of several files, for a scale that is no number, when
+            nothing of it fits the pipeline, or when the pipeline takes no LoRAs or is quantised.
     """
-    kind, path = type(pipeline).__name__, Path(source).expanduser()
-    refuse_pickle(path)
+    kind, asked = type(pipeline).__name__, LoraSource.read(source)
+    found, file = asked.found(token)
     if not hasattr(pipeline, "load_lora_weights"):
         raise ValueError(f"A {kind} takes no LoRAs: leave out {source}.")
     networks = {n: m for n, m in pipeline.components.items() if isinstance(m, nn.Module)}
@@ -107,12 +110,13 @@ def fuse_lora(pipeline: Any, source: str | Path, *, token: str | bool | None = N
         raise ValueError(f"{source} cannot be added to a {quantised[0]} that is quantised: open one that is not.")
     try:
         with without_bars():
-            found = path if path.exists() else source
-            pipeline.load_lora_weights(str(found), adapter_name="fused", use_safetensors=True, token=token)
+            options = {"weight_name": file, "use_safetensors": True, "token": token}
+            pipeline.load_lora_weights(found, adapter_name="fused", **options)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{source} cannot be opened as a LoRA of a {kind} ({first_line(error)})") from error
     carrying = [name for name, adapters in pipeline.get_list_adapters().items() if "fused" in adapters]
     if not carrying:
         raise ValueError(f"Nothing of the LoRA {source} fits a {kind}: it belongs to another family.")
-    pipeline.fuse_lora(components=carrying, safe_fusing=True)
+    pipeline.fuse_lora(components=carrying, lora_scale=asked.scale, safe_fusing=True)
     pipeline.unload_lora_weights()
+    return asked.path

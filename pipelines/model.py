@@ -295,8 +295,9 @@ def open_model(
             of a whole Stable Diffusion file it comes from the hub unless given, but for Stable Diffusion 2, whose
             files rarely say what they predict. What a file without text encoders lacks, as those of FLUX.1 and many of
             Stable Diffusion 3 do, is opened from there.
-        loras: added to the weights in this order, for good: files, folders or hub ids of the checkpoint's family. With
-            the folder of a student that this library wrote, the model is sampled as that student.
+        loras: added to the weights in this order, for good: files, folders or hub ids of the checkpoint's family, as
+            `SOURCE`, `SOURCE@0.7` with a scale, or `SOURCE:FILE` where there are several files. With the folder of a
+            student that this library wrote, the model is sampled as that student.
         dtype: precision of all weights that are neither quantised nor kept in float32 by transformers, as T5's `wo`.
         device: where to put them.
 
@@ -322,8 +323,7 @@ def open_model(
         file = folder / DEFAULTS_FILE if (folder / DEFAULTS_FILE).is_file() else None
     defaults = {} if file is None else read_json(file)
     for lora in loras:
-        fuse_lora(pipeline, lora, token=token)
-        record = lora_folder(lora, token=token) / DEFAULTS_FILE
+        record = lora_folder(fuse_lora(pipeline, lora, token=token), token=token) / DEFAULTS_FILE
         if record.is_file() and "start" in (found := read_json(record)):
             # It is a student, and sampled as it was made to be.
             file, defaults, pipeline.scheduler = record, found, read_scheduler(record.parent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,6 +15,8 @@ from sublimate.pipelines.names import naming
 
 Tokenizer = Any
 """A Hugging Face tokenizer."""
+
+log = logging.getLogger(__name__)
 
 _cut: ContextVar[set[str] | None] = ContextVar("cut", default=None)
 
@@ -62,6 +65,22 @@ def cut_to_fit() -> Iterator[set[str]]:
         yield found
     finally:
         _cut.reset(token)
+
+
+@contextmanager
+def truncating(asked: bool) -> Iterator[None]:
+    """`cut_to_fit`, if that is asked for, and a warning that says how many prompts were cut."""
+    if not asked:
+        yield
+        return
+    with cut_to_fit() as cut:
+        yield
+    if cut:
+        log.warning(
+            "%d of the prompts %s longer than the text encoder reads and cut to fit.",
+            len(cut),
+            "was" if len(cut) == 1 else "were",
+        )
 
 
 def tokenize(

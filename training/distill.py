@@ -52,7 +52,8 @@ class DistillConfig(Config):
         revision: branch, tag or commit of a hub id.
         variant: of the weights' files, such as "fp16".
         file_config: of a single file: a diffusers folder or hub id with its configuration, and with what it lacks.
-        loras: LoRAs added to the teacher's weights when it is opened: files, folders or hub ids.
+        loras: LoRAs added to the teacher's weights when it is opened: files, folders or hub ids,
+            as `open_model` takes them.
         edits: edit files applied to the teacher then, in order.
         dtype: precision that the teacher is opened in, and with it all that players share. "bfloat16" takes half the
             memory and needs `trainer.mixed_precision=bf16`; what trains is float32 either way.

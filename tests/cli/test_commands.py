@@ -317,6 +317,17 @@ def test_a_prompt_that_is_too_long(capsys, tmp_path, tiny_sd_v):
     said = failed(capsys, "generate", tiny_sd_v, "cat " * 100, "--out", tmp_path / "images")
     assert "The prompt 'cat cat" in said and "tokens" in said
     assert not (tmp_path / "images").exists()
+    draw = ["generate", tiny_sd_v, "cat " * 100, "--out", tmp_path / "images", "--steps", 1]
+    assert sublimate(capsys, *draw, "--truncate-prompts")[0] == 0
+    assert (tmp_path / "images" / "00000.png").exists()
+
+
+def test_a_lora_that_cannot_be_added_as_asked(capsys, tmp_path, tiny_sd):
+    for name in "ab":
+        (tmp_path / f"{name}.safetensors").touch()
+    draw = ["generate", tiny_sd, "a cat", "--out", tmp_path / "images", "--fuse-lora"]
+    assert "is 'much': give a number" in failed(capsys, *draw, f"{tmp_path}@much")
+    assert "holds a.safetensors, b.safetensors: say which" in failed(capsys, *draw, tmp_path)
 
 
 def test_zero_steps(capsys, tiny_sd_v, distilling):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
+import re
 import signal
 
 import pytest
@@ -12,8 +14,12 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from sublimate.cli import distill, erase, generate
+from sublimate.cli.app import run
 from sublimate.cli.errors import Terminated, explain, one_sentence
-from sublimate.training.config import Config, ConfigError, validate_section
+from sublimate.erasure.methods.esd import ESD
+from sublimate.training.config import Config, ConfigError, load_config, parse_overrides, validate_section
+from sublimate.training.distill import DistillConfig
 
 
 class Stopped(Exception):
@@ -69,10 +75,10 @@ FULL = "The disk is full{}: free some space and run the same command again; noth
             "ValueError: no message; this was not expected, run again with --debug to see where it comes from.",
             1,
         ),
-        (MemoryError(), "Out of memory: lower the batch size or the resolution (MemoryError).", 1),
+        (MemoryError(), "Out of memory: free some, or take less at once (MemoryError).", 1),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
-            "Out of memory: lower the batch size or the resolution (CUDA out of memory).",
+            "Out of memory: free some, or take less at once (CUDA out of memory).",
             1,
         ),
     ],
@@ -80,6 +86,37 @@ FULL = "The disk is full{}: free some space and run the same command again; noth
 )
 def test_sentence(error: BaseException, sentence: str, status: int) -> None:
     assert explain(error) == (sentence, status)
+
+
+@pytest.mark.parametrize("name", ["audit", "distill", "erase", "evaluate", "generate", "remove"])
+def test_out_of_memory_names_options_that_the_command_has(name, capsys):
+    advice = importlib.import_module(f"sublimate.cli.{name}").SAVING_MEMORY
+    with pytest.raises(SystemExit, match="0"):
+        run([name, "--help"])
+    printed = capsys.readouterr().out
+    assert all(option in printed for option in re.findall(r"--[a-z-]+", advice))
+
+
+def test_out_of_memory_names_keys_that_configurations_have():
+    assigned = re.findall(r"[a-z_.]+=[a-z0-9]+", distill.SAVING_MEMORY)
+    config = load_config(DistillConfig, "ink_f_distill", assigned, kind="distill")
+    assert config.dtype == "bfloat16" and config.trainer.gradient_checkpointing and len(assigned) == 3
+    assert config.objective["student"]["kind"] == "lora"
+    named = re.findall(r"trainer\.([a-z_]+)", distill.SAVING_MEMORY)
+    assert named[:2] == ["train_batch_size", "gradient_accumulation_steps"]
+    assert all(hasattr(config.trainer, name) for name in named)
+    assert ESD(**parse_overrides(re.findall(r"--set ([^;, ]+)", erase.SAVING_MEMORY))).config.gradient_checkpointing
+
+
+def test_what_a_command_says_of_memory_is_its_own(monkeypatch, capsys):
+    monkeypatch.setattr(generate, "command", _greedy)
+    with pytest.raises(SystemExit, match="1"):
+        run(["generate"])
+    assert f"Out of memory: {generate.SAVING_MEMORY} (CUDA out of memory)" in capsys.readouterr().err
+
+
+def _greedy():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
 
 def test_disk_full_is_found_in_the_cause() -> None:

@@ -2,9 +2,14 @@
 
 import pytest
 import torch
+from students import with_lora
 
 from sublimate.cli.app import run
+from sublimate.erasure.methods.uce import UCE
+from sublimate.erasure.request import Concept, Request
 from sublimate.pipelines.attentive_eraser import erase_object
+from sublimate.pipelines.edit import open_edited
+from sublimate.pipelines.export import export_lora
 from sublimate.pipelines.model import open_model
 from sublimate.pipelines.pictures import to_png
 from sublimate.training.data import read_image
@@ -37,6 +42,22 @@ def test_it_writes_what_erase_object_returns(files, tiny_sd):
     )
     assert (read_image(out) - expected).abs().max() < 0.6 / 255
     assert (read_image(out) - picture[0]).abs().max() > 0.02
+
+
+@pytest.mark.slow
+def test_the_model_is_opened_as_asked(files, tiny_sd):
+    model = open_model(tiny_sd)
+    lora = export_lora(model, with_lora(model, {}), files / "lora", as_base=True)
+    changed = open_model(tiny_sd, loras=[lora])
+    edit = UCE().fit(changed, Request((Concept("cat", anchor="dog"),))).save(files / "edit.safetensors")
+    out, options = files / "removed.png", ["--steps", 2, "--fuse-lora", lora, "--edit", edit, "--dtype", "bfloat16"]
+    assert remove(tiny_sd, files / "picture.png", files / "mask.png", "--out", out, *options) == 0
+    picture, mask = read_image(files / "picture.png")[None], read_image(files / "mask.png")[None, :1]
+    opened = open_edited(tiny_sd, [edit], loras=[lora], dtype=torch.bfloat16)
+    (expected,) = erase_object(opened, picture, mask, steps=2)
+    assert (read_image(out) - expected).abs().max() < 0.6 / 255
+    plain = erase_object(open_model(tiny_sd, dtype=torch.bfloat16), picture, mask, steps=2)
+    assert (read_image(out) - plain[0]).abs().max() > 1 / 255
 
 
 @pytest.mark.parametrize(

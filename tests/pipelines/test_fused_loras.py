@@ -62,6 +62,21 @@ def test_a_lora_is_in_the_weights_as_stock_diffusers_adds_it(tiny_sd_v, lora, tm
 
 
 @pytest.mark.slow
+def test_a_lora_is_added_with_a_scale_as_stock_diffusers_does(tiny_sd_v, lora, tmp_path):
+    pipeline = stock(tiny_sd_v)
+    pipeline.load_lora_weights(lora)
+    pipeline.fuse_lora(lora_scale=0.7)
+    pipeline.unload_lora_weights()
+    pipeline.save_pretrained(tmp_path / "fused")
+    opened = open_model(tiny_sd_v, loras=[f"{lora}@0.7"])
+    assert opened.content_hash() == open_model(tmp_path / "fused").content_hash()
+    named = open_model(tiny_sd_v, loras=[f"{lora}:{LORA_FILE}@0.7"])
+    assert named.content_hash() == opened.content_hash() != open_model(tiny_sd_v, loras=[lora]).content_hash()
+    edit = UCE().fit(named, Request((Concept("cat", anchor="dog"),)))
+    assert edit.provenance["base"]["loras"] == [f"lora:{LORA_FILE}@0.7"]
+
+
+@pytest.mark.slow
 def test_a_students_lora_is_sampled_as_the_student(tiny_sd_v, tmp_path):
     model = open_model(tiny_sd_v)
     student = with_lora(model, {})
@@ -71,6 +86,7 @@ def test_a_students_lora_is_sampled_as_the_student(tiny_sd_v, tmp_path):
     assert opened.is_student and opened.loras == (str(folder),)
     torch.testing.assert_close(generate(opened, ["a cat"]), generate(whole, ["a cat"]), rtol=1e-4, atol=1e-5)
     assert not open_model(tiny_sd_v, loras=[folder / LORA_FILE]).is_student
+    assert open_model(tiny_sd_v, loras=[f"{folder}@0.9"]).is_student
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from diffusers import DDIMScheduler
 from opened import Opened
 
 from sublimate.diffusion.denoisers import Denoiser
-from sublimate.pipelines.generate import SAMPLERS, generate, generate_latents
+from sublimate.pipelines.generate import SAMPLERS, SamplingOptions, choose_sampling, generate, generate_latents
 from sublimate.pipelines.model import Model, open_model
 from sublimate.pipelines.sampling import at_once, image_generator, initial_noise
 
@@ -239,6 +240,14 @@ def test_options_that_do_not_fit_are_refused(models, options, message):
         generate(models["tiny_sd"], ["a cat"], **options)
 
 
+def test_options_are_those_that_sampling_is_chosen_by(models):
+    chosen = signature(choose_sampling).parameters.keys() - {"model"}
+    assert SamplingOptions.__annotations__.keys() == chosen
+    assert all(name in SamplingOptions.__doc__ for name in chosen)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'step'"):
+        generate(models["tiny_sd"], ["a cat"], step=1)
+
+
 def test_prompts_that_do_not_fit_are_refused(models):
     with pytest.raises(TypeError, match="list of prompts"):
         generate(models["tiny_sd"], "a cat")
@@ -246,6 +255,33 @@ def test_prompts_that_do_not_fit_are_refused(models):
         generate(models["tiny_sd"], [])
     with pytest.raises(ValueError, match="no text to guide by"):
         generate(models["tiny_unconditional"], 1, guidance_scale=2)
+
+
+@pytest.mark.parametrize("negative", [["a dog"], ["a dog", "a cat"], 3])
+def test_one_negative_prompt_serves_all(models, negative):
+    with pytest.raises(TypeError, match="Give one negative prompt, a text"):
+        generate(models["tiny_sd"], ["a cat"], steps=1, guidance_scale=2, negative_prompt=negative)
+
+
+@pytest.mark.slow
+def test_prompts_that_are_too_long_are_cut_where_that_is_asked_for(models, caplog):
+    model, options = models["tiny_sd"], {"steps": 1, "guidance_scale": 2}
+    long, beginning = "cat " * 40, "cat " * (model.pipeline.tokenizer.model_max_length - 2)
+    prompts, told = [long, "a dog", long + "red", long], {"negative_prompt": long + "a dog"}
+    with pytest.raises(ValueError, match="shorten it"):
+        generate_latents(model, prompts, **options)
+    with pytest.raises(ValueError, match="shorten it"):
+        generate_latents(model, ["a cat"], **told, **options)
+    found = generate_latents(model, prompts, **told, truncate_prompts=True, batch_size=2, **options)
+    assert caplog.messages == ["3 of the prompts were longer than the text encoder reads and cut to fit."]
+    short = [beginning, "a dog", beginning, beginning]
+    expected = generate_latents(model, short, negative_prompt=beginning, batch_size=2, **options)
+    torch.testing.assert_close(found, expected)
+    caplog.clear()
+    generate(model, ["a cat"], truncate_prompts=True, **options)
+    assert not caplog.messages
+    generate(model, [long], truncate_prompts=True, **options)
+    assert caplog.messages == ["1 of the prompts was longer than the text encoder reads and cut to fit."]
 
 
 def test_progress_counts_passes(models, capsys):
