@@ -57,7 +57,9 @@ def command(
     ] = None,
     image: Annotated[
         list[Path] | None,
-        typer.Option(help="What inpainting or upscaling models are shown: a picture of any size; or one per prompt."),
+        typer.Option(
+            help="What inpainting or upscaling models are shown: a picture of any size, or (repeated) one per prompt."
+        ),
     ] = None,
     mask: Annotated[
         list[Path] | None, typer.Option(help="Of inpainting: a picture as large as --image, white where to paint.")

@@ -322,6 +322,7 @@ def test_a_prompt_that_is_too_long(capsys, tmp_path, tiny_sd_v):
     assert (tmp_path / "images" / "00000.png").exists()
 
 
+@pytest.mark.slow
 def test_a_lora_that_cannot_be_added_as_asked(capsys, tmp_path, tiny_sd):
     for name in "ab":
         (tmp_path / f"{name}.safetensors").touch()

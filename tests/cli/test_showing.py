@@ -60,6 +60,7 @@ def test_a_size(drawn, tiny_sd):
     )
 
 
+@pytest.mark.slow
 def test_a_size_that_the_model_cannot_draw(capsys, tiny_sd):
     assert "a multiple of 2 pixels, not 25" in failed(capsys, "generate", tiny_sd, "a cat", "--height", 25)
 
