@@ -270,11 +270,9 @@ class FineTuningEraser(Eraser):
             masks: bool, by full parameter key: where False, a weight keeps every bit.
 
         Raises:
-            ValueError: when a LoRA is to train under masks, or as the objective.
+            ValueError: as the objective.
         """
         config, home = self.config, model.device
-        if masks is not None and self.low_rank:
-            raise ValueError("A LoRA moves whole layers, pruned weights too: leave out lora_rank.")
         # What an objective draws before training is drawn where it trains.
         model.to(accelerator().device)
         try:

@@ -94,15 +94,15 @@ def test_the_seed_decides_and_a_stopped_run_resumes(sd, tmp_path):
         assert not torch.equal(other[key][1], a)
 
 
-def test_what_is_about_single_weights_is_refused(sd):
+def test_what_is_about_single_weights_is_refused():
     for config, options in ((ESDConfig, {"l1": 0.1}), (SalUnConfig, {}), (L1SparseConfig, {})):
         with pytest.raises(ValueError, match="is about single weights, and a LoRA moves whole layers"):
             config(**options, lora_rank=2)
     with pytest.raises(ValueError, match="lora_alpha is of a LoRA"):
         ESDConfig(lora_alpha=2)
-    pruned = PruneThenErase(then="esd", options=SMALL, sparsity=0.3)
-    with pytest.raises(ValueError, match="pruned weights too: leave out lora_rank"):
-        pruned.fit(sd, CAT)
+    with pytest.raises(ValueError, match="Pruned weights are single ones, and a LoRA moves whole layers"):
+        PruneThenErase(then="esd", options=SMALL, sparsity=0.3)
+    assert PruneThenErase(then="esd", options=SMALL, sparsity=0.0).inner.config.lora_rank == 2
 
 
 @pytest.mark.slow

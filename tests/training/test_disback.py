@@ -175,7 +175,7 @@ def test_a_run_resumes_in_the_middle_of_the_way_back(tmp_path):
 def test_a_path_of_other_adapters_is_refused():
     objective = make(degradation_steps=2, record_every=1, backtrack_every=1)
     objective.load_state({"0/network.0.weight": torch.zeros(2), "1/network.0.weight": torch.zeros(2)})
-    with pytest.raises(ValueError, match="node 1 of the degradation path does not fit"):
+    with pytest.raises(ValueError, match="node 1 of the path does not fit"):
         objective._target(1)
 
 
