@@ -12,10 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sublimate.pipelines.cards import inherited_license, model_card, public_name
+from sublimate.pipelines.cards import CARD_FILE, inherited_license, model_card, public_name
 from sublimate.pipelines.checkpoints import read_json
 from sublimate.pipelines.folders import written_aside
-from sublimate.pipelines.locations import CARD_FILE, DEFAULTS_FILE
+from sublimate.pipelines.locations import DEFAULTS_FILE
 from sublimate.pipelines.model import Model
 
 ATTACHMENT_FILE = "attachment.safetensors"

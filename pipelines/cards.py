@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
-from sublimate.pipelines.locations import CARD_FILE, is_hub_id
-
+CARD_FILE = "README.md"
 Kind = Literal["weights", "lora", "attachment"]
 
 _KINDS: dict[str, str] = {
@@ -92,6 +91,11 @@ def public_values(value: Any) -> Any:
         path = Path(value)
         return path.name if path.is_absolute() or value.startswith("~") or ".." in path.parts else value
     return value
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a source is owner/name on the hub, and nothing on disk."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source)) and not Path(source).exists()
 
 
 def inherited_license(folder: Path | None) -> str | None:

@@ -18,13 +18,13 @@ from torch import nn
 
 from sublimate.diffusion.denoisers import Denoiser
 from sublimate.pipelines.backbones.base import StockSampling
-from sublimate.pipelines.cards import inherited_license, model_card, public_name
+from sublimate.pipelines.cards import CARD_FILE, inherited_license, is_hub_id, model_card, public_name
 from sublimate.pipelines.checkpoints import INDEX, cast_file, keep_options, tidy_config
 from sublimate.pipelines.edit_attachment import refuse_attached
 from sublimate.pipelines.edit_stack import differs_from_disk
 from sublimate.pipelines.few_steps import FewSteps
 from sublimate.pipelines.folders import written_aside
-from sublimate.pipelines.locations import CARD_FILE, DEFAULTS_FILE, is_hub_id
+from sublimate.pipelines.locations import DEFAULTS_FILE
 from sublimate.pipelines.lora_files import LORA_FILE, lora_state, save_lora
 from sublimate.pipelines.model import Model
 from sublimate.pipelines.progress import without_bars

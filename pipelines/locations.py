@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.resources
-import re
 from pathlib import Path
 
 import diffusers
@@ -17,6 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from sublimate.pipelines.cards import CARD_FILE, is_hub_id
 from sublimate.pipelines.checkpoints import refuse_pickle
 
 DEFAULTS_FILE = "sublimate.json"
@@ -24,7 +24,6 @@ DEFAULTS_FILE = "sublimate.json"
 
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 
-CARD_FILE = "README.md"
 """The model card of a folder or of a repository of the hub."""
 
 
@@ -76,11 +75,6 @@ def lora_folder(source: str | Path, *, token: str | bool | None = None) -> Path:
     found = _described(name, None, token, DEFAULTS_FILE)
     # Of one commit, whatever the branch moves to meanwhile.
     return path if found is None else _described(name, found.name, token, SCHEDULER_FILE) or found
-
-
-def is_hub_id(source: str) -> bool:
-    """Whether a source is owner/name on the hub, and nothing on disk."""
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source)) and not Path(source).exists()
 
 
 def packaged_names() -> list[str]:

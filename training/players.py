@@ -10,7 +10,7 @@ import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -21,7 +21,7 @@ from sublimate.pipelines.quantised import check_unquantised, held_tensors
 from sublimate.training.adam_8bit import adam_8bit
 from sublimate.training.config import Config
 
-_OF_A_LORA = ("rank", "lora_alpha", "target_modules")
+_OF_A_LORA = {"rank", "lora_alpha", "target_modules"}
 HALF = (torch.float16, torch.bfloat16)
 # The linear layers of attention in diffusers' UNets and transformers.
 ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -31,7 +31,8 @@ class PlayerConfig(Config):
     """How one player is made and optimised.
 
     Attributes:
-        kind: "full" trains its own copy of every weight; "lora" trains an adapter over the shared base.
+        kind: "full" trains its own copy of every weight; "lora" trains an adapter over the shared base. Said to be
+            "full", it needs no other word to switch a recipe's LoRA off.
         rank: LoRA rank.
         lora_alpha: LoRA scale numerator; None means the rank (scale 1).
         target_modules: names (or endings of names) of the layers that carry adapters.
@@ -51,18 +52,11 @@ class PlayerConfig(Config):
     adam_weight_decay: float = Field(default=0.01, ge=0)
     use_8bit_adam: bool = False
 
-    def completing(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        merged = super().completing(given)
-        if given.get("kind") == "full":  # what a default says of a LoRA is not asked for
-            return {name: value for name, value in merged.items() if name in given or name not in _OF_A_LORA}
-        return merged
-
     @model_validator(mode="after")
     def _reads_what_is_given(self) -> Self:
-        for name in _OF_A_LORA if self.kind == "full" else ():
-            default = type(self).model_fields[name].default
-            if getattr(self, name) != default:
-                raise ValueError(f"{name} is a LoRA's: set kind to lora, or leave it at its default, {default}.")
+        given = self.model_fields_set
+        if self.kind == "full" and "kind" not in given and (lora := sorted(_OF_A_LORA & given)):
+            raise ValueError(f"{lora[0]} is a LoRA's: set kind to lora, or leave it out.")
         return self
 
     @property

@@ -159,12 +159,10 @@ def test_an_optimiser_of_one_kernel_resumes_as_if_it_had_gone_on():
 
 
 @pytest.mark.parametrize("option", [{"rank": 8}, {"lora_alpha": 4}, {"target_modules": ("to_q",)}])
-def test_a_full_player_has_no_options_of_a_lora(option):
-    with pytest.raises(ValueError, match=f"{next(iter(option))} is a LoRA's: set kind to lora, or leave it at"):
+def test_a_players_options_of_a_lora_ask_for_one(option):
+    with pytest.raises(ValueError, match=f"{next(iter(option))} is a LoRA's: set kind to lora, or leave it out"):
         PlayerConfig(**option)
     assert PlayerConfig(kind="lora", **option).artefact == "lora"
-    # A default's LoRA leaves nothing behind where a full player is asked for.
-    student = FlashConfig(student={"kind": "full"}).student
-    assert student == FlashConfig().student.model_copy(update={"kind": "full", "rank": 64})
-    with pytest.raises(ValueError, match="is a LoRA's"):
-        FlashConfig(student={"kind": "full", **option})
+    assert FlashConfig(student=option).student.artefact == "lora"  # its default
+    # A recipe's LoRA is switched off by a word.
+    assert FlashConfig(student={"kind": "full", **option}).student.artefact == "weights"
