@@ -11,6 +11,8 @@ from typing import Any, Literal
 import yaml
 
 CARD_FILE = "README.md"
+"""The model card of a folder or of a repository of the hub."""
+
 Kind = Literal["weights", "lora", "attachment"]
 
 _KINDS: dict[str, str] = {

@@ -24,8 +24,6 @@ DEFAULTS_FILE = "sublimate.json"
 
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 
-"""The model card of a folder or of a repository of the hub."""
-
 
 def checkpoint_folder(
     source: str | Path,

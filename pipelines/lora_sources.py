@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,10 @@ from pathlib import Path
 from huggingface_hub import list_repo_files
 from huggingface_hub.errors import HTTPError
 
-from sublimate.pipelines.cards import public_name
+from sublimate.pipelines.cards import is_hub_id, public_name
 from sublimate.pipelines.checkpoints import refuse_pickle
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 # What diffusers too takes for no LoRA.
 _OTHERS = ("scheduler", "optimizer", "checkpoint")
 
@@ -51,7 +49,7 @@ class LoraSource:
         if _exists(name):
             return cls(name, None, scale)
         place, colon, file = name.rpartition(":")
-        if colon and (_exists(place) or _HUB_ID.fullmatch(place)):
+        if colon and (_exists(place) or is_hub_id(place)):
             return cls(place, file, scale)
         return cls(name, None, scale)
 
@@ -76,7 +74,7 @@ class LoraSource:
             path /= self._chosen([one.name for one in path.iterdir()]) or LORA_FILE
         if path.is_file():
             return str(path), None
-        if not _HUB_ID.fullmatch(self.place) or self.place.endswith(".safetensors") or _exists(self.place):
+        if not is_hub_id(self.place) or self.place.endswith(".safetensors"):
             raise ValueError(f"{path} cannot be opened as a LoRA: there is no such file.")
         if self.file is not None:
             return self.place, self.file

@@ -46,18 +46,8 @@ class Config(BaseModel):
             if isinstance(data.get(name), Mapping) and isinstance(field.annotation, type):
                 default = field.get_default(call_default_factory=True, validated_data={})
                 if isinstance(default, Config) and field.annotation is type(default):
-                    completed[name] = default.completing(data[name])
+                    completed[name] = _merge(default, data[name])
         return completed
-
-    def completing(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """What a section of this class says that is given in part, where this one is the field's default."""
-        merged: dict[str, Any] = {name: getattr(self, name) for name in self.model_fields_set}
-        for name, value in given.items():
-            current = merged.get(name)
-            if isinstance(current, Config) and isinstance(value, Mapping):
-                value = current.completing(value)
-            merged[name] = value
-        return merged
 
 
 ConfigType = TypeVar("ConfigType", bound=Config)
@@ -173,6 +163,16 @@ def _validate(model_cls: type[ConfigType], values: Mapping[str, object], prefix:
     except ValidationError as error:
         sentence = describe_error(error, values, model_cls=model_cls, prefix=prefix, label=label)
         raise ConfigError(sentence) from error
+
+
+def _merge(default: Config, given: Mapping[str, Any]) -> dict[str, Any]:
+    merged: dict[str, Any] = {name: getattr(default, name) for name in default.model_fields_set}
+    for name, value in given.items():
+        current = merged.get(name)
+        if isinstance(current, Config) and isinstance(value, Mapping):
+            value = _merge(current, value)
+        merged[name] = value
+    return merged
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
